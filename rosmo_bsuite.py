@@ -1,0 +1,869 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#   "bsuite==0.3.6", "flax==0.12.8", "jax==0.10.2", "matplotlib==3.11.2", "numpy==2.4.6",
+#   "optax==0.2.8", "orbax-checkpoint==0.12.8", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0",
+# ]
+# ///
+"""ROSMO on BSuite (Liu et al., "Efficient Offline Policy Optimization with a Learned Model", 2023).
+
+ROSMO learns a MuZero-style latent model from logged episodes. Instead of searching, it looks one
+step ahead with that model for every action, moves the prior policy towards the actions with a
+positive advantage (Eq. 6), and imitates logged actions whose advantage is positive (Eq. 11).
+
+    python rosmo_bsuite.py --env-id catch                       # the paper's setting, five seeds
+    python rosmo_bsuite.py --env-id catch --behavior-coef 0     # OneStep, Fig. 4(d)
+    python rosmo_bsuite.py --env-id catch --policy-coef 0       # Behavior, Fig. 4(d)
+    python rosmo_bsuite.py --env-id catch --num-samples 2       # sampled targets, Eq. 9-10
+
+Where the paper is silent, or differs from the authors' code, this file does the following.
+1. Windows start at any step; past the end of an episode they hold an absorbing state: random
+   actions, zero reward and value, uniform policy target, no behaviour term (authors' code).
+2. An episode that ends without a terminal state is bootstrapped and its remainder is ignored
+   (--truncation-as-termination: the authors' code).
+3. Eq. 11's advantage is the model's, with the logged action (the paper; the authors' code takes
+   the next observation: --behavior-advantage next-observation).
+4. Eq. 6 is a softmax of log π + adv, as exp(adv) overflows; the weights of Eq. 9 stop at e^20.
+5. The learning rate warms up for 1,000 updates and falls tenfold every 100,000; AdamW decays
+   weights only; the gradient is halved at every unrolled state (authors' code).
+6. The 20 bins are the integers -9 to 10, and targets stop at 9 (authors' code).
+7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
+   final evaluation reports the greedy policy beside it.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when jax is imported
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tyro
+from bsuite.environments.cartpole import Cartpole
+from bsuite.environments.catch import Catch
+from bsuite.environments.mountain_car import MountainCar
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # run
+    env_id: Literal["catch", "cartpole", "mountain_car"] = "catch"
+    """BSuite task"""
+    seed: int = 0
+    """first seed of training and evaluation"""
+    num_seeds: int = 5
+    """number of consecutive seeds, all trained in this process"""
+    total_updates: int = 200_000
+    """number of updates of every seed"""
+    log_every: int = 200
+    """updates over which the logged losses are averaged"""
+    checkpoint_every: int = 10_000
+    """updates between two checkpoints, a multiple of --eval-every"""
+    run_dir: Path | None = None
+    """folder of this run [default: runs/rosmo_bsuite/{env-id}[-variant]/seeds{first}-{last}]"""
+    overwrite: bool = False
+    """start again in a folder that holds a run, and delete that run"""
+    compilation_cache: bool = True
+    """keep compiled programs in the user's cache folder"""
+    track: bool = False
+    """mirror the metrics to Weights & Biases"""
+    wandb_project_name: str = "rosmo-suite"
+    """project in Weights & Biases"""
+    wandb_entity: str | None = None
+    """user or team in Weights & Biases"""
+
+    # data
+    noise: float = 0.0
+    """probability of a random action when the data were collected (Appendix E)"""
+    data_percent: float = 100.0
+    """share of the episodes to learn from; every seed draws its own"""
+    data_dir: Path = Path("data")
+    """where datasets are kept"""
+    dataset: Path | None = None
+    """dataset to learn from: an .npz file or a TFDS/RLDS folder [default: --noise's, collected]"""
+    truncation_as_termination: bool = False
+    """treat every last step as terminal"""
+
+    # model (Table 4)
+    dynamics_hidden: int = 256
+    """hidden units of the dynamics function (Fig. 2b)"""
+    num_bins: int = 20
+    """bins of the categorical value and reward"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """arithmetic of the network; parameters and losses are always float32"""
+
+    # optimisation (Table 4)
+    batch_size: int = 128
+    """windows in a batch"""
+    learning_rate: float = 7e-4
+    """AdamW's learning rate after warm-up"""
+    learning_rate_decay: float = 0.1
+    """factor on the learning rate every 100,000 updates"""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay, on weight matrices only"""
+    max_grad_norm: float = 5.0
+    """largest global norm of the gradient"""
+    target_update_every: int = 200
+    """updates between two copies of the parameters to the target network"""
+
+    # algorithm
+    discount: float = 0.997**4
+    """discount factor γ"""
+    unroll_steps: int = 5
+    """K, steps that the model is unrolled for the loss (Fig. 4c: 1)"""
+    td_steps: int = 3
+    """n, rewards in the value target (Eq. 8)"""
+    num_samples: int | None = None
+    """N, actions sampled for the policy target (Eq. 9) [default: every action, Eq. 6]"""
+    policy_coef: float = 1.0
+    """weight of the policy loss (0: the Behavior ablation)"""
+    value_coef: float = 0.25
+    """weight of the value loss"""
+    behavior_coef: float = 0.2
+    """α, weight of the behaviour regularisation (0: the OneStep ablation)"""
+    behavior_advantage: Literal["model", "next-observation"] = "model"
+    """what follows the logged action in Eq. 11: the model's state or the logged observation"""
+
+    # evaluation
+    eval_every: int = 1_000
+    """updates between two evaluations"""
+    eval_episodes: int = 2
+    """episodes of each evaluation during training"""
+    final_eval_episodes: int = 100
+    """episodes of the final evaluation"""
+    eval_greedy: bool = False
+    """take the most probable action in evaluations during training"""
+    eval_noise: bool = False
+    """evaluate with --noise instead of without noise"""
+
+
+# --- evaluate (identical in *_bsuite.py) ---
+ENVIRONMENTS = {"catch": Catch, "cartpole": Cartpole, "mountain_car": MountainCar}
+# Average return of a random policy and of the online DQN (Table 6).
+REFERENCE_RETURNS = {
+    "catch": (-0.66, 1.0),
+    "cartpole": (64.83, 1001.0),
+    "mountain_car": (-1000.0, -102.16),
+}
+
+
+def evaluate(act, env_id: str, seeds: list[int], update: int, num_episodes: int, noise: float):
+    """Plays complete episodes in the real environment, those of all seeds side by side.
+
+    Args:
+      act: maps observations [seeds, episodes, ...] and the time step to actions [seeds, episodes].
+      update: with the seed and the episode it determines the initial states.
+      noise: probability that an action is replaced by a uniformly random one.
+
+    Returns:
+      Undiscounted returns, float64 [seeds, episodes].
+    """
+    shape = (len(seeds), num_episodes)
+    rngs = [np.random.default_rng((s, update, e)) for s in seeds for e in range(num_episodes)]
+    environments = [ENVIRONMENTS[env_id](seed=int(rng.integers(2**31))) for rng in rngs]
+    num_actions = environments[0].action_spec().num_values
+    observations = np.stack([environment.reset().observation for environment in environments])
+    returns = np.zeros(len(environments))
+    playing, t = range(len(environments)), 0
+    while playing:
+        actions = np.asarray(act(observations.reshape(*shape, *observations.shape[1:]), t)).ravel()
+        still_playing = []
+        for i in playing:
+            random_action = noise > 0 and rngs[i].random() < noise
+            action = rngs[i].integers(num_actions) if random_action else actions[i]
+            timestep = environments[i].step(int(action))
+            observations[i] = timestep.observation
+            returns[i] += timestep.reward
+            if not timestep.last():
+                still_playing.append(i)
+        playing, t = still_playing, t + 1
+    return returns.reshape(shape)
+
+
+def normalized_score(env_id: str, mean_return: float) -> float:
+    """0 for the random policy, 1 for the online DQN (the paper's footnote 2)."""
+    random_return, online_return = REFERENCE_RETURNS[env_id]
+    return (mean_return - random_return) / (online_return - random_return)
+
+
+# --- end evaluate ---
+
+
+# --- data (identical in *_bsuite.py) ---
+class Steps(NamedTuple):
+    """Steps of episodes in RLDS form: the last one holds no action and no reward, only zeros."""
+
+    observation: Any  # [..., rows, columns] float32
+    action: Any  # [...] int32
+    reward: Any  # [...] float32, received after the action
+    is_last: Any  # [...] bool
+    is_terminal: Any  # [...] bool
+
+
+def load_dataset(args) -> tuple[Steps, str]:
+    """Loads all steps of the arguments' dataset and describes it; collects it if it is missing."""
+    path = args.dataset
+    if path is None:
+        path = args.data_dir / "bsuite" / f"{args.env_id}-noise{args.noise:g}-seed0.npz"
+        if not path.exists():
+            collect_dataset(path, args)
+    if not path.exists():
+        raise SystemExit(f"There is no dataset at {path}: check --dataset.")
+    try:
+        steps = read_rlds(path) if path.is_dir() else read_npz(path, args.env_id)
+    except Exception as error:  # a damaged file can raise almost anything
+        message = f"{path} is not a whole dataset of {args.env_id} ({error})"
+        raise SystemExit(f"{message}; delete it to collect it again, or give --dataset.") from None
+    if args.truncation_as_termination:
+        steps = steps._replace(is_terminal=steps.is_last)
+    episodes, mean = steps.is_last.sum(), steps.reward.sum() / steps.is_last.sum()
+    transitions = len(steps.action) - episodes
+    return steps, f"{path}: {episodes} episodes, {transitions} transitions, mean return {mean:.2f}"
+
+
+def collect_dataset(path: Path, args) -> None:
+    """Makes the data as the authors did, with an online DQN (Appendix E)."""
+    collector = Path(__file__).resolve().parent / "benchmark" / "collect_bsuite.py"
+    options = f"--env-id {args.env_id} --noise {args.noise:g} --seed 0 --data-dir {path.parent}"
+    if not collector.exists():
+        raise SystemExit(
+            f"There is no dataset at {path}. Give --dataset, or make it in the suite's repository "
+            f"with: python benchmark/collect_bsuite.py {options}"
+        )
+    print(f"There is no dataset at {path} yet: an online DQN collects it now.", flush=True)
+    if subprocess.run([sys.executable, collector, *options.split()]).returncode:
+        raise SystemExit("The data were not collected; the message above says why.")
+
+
+def read_npz(path: Path, env_id: str) -> Steps:
+    """Reads a file of benchmark/collect_bsuite.py; raises if it is something else."""
+    with np.load(path) as file:
+        header = json.loads(str(file["header"]))
+        if (header["schema"], header["env_id"]) != (1, env_id):
+            raise ValueError(f"it says {header['env_id']}, schema {header['schema']}")
+        return check_steps(Steps(*(file[name] for name in Steps._fields)))
+
+
+def read_rlds(path: Path) -> Steps:
+    """Reads every episode of a prepared TFDS dataset in RLDS form, such as the authors'."""
+    import tensorflow_datasets as tfds  # brings TensorFlow: needed for this format alone
+
+    builder = tfds.builder_from_directory(path)
+    episodes = []
+    for episode in tfds.as_numpy(builder.as_dataset(split="all")):
+        rows = list(episode["steps"])
+        rows = [row | {"is_terminal": row.get("is_terminal", row["is_last"])} for row in rows]
+        episodes.append(Steps(*(np.stack([row[f] for row in rows]) for f in Steps._fields)))
+    return check_steps(Steps(*map(np.concatenate, zip(*episodes, strict=True))))
+
+
+def check_steps(steps: Steps) -> Steps:
+    """Casts the arrays; raises ValueError where they cannot be complete episodes."""
+    dtypes = (np.float32, np.int32, np.float32, np.bool_, np.bool_)
+    steps = Steps(*map(np.asarray, steps, dtypes))
+    if len({len(x) for x in steps}) != 1 or not steps.is_last[-1:].all():
+        raise ValueError("its arrays do not hold complete episodes")
+    if not (np.isfinite(steps.observation).all() and np.isfinite(steps.reward).all()):
+        raise ValueError("it holds numbers that are not finite")
+    return steps
+
+
+def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
+    """Every step of each seed's random p% of the episodes may start a window.
+
+    Returns:
+      The steps' indices [seeds, most of any seed], padded with zeros, and their numbers [seeds].
+    """
+    episode, num_episodes = np.cumsum(is_last) - is_last, int(is_last.sum())
+    num_chosen = int(num_episodes * data_percent / 100)
+    if num_chosen == 0:
+        raise SystemExit(f"--data-percent {data_percent:g} of {num_episodes} episodes leaves none.")
+    chosen = [np.random.default_rng(s).permutation(num_episodes)[:num_chosen] for s in seeds]
+    starts = [np.flatnonzero(np.isin(episode, c)) for c in chosen]
+    num_starts = np.array([len(indices) for indices in starts], np.int32)
+    pad = [np.pad(x, (0, max(num_starts) - len(x))) for x in starts]
+    return np.stack(pad).astype(np.int32), num_starts
+
+
+def sample_windows(key, steps: Steps, starts, num_starts, batch_size: int, length: int) -> Steps:
+    """Draws windows of consecutive steps, [batch_size, length]; they may cross episode ends."""
+    start = starts[jax.random.randint(key, (batch_size,), 0, num_starts)]
+    index = (start[:, None] + jnp.arange(length)) % len(steps.action)
+    return jax.tree.map(lambda x: x[index], steps)
+
+
+# --- end data ---
+
+
+# --- network (identical in rosmo_bsuite.py and muzero_unplugged_bsuite.py) ---
+class Prediction(NamedTuple):
+    """What the prediction function f says of states [...]."""
+
+    policy_logits: jax.Array  # [..., actions]
+    value_logits: jax.Array  # [..., bins]
+    reward_logits: jax.Array  # [..., bins], of the transition that led to the state
+
+
+class MLP(nn.Module):
+    features: tuple[int, ...]
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        for i, width in enumerate(self.features):
+            x = nn.Dense(width, dtype=self.dtype)(nn.relu(x) if i else x)
+        return x
+
+
+class MuZeroNetwork(nn.Module):
+    """Representation h, dynamics g and prediction f (Table 4).
+
+    Any leading axes do. Heads that a caller does not use are dropped by the compiler.
+    """
+
+    num_actions: int
+    num_bins: int
+    dynamics_hidden: int
+    dtype: str
+
+    def setup(self):
+        self.h = MLP((64, 64, 32), self.dtype)
+        self.g = MLP((self.dynamics_hidden, 32), self.dtype)
+        self.f = MLP((32,), self.dtype)
+        head = partial(nn.Dense, kernel_init=nn.initializers.zeros, dtype=self.dtype)
+        self.policy, self.value, self.reward = map(
+            head, (self.num_actions, self.num_bins, self.num_bins)
+        )
+
+    def representation(self, observation):
+        """h: observations [..., rows, columns] -> states [..., 32]."""
+        return self.h(observation.reshape(*observation.shape[:-2], -1))
+
+    def dynamics(self, state, action):
+        """g: states [..., 32], actions [...] -> next states [..., 32]."""
+        action = jax.nn.one_hot(action, self.num_actions, dtype=state.dtype)
+        return self.g(jnp.concatenate([state, action], axis=-1))
+
+    def prediction(self, state) -> Prediction:
+        """f: states [..., 32] -> policy, value and reward logits, float32."""
+        x = nn.relu(self.f(state))
+        logits = (self.policy(x), self.value(x), self.reward(x))
+        return Prediction(*(x.astype(jnp.float32) for x in logits))
+
+    def __call__(self, observation, action) -> Prediction:
+        return self.prediction(self.dynamics(self.representation(observation), action))
+
+
+# --- end network ---
+
+
+# --- value transform (identical in rosmo_*.py and muzero_unplugged_*.py) ---
+def transform(x):
+    """h(x) = sign(x)(√(|x| + 1) - 1) + εx with ε = 0.001 (Appendix A.2)."""
+    return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
+
+
+def inverse_transform(y):
+    """The inverse of h, written without the difference of near numbers in its usual form."""
+    u = jnp.abs(y) + 1 + 0.001
+    return jnp.sign(y) * ((2 * u / (1 + jnp.sqrt(1 + 4 * 0.001 * u))) ** 2 - 1)
+
+
+def two_hot(x, num_bins: int):
+    """φ(h(x)): values [...] -> probabilities [..., bins] of the two integers nearest to h(x)."""
+    limit = (num_bins - 1) // 2
+    y = jnp.clip(transform(x), -limit, limit)
+    return jnp.maximum(0, 1 - jnp.abs(y[..., None] - (jnp.arange(num_bins) - limit)))
+
+
+def to_scalar(logits):
+    """Logits [..., bins] -> values [...], the expectation mapped back through h."""
+    num_bins = logits.shape[-1]
+    support = jnp.arange(num_bins) - (num_bins - 1) // 2
+    return inverse_transform(jnp.sum(jax.nn.softmax(logits) * support, axis=-1))
+
+
+# --- end value transform ---
+
+
+# --- windows (identical in rosmo_*.py and muzero_unplugged_*.py) ---
+def window_positions(is_last, is_terminal):
+    """Tells how the positions of windows [batch, time] lie to the episode of their first step.
+
+    Returns:
+      moving: a logged action leads on from here; absorbing: at or past a terminal state; known:
+      everywhere but past a truncated end. All are bool [batch, time].
+    """
+    ended = jnp.cumsum(is_last, axis=1)
+    inside = ended - is_last == 0
+    absorbing = jnp.cumsum(inside & is_terminal, axis=1) > 0
+    return ended == 0, absorbing, inside | absorbing
+
+
+def value_target(reward, value, moving, absorbing, discount: float, td_steps: int):
+    """z, the n-step return (Eq. 8): rewards and values [B, T] -> [B, T - n].
+
+    Each backup adds one logged reward. It stops where the episode does, with the value of a
+    truncated end and with zero at a terminal one.
+    """
+    value = jnp.where(absorbing, 0.0, value)
+    z = value
+    for t in range(reward.shape[1] - 1, reward.shape[1] - 1 - td_steps, -1):
+        z = jnp.where(moving[:, :t], reward[:, :t] + discount * z[:, 1:], value[:, :t])
+    return z
+
+
+def cross_entropy(target, logits):
+    """-Σ target log softmax(logits) over the last axis (Eq. 12-14)."""
+    return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
+
+
+def scale_gradient(x, scale: float):
+    return x * scale + jax.lax.stop_gradient(x) * (1 - scale)
+
+
+# --- end windows ---
+
+
+def policy_target(prior_logits, advantage):
+    """p ∝ π_prior exp(adv) in log space (Eq. 6): [..., actions] -> [..., actions]."""
+    return jax.nn.softmax(jax.nn.log_softmax(prior_logits) + advantage)
+
+
+def sampled_policy_target(advantage, action, num_actions: int):
+    """Weights on log π(a|s) in the sampled policy loss (Eq. 9-10); they need not sum to one.
+
+    Args:
+      advantage: [..., N], of the sampled actions.
+      action: [..., N], sampled from the prior.
+
+    Returns:
+      [..., actions], of which the cross entropy with π is Eq. 9.
+    """
+    num_samples = advantage.shape[-1]
+    others = jnp.where(jnp.eye(num_samples, dtype=bool), -jnp.inf, advantage[..., None, :])
+    # Eq. 10: Z^(k) = (1 + Σ_{i≠k} exp(adv_i)) / N.
+    log_normalizer = jnp.logaddexp(0.0, jax.nn.logsumexp(others, axis=-1)) - math.log(num_samples)
+    weight = jnp.exp(jnp.minimum(advantage - log_normalizer, 20.0))  # e^88 would overflow
+    return jnp.einsum("...n,...na->...a", weight, jax.nn.one_hot(action, num_actions)) / num_samples
+
+
+def look_ahead(network: MuZeroNetwork, params, state, action, discount: float):
+    """q_g(s, a) = r_g + γ v(s'_g) (Eq. 7): states [..., 32], actions [..., M] -> [..., M]."""
+    state = jnp.broadcast_to(state[..., None, :], (*action.shape, state.shape[-1]))
+    next_state = network.apply(params, state, action, method="dynamics")
+    prediction = network.apply(params, next_state, method="prediction")
+    return to_scalar(prediction.reward_logits) + discount * to_scalar(prediction.value_logits)
+
+
+def rosmo_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork, args: Args):
+    """The loss of Eq. 1 on windows of K + 1 + n steps (Algorithm 2).
+
+    Returns:
+      The total loss and a dictionary of scalars to log.
+    """
+    roots, num_actions = args.unroll_steps + 1, network.num_actions
+    positions = window_positions(batch.is_last, batch.is_terminal)  # [B, K+1+n]
+    moving, absorbing, known = (x[:, :roots] for x in positions)  # [B, K+1]
+    action_key, sample_key = jax.random.split(key)
+
+    # Unroll the online network from the encoding of the first observation (lines 4-5, 12-20).
+    random_action = jax.random.randint(action_key, moving.shape, 0, num_actions)
+    action = jnp.where(moving, batch.action[:, :roots], random_action)  # [B, K+1]
+    states = [network.apply(params, batch.observation[:, 0], method="representation")]
+    for k in range(args.unroll_steps):
+        next_state = network.apply(params, states[k], action[:, k], method="dynamics")
+        states.append(scale_gradient(next_state, 0.5))
+    prediction = network.apply(params, jnp.stack(states, axis=1), method="prediction")
+
+    # Improve with the target network (lines 6, 21-36).
+    target_state = network.apply(target_params, batch.observation, method="representation")
+    target = network.apply(target_params, target_state, method="prediction")
+    value = to_scalar(target.value_logits)  # [B, K+1+n]
+    z = value_target(batch.reward, value, *positions[:2], args.discount, args.td_steps)  # [B, K+1]
+    prior_logits = target.policy_logits[:, :roots]
+    if args.num_samples is None:
+        candidates = jnp.broadcast_to(jnp.arange(num_actions), prior_logits.shape)
+    else:  # the last candidate is the logged action, for Eq. 11
+        sample_shape = (args.num_samples, *action.shape)
+        samples = jax.random.categorical(sample_key, prior_logits, shape=sample_shape)
+        candidates = jnp.concatenate([jnp.moveaxis(samples, 0, -1), action[..., None]], axis=-1)
+    q = look_ahead(network, target_params, target_state[:, :roots], candidates, args.discount)
+    advantage = q - value[:, :roots, None]  # [B, K+1, candidates]
+    if args.num_samples is None:
+        p = policy_target(prior_logits, advantage)
+        behavior_advantage = jnp.take_along_axis(advantage, action[..., None], axis=-1)[..., 0]
+    else:
+        p = sampled_policy_target(advantage[..., :-1], candidates[..., :-1], num_actions)
+        behavior_advantage = advantage[..., -1]
+    if args.behavior_advantage == "next-observation":
+        next_reward = to_scalar(target.reward_logits)[:, 1 : roots + 1]
+        q_logged = next_reward + args.discount * value[:, 1 : roots + 1]
+        behavior_advantage = q_logged - value[:, :roots]
+    p = jnp.where(absorbing[..., None], 1 / num_actions, p)
+
+    # Eq. 12-14, averaged over the unrolled steps; a reward belongs to the action before it.
+    reward_target = jnp.where(moving, batch.reward[:, :roots], 0.0)[:, :-1]
+    reward_loss = cross_entropy(
+        two_hot(reward_target, args.num_bins), prediction.reward_logits[:, 1:]
+    )
+    value_loss = cross_entropy(two_hot(z, args.num_bins), prediction.value_logits)
+    policy_loss = cross_entropy(p, prediction.policy_logits)
+    # Eq. 11: imitate the logged action where its advantage is positive.
+    log_prob = -cross_entropy(jax.nn.one_hot(action, num_actions), prediction.policy_logits)
+    behavior_loss = -log_prob * ((behavior_advantage > 0) & moving)
+
+    losses = {
+        "losses/reward": jnp.mean(reward_loss * known[:, 1:]),
+        "losses/value": jnp.mean(value_loss * known) * args.value_coef,
+        "losses/policy": jnp.mean(policy_loss * known) * args.policy_coef,
+        "losses/behavior": jnp.mean(behavior_loss) * args.behavior_coef,
+    }
+    total = sum(losses.values())
+    policy = jax.nn.softmax(prediction.policy_logits)
+    metrics = losses | {
+        "losses/total": total,
+        "charts/value": jnp.mean(to_scalar(prediction.value_logits)),
+        "charts/value_target": jnp.mean(z),
+        "charts/advantage_std": jnp.std(advantage),
+        "charts/imitated": jnp.mean((behavior_advantage > 0) & moving),
+        "charts/policy_entropy": jnp.mean(cross_entropy(policy, prediction.policy_logits)),
+    }
+    return total, metrics
+
+
+class TrainState(NamedTuple):
+    params: Any
+    target_params: Any
+    opt_state: Any
+    step: Any  # int32, updates done
+
+
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    learning_rate = optax.warmup_exponential_decay_schedule(
+        0.0, args.learning_rate, 1_000, 100_000, args.learning_rate_decay, staircase=True
+    )
+    is_weight = partial(jax.tree.map, lambda x: x.ndim > 1)
+    adamw = optax.adamw(learning_rate, weight_decay=args.weight_decay, mask=is_weight)
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adamw)
+
+
+def init_state(key, network: MuZeroNetwork, observation, args: Args) -> TrainState:
+    params = network.init(key, observation, jnp.int32(0))
+    return TrainState(params, params, make_optimizer(args).init(params), jnp.int32(0))
+
+
+def make_train(network: MuZeroNetwork, mesh, args: Args):
+    """Returns train(num_updates, state, key, steps, starts, num_starts) -> (state, metrics).
+
+    Every argument but num_updates and steps has a leading axis for the seeds; so have the
+    metrics, [seeds, num_updates]. The batches are shared out to the devices of the mesh.
+    """
+    optimizer, by_device = make_optimizer(args), NamedSharding(mesh, PartitionSpec("data"))
+    length = args.unroll_steps + 1 + args.td_steps
+
+    def update(state: TrainState, key, steps: Steps, starts, num_starts):
+        # The key belongs to the seed and the step, so that a resumed run draws the same batches.
+        batch_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
+        batch = sample_windows(batch_key, steps, starts, num_starts, args.batch_size, length)
+        batch = jax.lax.with_sharding_constraint(batch, by_device)
+        gradient, metrics = jax.grad(rosmo_loss, has_aux=True)(
+            state.params, state.target_params, batch, loss_key, network, args
+        )
+        metrics["charts/grad_norm"] = optax.global_norm(gradient)
+        delta, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params, step = optax.apply_updates(state.params, delta), state.step + 1
+        target_params = optax.periodic_update(
+            params, state.target_params, step, args.target_update_every
+        )
+        return TrainState(params, target_params, opt_state, step), metrics
+
+    def train_seed(num_updates, state, *data):
+        return jax.lax.scan(lambda s, _: update(s, *data), state, length=num_updates)
+
+    def train(num_updates, *state_and_data):
+        seed_axes = (0, 0, None, 0, 0)
+        return jax.vmap(partial(train_seed, num_updates), seed_axes)(*state_and_data)
+
+    return jax.jit(train, static_argnums=0)
+
+
+def act(greedy: bool, network: MuZeroNetwork, args: Args, params, observation, key):
+    """Actions [E] for observations [E, ...], from the improved policy or, if sampled, from π."""
+    state = network.apply(params, observation, method="representation")
+    prediction = network.apply(params, state, method="prediction")
+    logits = prediction.policy_logits
+    if args.num_samples is None:  # Eq. 6
+        candidates = jnp.broadcast_to(jnp.arange(network.num_actions), logits.shape)
+        q = look_ahead(network, params, state, candidates, args.discount)
+        logits += q - to_scalar(prediction.value_logits)[:, None]
+    return jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(key, logits)
+
+
+# --- run folder (identical in *_atari.py and *_bsuite.py) ---
+# Arguments that change no number of a run, and those that do not name its folder.
+NOT_COMPARED = "run_dir overwrite track wandb_project_name wandb_entity data_dir loader_threads"
+NOT_NAMED = f"{NOT_COMPARED} env_id seed num_seeds total_updates log_every checkpoint_every"
+
+
+class Run:
+    """The folder of a run: config.json, metrics.jsonl, checkpoints/ and learning_curve.png.
+
+    The same command finds its folder again and goes on from the last checkpoint in it.
+    """
+
+    def __init__(self, args, seeds: list[int]):
+        """Finds the folder and ends the program if it holds something else; writes nothing."""
+        self.args, self.seeds, self.stopping, self.wandb = args, seeds, False, None
+        fields = [f for f in dataclasses.fields(args) if f.name not in NOT_NAMED.split()]
+        changed = [f.name for f in fields if getattr(args, f.name) != f.default]
+        variant = "".join(f"-{name.replace('_', '-')}={getattr(args, name)}" for name in changed)
+        name = f"seed{seeds[0]}" if len(seeds) == 1 else f"seeds{seeds[0]}-{seeds[-1]}"
+        folder = args.env_id + variant.replace("/", "_")
+        self.dir = args.run_dir or Path("runs", Path(__file__).stem, folder, name)
+        config_path = self.dir / "config.json"
+        if args.overwrite and config_path.exists():
+            shutil.rmtree(self.dir)
+        self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
+        if config_path.exists():
+            now, self.config = self.config["args"], json.loads(config_path.read_text())
+            before = self.config["args"]
+            names = [k for k in before | now if k not in NOT_COMPARED.split()]
+            pairs = [(k, before.get(k), now.get(k)) for k in names]
+            if changes := ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b):
+                message = f"{self.dir} holds a run with other arguments ({changes})"
+                raise SystemExit(f"{message}; give another --run-dir, or --overwrite to delete it.")
+        elif self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+            raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
+
+    def start(self, state, **facts):
+        """Opens the folder; returns (update, state), those of the last checkpoint if any."""
+        git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
+        if shutil.which("git"):
+            facts["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        facts["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        facts["versions"] = {p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")}
+        self.config = facts | {"wandb_id": f"{time.time_ns():x}"} | self.config
+        try:
+            (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
+            (self.dir / "config.tmp").replace(self.dir / "config.json")
+        except OSError as error:
+            message = f"The folder {self.dir} cannot be written ({error.strerror})"
+            raise SystemExit(f"{message}; give another --run-dir.") from None
+        keep = AnyPreservationPolicy([LatestN(2), BestN(get_metric_fn=lambda m: m["score"], n=1)])
+        options = ocp.CheckpointManagerOptions(preservation_policy=keep)
+        self.checkpoints = ocp.CheckpointManager(
+            self.dir.resolve() / "checkpoints", options=options
+        )
+        update, wall_time = self.checkpoints.latest_step() or 0, 0.0
+        if update:
+            items = {"state": ocp.args.StandardRestore(state), "extra": ocp.args.JsonRestore()}
+            saved = self.checkpoints.restore(update, args=ocp.args.Composite(**items))
+            state, wall_time = saved.state, saved.extra["wall_time"]
+            print(f"Going on from update {update:,} in {self.dir}.", flush=True)
+        lines = [x for x in self.lines() if x["update"] <= update and "final/returns" not in x]
+        (self.dir / "metrics.tmp").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        (self.dir / "metrics.tmp").replace(self.dir / "metrics.jsonl")
+        self.metrics = (self.dir / "metrics.jsonl").open("a")
+        self.started = time.monotonic() - wall_time
+        if self.args.track:
+            import wandb
+
+            project, entity = self.args.wandb_project_name, self.args.wandb_entity
+            same = {"id": self.config["wandb_id"], "resume": "allow", "dir": self.dir}
+            self.wandb = wandb.init(project=project, entity=entity, config=self.config, **same)
+        signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGTERM, self.interrupt)
+        return update, state
+
+    def interrupt(self, *_) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        print("\nStopping at the next checkpoint; Ctrl-C again stops now.", file=sys.stderr)
+
+    def lines(self) -> list[dict]:
+        """The metrics written so far, but for a last line that a kill cut short."""
+        path = self.dir / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def is_finished(self) -> bool:
+        return sum("final/returns" in line for line in self.lines()) == len(self.seeds)
+
+    def log(self, update: int, seed: int, values: dict) -> None:
+        """Appends one line to metrics.jsonl; a loss that is not finite ends the program."""
+        values = {name: np.asarray(value).tolist() for name, value in values.items()}
+        line = {"update": update, "seed": seed, "wall_time": time.monotonic() - self.started}
+        self.metrics.write(json.dumps(line | values) + "\n")
+        self.metrics.flush()
+        if self.wandb:
+            prefix = f"seed{seed}/" if len(self.seeds) > 1 else ""
+            self.wandb.log({prefix + name: value for name, value in values.items()}, step=update)
+        if not math.isfinite(loss := values.get("losses/total", 0.0)):
+            self.close()
+            message = f"The loss is {loss} by update {update:,}; the last checkpoint is kept"
+            raise SystemExit(f"{message}. Try a lower --learning-rate.")
+
+    def save(self, update: int, state, score: float) -> None:
+        """Writes a checkpoint in the background; the last two and the best score are kept."""
+        extra = {"wall_time": time.monotonic() - self.started}
+        items = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave(extra)}
+        self.checkpoints.save(update, args=ocp.args.Composite(**items), metrics={"score": score})
+        if self.stopping:
+            self.close()
+            print(f"Stopped at update {update:,}; the same command goes on.", file=sys.stderr)
+            raise SystemExit(130)
+
+    def plot(self, references: dict[str, float]) -> None:
+        """Draws learning_curve.png: the evaluations' mean returns, each seed's and their mean."""
+        from matplotlib.figure import Figure  # without pyplot's global state
+
+        lines = [line for line in self.lines() if "eval/return_mean" in line]
+        returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
+        updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
+        n = 1 + len(updates) // 25  # evaluations in the moving average
+        curves = np.transpose([np.convolve(row, np.ones(n) / n, "valid") for row in returns])
+        axes = (figure := Figure((7, 4.5), layout="constrained")).subplots()
+        axes.plot(updates[n - 1 :], curves, color="C0", alpha=0.25, linewidth=1)
+        axes.plot(updates[n - 1 :], curves.mean(axis=1), label=f"mean of {len(self.seeds)} seeds")
+        for i, (name, value) in enumerate(references.items()):
+            axes.axhline(value, color=f"C{i + 1}", linestyle="--", linewidth=1, label=name)
+        axes.set(xlabel="updates", ylabel=f"mean return of {n} evaluations", title=str(self.dir))
+        axes.legend()
+        figure.savefig(self.dir / "learning_curve.png", dpi=120)
+
+    def close(self) -> None:
+        self.checkpoints.close()  # waits for those that are still being written
+        self.metrics.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+# --- end run folder ---
+
+
+def check_args(args: Args) -> None:
+    """Ends the program with one sentence if an argument is out of its range."""
+    for name, value in vars(args).items():
+        if type(value) is int and name != "seed" and value < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least 1.")
+    if not 0 <= args.noise <= 1:
+        raise SystemExit(f"--noise is {args.noise:g}; give a probability from 0 to 1.")
+    if not 0 < args.data_percent <= 100:
+        raise SystemExit(f"--data-percent is {args.data_percent:g}; give more than 0, at most 100.")
+    if args.eval_every % args.log_every or args.checkpoint_every % args.eval_every:
+        raise SystemExit(
+            f"--checkpoint-every {args.checkpoint_every} must be a multiple of --eval-every "
+            f"{args.eval_every}, and that one of --log-every {args.log_every}."
+        )
+    if args.batch_size % jax.device_count():
+        raise SystemExit(
+            f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices; "
+            "give a multiple."
+        )
+
+
+def main(args: Args) -> None:
+    check_args(args)
+    seeds = list(range(args.seed, args.seed + args.num_seeds))
+    run = Run(args, seeds)
+    if run.is_finished():
+        print(f"This run is finished: see {run.dir}, or give --overwrite to start again.")
+        return
+    if args.compilation_cache:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
+    steps, source = load_dataset(args)
+    starts, num_starts = window_starts(steps.is_last, args.data_percent, seeds)
+    print(f"Data: {source}.", flush=True)
+
+    num_actions = ENVIRONMENTS[args.env_id]().action_spec().num_values
+    network = MuZeroNetwork(num_actions, args.num_bins, args.dynamics_hidden, args.dtype)
+    keys = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in seeds])
+    init_keys, train_keys, act_keys = keys.T
+    states = [init_state(key, network, steps.observation[0], args) for key in init_keys]
+    update, states = run.start(jax.tree.map(lambda *x: jnp.stack(x), *states), data=source)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    states, *data = jax.device_put((states, train_keys, steps, starts, num_starts), replicated)
+    train = make_train(network, mesh, args)
+
+    @partial(jax.jit, static_argnums=0)
+    def act_seeds(greedy, params, observation, update, t):
+        keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, update), t))(
+            act_keys
+        )
+        return jax.vmap(partial(act, greedy, network, args))(params, observation, keys)
+
+    def play(num_episodes: int, greedy: bool) -> np.ndarray:  # [seeds, episodes]
+        policy = lambda observation, t: act_seeds(greedy, states.params, observation, update, t)  # noqa: E731
+        noise = args.noise if args.eval_noise else 0.0
+        return evaluate(policy, args.env_id, seeds, update, num_episodes, noise)
+
+    bar = tqdm(total=args.total_updates, initial=update, disable=not sys.stderr.isatty())
+    while update < args.total_updates:
+        num_updates = min(args.eval_every, args.total_updates - update)
+        states, metrics = train(num_updates, states, *data)
+        metrics = jax.device_get(metrics)  # each [seeds, num_updates]
+        for first in range(0, num_updates, args.log_every):
+            window = {name: x[:, first : first + args.log_every] for name, x in metrics.items()}
+            end = update + min(first + args.log_every, num_updates)
+            for i, seed in enumerate(seeds):
+                run.log(end, seed, {name: x[i].mean() for name, x in window.items()})
+        update += num_updates
+        returns = play(args.eval_episodes, args.eval_greedy)
+        for seed, row in zip(seeds, returns, strict=True):
+            run.log(update, seed, {"eval/return_mean": row.mean(), "eval/returns": row})
+        status = f"loss {metrics['losses/total'].mean():.3f}, return {returns.mean():.2f}"
+        bar.set_postfix_str(status)
+        bar.update(num_updates)
+        if bar.disable:
+            print(f"update {update:,}: {status}", flush=True)
+        if run.stopping or update % args.checkpoint_every == 0 or update == args.total_updates:
+            run.save(update, states, returns.mean())
+    bar.close()
+
+    sampled = play(args.final_eval_episodes, greedy=False)
+    greedy = play(args.final_eval_episodes, greedy=True)
+    for i, seed in enumerate(seeds):
+        score = normalized_score(args.env_id, sampled[i].mean())
+        means = {"return_mean": sampled[i].mean(), "return_mean_greedy": greedy[i].mean()}
+        final = means | {"returns": sampled[i], "returns_greedy": greedy[i]}
+        final["normalized_score"] = score
+        run.log(update, seed, {f"final/{name}": value for name, value in final.items()})
+    random_return, online_return = REFERENCE_RETURNS[args.env_id]
+    run.plot({"random policy (Table 6)": random_return, "online DQN (Table 6)": online_return})
+    run.close()
+    means = sampled.mean(axis=1)
+    print(
+        f"Final return of {len(seeds)} seeds: {means.mean():.3f} (std {means.std():.3f}, lowest "
+        f"{means.min():.3f}), greedy {greedy.mean():.3f}; see {run.dir}."
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        raise SystemExit(130) from None
