@@ -279,7 +279,7 @@ def check_steps(steps: Steps) -> Steps:
     """Casts the arrays; raises ValueError where they cannot be complete episodes."""
     dtypes = (np.float32, np.int32, np.float32, np.bool_, np.bool_)
     steps = Steps(*map(np.asarray, steps, dtypes))
-    if len({len(x) for x in steps}) != 1 or not steps.is_last[-1:].all():
+    if len({len(x) for x in steps}) != 1 or not steps.is_last[-1:].any():
         raise ValueError("its arrays do not hold complete episodes")
     if not (np.isfinite(steps.observation).all() and np.isfinite(steps.reward).all()):
         raise ValueError("it holds numbers that are not finite")
@@ -793,6 +793,7 @@ def main(args: Args) -> None:
     if args.compilation_cache:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     steps, source = load_dataset(args)
     starts, num_starts = window_starts(steps.is_last, args.data_percent, seeds)
     print(f"Data: {source}.", flush=True)
@@ -801,7 +802,8 @@ def main(args: Args) -> None:
     network = MuZeroNetwork(num_actions, args.num_bins, args.dynamics_hidden, args.dtype)
     keys = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in seeds])
     init_keys, train_keys, act_keys = keys.T
-    states = [init_state(key, network, steps.observation[0], args) for key in init_keys]
+    init = jax.jit(init_state, static_argnums=(1, 3))
+    states = [init(key, network, steps.observation[0], args) for key in init_keys]
     update, states = run.start(jax.tree.map(lambda *x: jnp.stack(x), *states), data=source)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     replicated = NamedSharding(mesh, PartitionSpec())

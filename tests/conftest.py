@@ -1,0 +1,78 @@
+"""Paths and small datasets for the tests. Nothing here needs a network, a GPU or an account."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+def write_catch_dataset(path: Path, num_episodes: int, seed: int = 0) -> Path:
+    """Random play on catch in the format of benchmark/collect_bsuite.py."""
+    from bsuite.environments.catch import Catch
+
+    environment, rng = Catch(seed=seed), np.random.default_rng(seed)
+    steps = {name: [] for name in ("observation", "action", "reward", "is_last")}
+    for _ in range(num_episodes):
+        timestep = environment.reset()
+        while True:
+            last = timestep.last()
+            action = 0 if last else int(rng.integers(3))
+            steps["observation"].append(timestep.observation)
+            steps["action"].append(action)
+            steps["is_last"].append(last)
+            timestep = None if last else environment.step(action)
+            steps["reward"].append(0.0 if last else timestep.reward)
+            if last:
+                break
+    arrays = {name: np.asarray(x) for name, x in steps.items()}
+    arrays["observation"] = arrays["observation"].astype(np.float32)
+    arrays["action"] = arrays["action"].astype(np.int32)
+    arrays["reward"] = arrays["reward"].astype(np.float32)
+    arrays["is_first"] = np.roll(arrays["is_last"], 1)
+    arrays["is_terminal"] = arrays["is_last"]
+    header = json.dumps({"schema": 1, "env_id": "catch", "noise": 0.0})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, header=np.array(header), **arrays)
+    return path
+
+
+@pytest.fixture(scope="session")
+def catch_dataset(tmp_path_factory) -> Path:
+    return write_catch_dataset(tmp_path_factory.mktemp("data") / "catch.npz", num_episodes=100)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> Path:
+    """One folder of compiled programs for all workers, so that each program is compiled once."""
+    return tmp_path_factory.getbasetemp().parent / "compilation-cache"
+
+
+@pytest.fixture
+def script(cache_dir, tmp_path):
+    """Starts a script of the suite as a user would: script("rosmo_bsuite.py", "--seed", 1)."""
+
+    def start(name: str, *arguments, wait: bool = True, **environment):
+        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"XDG_CACHE_HOME": str(cache_dir)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if not wait:
+            return process
+        stdout, stderr = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+    return start

@@ -1,0 +1,467 @@
+"""The mathematics of rosmo_bsuite.py against naive loops and known answers."""
+
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rosmo_bsuite as rosmo
+
+ARGS = rosmo.Args(env_id="catch", dynamics_hidden=16, unroll_steps=3, td_steps=2)
+NETWORK = rosmo.MuZeroNetwork(3, ARGS.num_bins, ARGS.dynamics_hidden, ARGS.dtype)
+rosmo_loss = jax.jit(rosmo.rosmo_loss, static_argnums=(4, 5))
+
+
+def random_params(seed: int):
+    """Parameters with heads that are not zero, so that every gradient can flow."""
+    params = NETWORK.init(jax.random.key(seed), jnp.zeros((10, 5)), jnp.int32(0))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    return tree.unflatten([x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
+
+
+def random_batch(batch_size: int, args=ARGS, seed: int = 0) -> rosmo.Steps:
+    """Windows with all kinds of ends in all kinds of places."""
+    rng = np.random.default_rng(seed)
+    shape = (batch_size, args.unroll_steps + 1 + args.td_steps)
+    is_last = rng.random(shape) < 0.25
+    return rosmo.Steps(
+        rng.normal(size=(*shape, 10, 5)).astype(np.float32),
+        rng.integers(0, 3, shape).astype(np.int32),
+        rng.normal(size=shape).astype(np.float32) * ~is_last,
+        is_last,
+        is_last & (rng.random(shape) < 0.6),
+    )
+
+
+# Value transform and categorical representation (Appendix A.2).
+
+
+def test_transform_is_inverted_and_equals_rlax():
+    rlax = pytest.importorskip("rlax")
+    x = jnp.concatenate([jnp.linspace(-300.0, 300.0, 601), jnp.array([1e-3, -1e-3, 1e5])])
+    np.testing.assert_allclose(rosmo.transform(x), rlax.signed_hyperbolic(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rosmo.inverse_transform(rosmo.transform(x)), x, rtol=1e-4, atol=1e-5)
+    assert rosmo.transform(jnp.float32(3.0)) == pytest.approx(1.003)
+
+
+def test_two_hot_by_hand():
+    y = 1.25  # between the integers 1 and 2
+    target = rosmo.two_hot(rosmo.inverse_transform(jnp.float32(y)), 20)
+    expected = np.zeros(20)
+    expected[1 + 9], expected[2 + 9] = 0.75, 0.25
+    np.testing.assert_allclose(target, expected, atol=1e-5)
+
+
+def test_two_hot_stops_at_nine_and_leaves_the_last_of_20_bins_unused():
+    targets = rosmo.two_hot(jnp.array([-1e6, 0.0, 1e6]), 20)
+    assert np.argmax(targets, axis=1).tolist() == [0, 9, 18]
+    assert np.all(targets[:, 19] == 0)
+    np.testing.assert_allclose(targets.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("num_bins", [20, 601])
+def test_to_scalar_inverts_two_hot(num_bins):
+    x = jnp.linspace(-60.0, 60.0, 97)
+    logits = jnp.log(rosmo.two_hot(x, num_bins) + 1e-30)
+    np.testing.assert_allclose(rosmo.to_scalar(logits), x, rtol=1e-3, atol=1e-4)
+
+
+# Windows and the value target (Eq. 8).
+
+
+def naive_positions(is_last, is_terminal):
+    moving, absorbing, known = [], [], []
+    state = "inside"
+    for last, terminal in zip(is_last, is_terminal, strict=True):
+        if state == "inside":
+            moving.append(not last)
+            absorbing.append(bool(last and terminal))
+            known.append(True)
+            if last:
+                state = "absorbed" if terminal else "unknown"
+        else:
+            moving.append(False)
+            absorbing.append(state == "absorbed")
+            known.append(state == "absorbed")
+    return moving, absorbing, known
+
+
+def naive_value_target(reward, value, is_last, is_terminal, t, discount, td_steps):
+    """Follows one trajectory from t until n rewards or the end of its first episode."""
+    moving, absorbing, _ = naive_positions(is_last, is_terminal)
+    total, factor = 0.0, 1.0
+    for i in range(t, t + td_steps):
+        if not moving[i]:
+            return total + factor * (0.0 if absorbing[i] else value[i])
+        total += factor * reward[i]
+        factor *= discount
+    return total + factor * (0.0 if absorbing[t + td_steps] else value[t + td_steps])
+
+
+def test_window_positions_and_value_target_against_loops():
+    batch = random_batch(200, dataclasses.replace(ARGS, unroll_steps=6, td_steps=3))
+    value = np.random.default_rng(1).normal(size=batch.reward.shape).astype(np.float32)
+    positions = rosmo.window_positions(batch.is_last, batch.is_terminal)
+    targets = rosmo.value_target(batch.reward, value, *positions[:2], 0.9, 3)
+    assert targets.shape == (200, 7)
+    for b in range(200):
+        ends = batch.is_last[b], batch.is_terminal[b]
+        for ours, naive in zip(positions, naive_positions(*ends), strict=True):
+            assert ours[b].tolist() == naive
+        for t in range(7):
+            expected = naive_value_target(batch.reward[b], value[b], *ends, t, 0.9, 3)
+            assert targets[b, t] == pytest.approx(expected, abs=1e-5)
+
+
+def test_truncation_as_termination_changes_the_bootstrap(catch_dataset, tmp_path):
+    with np.load(catch_dataset) as file:
+        arrays = dict(file)
+    arrays["is_terminal"] = np.zeros_like(arrays["is_last"])
+    np.savez(path := tmp_path / "truncated.npz", **arrays)
+    args = dataclasses.replace(ARGS, dataset=path)
+    kept, _ = rosmo.load_dataset(args)
+    ended, _ = rosmo.load_dataset(dataclasses.replace(args, truncation_as_termination=True))
+    assert not kept.is_terminal.any()
+    assert (ended.is_terminal == ended.is_last).all()
+
+
+# Policy targets (Eq. 6, 9, 10).
+
+
+def test_policy_target_against_brute_force():
+    rng = np.random.default_rng(0)
+    logits, advantage = rng.normal(size=(2, 50, 3))
+    prior = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = prior * np.exp(advantage)
+    expected /= expected.sum(-1, keepdims=True)
+    np.testing.assert_allclose(rosmo.policy_target(logits, advantage), expected, rtol=1e-4)
+
+
+def test_policy_target_of_large_advantages_is_finite_and_right():
+    target = rosmo.policy_target(jnp.log(jnp.array([0.2, 0.3, 0.5])), jnp.array([200.0, 199.0, 0]))
+    expected = np.array([0.2, 0.3 * math.exp(-1), 0]) / (0.2 + 0.3 * math.exp(-1))
+    np.testing.assert_allclose(target, expected, rtol=1e-5)
+
+
+def test_sampled_policy_target_against_loops():
+    rng = np.random.default_rng(0)
+    num_samples = 4
+    advantage = rng.normal(size=(30, num_samples)).astype(np.float32)
+    action = rng.integers(0, 3, (30, num_samples))
+    expected = np.zeros((30, 3))
+    for b in range(30):
+        for k in range(num_samples):
+            others = sum(math.exp(advantage[b, i]) for i in range(num_samples) if i != k)
+            normalizer = (1 + others) / num_samples
+            expected[b, action[b, k]] += math.exp(advantage[b, k]) / normalizer / num_samples
+    ours = rosmo.sampled_policy_target(advantage, action, 3)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4)
+
+
+def test_one_sample_has_a_normalizer_of_one():
+    target = rosmo.sampled_policy_target(jnp.array([[0.5]]), jnp.array([[2]]), 3)
+    np.testing.assert_allclose(target, [[0, 0, math.exp(0.5)]], rtol=1e-5)
+
+
+def test_sampled_policy_target_of_large_advantages_is_finite():
+    target = rosmo.sampled_policy_target(jnp.array([[200.0, 0.0]]), jnp.array([[0, 1]]), 3)
+    assert np.isfinite(target).all()
+    assert np.argmax(target) == 0
+
+
+def test_sampled_gradient_approaches_the_exact_one():
+    """With many samples, Eq. 9's gradient is that of Eq. 5 for exp(adv) / E[exp(adv)]."""
+    prior = jnp.array([0.5, 0.3, 0.2])
+    advantage = jnp.array([0.4, -0.3, 0.8])
+    logits = jnp.array([0.1, 0.2, -0.3])
+    action = jax.random.categorical(jax.random.key(0), jnp.log(prior), shape=(2000, 64))
+    target = rosmo.sampled_policy_target(advantage[action], action, 3).mean(axis=0)
+    sampled = jax.grad(lambda x: rosmo.cross_entropy(target, x))(logits)
+    exact = jax.grad(
+        lambda x: rosmo.cross_entropy(rosmo.policy_target(jnp.log(prior), advantage), x)
+    )(logits)
+    np.testing.assert_allclose(sampled, exact, atol=0.015)
+
+
+# The whole loss (Algorithm 2), one window and one step at a time.
+
+
+def naive_losses(params, target_params, batch, b, args):
+    """Losses of window b in plain Python; the actions past an end must not be needed."""
+
+    def apply(p, method, *inputs):
+        return NETWORK.apply(p, *(jnp.asarray(x) for x in inputs), method=method)
+
+    def look_ahead(state, action):
+        after = apply(target_params, "prediction", apply(target_params, "dynamics", state, action))
+        reward = float(rosmo.to_scalar(after.reward_logits))
+        return reward + args.discount * float(rosmo.to_scalar(after.value_logits))
+
+    ends = batch.is_last[b], batch.is_terminal[b]
+    moving, absorbing, known = naive_positions(*ends)
+    target_states = [apply(target_params, "representation", o) for o in batch.observation[b]]
+    targets = [apply(target_params, "prediction", s) for s in target_states]
+    value = [float(rosmo.to_scalar(t.value_logits)) for t in targets]
+    losses = {"reward": 0.0, "value": 0.0, "policy": 0.0, "behavior": 0.0}
+    state = apply(params, "representation", batch.observation[b, 0])
+    last = args.unroll_steps
+    for k in range(last + 1):
+        output = apply(params, "prediction", state)
+        log_pi = np.log(np.asarray(jax.nn.softmax(output.policy_logits)))
+        log_v = np.log(np.asarray(jax.nn.softmax(output.value_logits)))
+        log_r = np.log(np.asarray(jax.nn.softmax(output.reward_logits)))
+        if k > 0 and known[k]:
+            reward = batch.reward[b, k - 1] if moving[k - 1] else 0.0
+            phi = np.asarray(rosmo.two_hot(jnp.float32(reward), args.num_bins))
+            losses["reward"] -= phi @ log_r / last
+        if known[k]:
+            z = naive_value_target(batch.reward[b], value, *ends, k, args.discount, args.td_steps)
+            phi = np.asarray(rosmo.two_hot(jnp.float32(z), args.num_bins))
+            losses["value"] -= args.value_coef * phi @ log_v / (last + 1)
+            prior = np.asarray(jax.nn.softmax(targets[k].policy_logits))
+            q = np.array([look_ahead(target_states[k], a) for a in range(3)])
+            p = prior * np.exp(q - value[k])
+            p = np.full(3, 1 / 3) if absorbing[k] else p / p.sum()
+            losses["policy"] -= args.policy_coef * p @ log_pi / (last + 1)
+        if moving[k]:
+            action = batch.action[b, k]
+            if args.behavior_advantage == "model":
+                following = look_ahead(target_states[k], action)
+            else:
+                following = float(rosmo.to_scalar(targets[k + 1].reward_logits))
+                following += args.discount * value[k + 1]
+            if following - value[k] > 0:
+                losses["behavior"] -= args.behavior_coef * log_pi[action] / (last + 1)
+            if k < last:
+                state = apply(params, "dynamics", state, action)
+        elif k < last:  # a random action of the loss's own; only the constants can be compared
+            break
+    return losses, moving
+
+
+@pytest.mark.parametrize("behavior_advantage", ["model", "next-observation"])
+def test_losses_against_a_naive_algorithm_2(behavior_advantage):
+    args = dataclasses.replace(ARGS, behavior_advantage=behavior_advantage)
+    params, target_params = random_params(0), random_params(1)
+    batch = random_batch(16, args)
+    whole = [b for b in range(16) if not batch.is_last[b, : args.unroll_steps].any()]
+    batch = rosmo.Steps(*(x[whole] for x in batch))
+    assert batch.is_last[:, args.unroll_steps :].any()
+    naive = [naive_losses(params, target_params, batch, b, args)[0] for b in range(len(whole))]
+    _, metrics = rosmo_loss(params, target_params, batch, jax.random.key(0), NETWORK, args)
+    for name in ("reward", "value", "policy", "behavior"):
+        expected = np.mean([x[name] for x in naive])
+        assert expected != 0
+        assert metrics[f"losses/{name}"] == pytest.approx(expected, rel=1e-4), name
+    total = sum(metrics[f"losses/{name}"] for name in ("reward", "value", "policy", "behavior"))
+    assert metrics["losses/total"] == pytest.approx(float(total))
+
+
+def one_window(is_last, is_terminal):
+    batch = random_batch(1, seed=3)
+    flags = np.array([is_last], bool), np.array([is_terminal], bool)
+    return rosmo.Steps(batch.observation, batch.action, batch.reward, *flags)
+
+
+def test_absorbing_states_have_uniform_policy_zero_value_and_no_behaviour():
+    """A window that starts at a terminal state: every target is known without the network."""
+    params = random_params(0)
+    ended = one_window([1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0])
+    key = jax.random.key(0)
+    _, metrics = rosmo_loss(params, random_params(1), ended, key, NETWORK, ARGS)
+    assert metrics["losses/behavior"] == 0
+    assert metrics["charts/value_target"] == 0
+    # What lies beyond the end (observations, rewards, actions) must not matter.
+    other = random_batch(1, seed=4)
+    observation = np.concatenate([ended.observation[:, :1], other.observation[:, 1:]], axis=1)
+    changed = ended._replace(observation=observation, action=other.action, reward=other.reward)
+    _, same = rosmo_loss(params, random_params(1), changed, key, NETWORK, ARGS)
+    for name in ("losses/reward", "losses/value", "losses/policy", "losses/behavior"):
+        assert same[name] == pytest.approx(float(metrics[name]), abs=1e-6), name
+    # With heads at zero, the policy loss of a uniform target is log |A| at every step.
+    zero_heads = NETWORK.init(jax.random.key(0), jnp.zeros((10, 5)), jnp.int32(0))
+    _, metrics = rosmo_loss(zero_heads, zero_heads, ended, key, NETWORK, ARGS)
+    assert metrics["losses/policy"] == pytest.approx(math.log(3), rel=1e-5)
+
+
+def test_nothing_is_learned_past_a_truncated_end():
+    truncated = one_window([1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0])
+    zero_heads = NETWORK.init(jax.random.key(0), jnp.zeros((10, 5)), jnp.int32(0))
+    key = jax.random.key(0)
+    _, metrics = rosmo_loss(zero_heads, zero_heads, truncated, key, NETWORK, ARGS)
+    assert metrics["losses/reward"] == 0
+    assert metrics["losses/policy"] == pytest.approx(math.log(3) / 4, rel=1e-5)  # 1 of K+1 = 4
+
+
+def test_every_parameter_gets_a_gradient():
+    params, target_params, batch = random_params(0), random_params(1), random_batch(16)
+    loss = lambda p, t: rosmo.rosmo_loss(p, t, batch, jax.random.key(0), NETWORK, ARGS)[0]  # noqa: E731
+    gradient = jax.jit(jax.grad(loss))(params, target_params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "zero"),
+    [({"behavior_coef": 0.0}, "losses/behavior"), ({"policy_coef": 0.0}, "losses/policy")],
+)
+def test_ablations_of_figure_4d(change, zero):
+    args = dataclasses.replace(ARGS, **change)
+    params, batch = random_params(0), random_batch(16)
+    _, metrics = rosmo_loss(params, random_params(1), batch, jax.random.key(0), NETWORK, args)
+    assert metrics[zero] == 0
+    assert metrics["losses/policy"] + metrics["losses/behavior"] > 0
+
+
+def test_sampled_loss_is_near_the_exact_one_in_expectation():
+    params, target_params, batch = random_params(0), random_params(1), random_batch(16)
+    args = dataclasses.replace(ARGS, num_samples=256)
+    key = jax.random.key(0)
+    _, sampled = rosmo_loss(params, target_params, batch, key, NETWORK, args)
+    _, exact = rosmo_loss(params, target_params, batch, key, NETWORK, ARGS)
+    assert sampled["losses/policy"] == pytest.approx(float(exact["losses/policy"]), rel=0.05)
+    assert sampled["losses/behavior"] == pytest.approx(float(exact["losses/behavior"]), rel=1e-5)
+
+
+def test_gradient_of_unrolled_states_is_halved():
+    assert jax.grad(lambda x: rosmo.scale_gradient(x * x, 0.5))(3.0) == 3.0
+    assert rosmo.scale_gradient(3.0, 0.5) == 3.0
+
+
+# Network and acting.
+
+
+def test_network_has_the_sizes_of_table_4():
+    network = rosmo.MuZeroNetwork(3, 20, 256, "float32")
+    params = network.init(jax.random.key(0), jnp.zeros((10, 5)), jnp.int32(0))["params"]
+
+    def dense(*sizes):
+        return sum((a + 1) * b for a, b in itertools.pairwise(sizes))
+
+    count = {name: sum(x.size for x in jax.tree.leaves(p)) for name, p in params.items()}
+    assert count == {
+        "h": dense(50, 64, 64, 32),
+        "g": dense(32 + 3, 256, 32),
+        "f": dense(32, 32),
+        "policy": dense(32, 3),
+        "value": dense(32, 20),
+        "reward": dense(32, 20),
+    }
+    output = network.apply({"params": params}, jnp.ones((10, 5)), jnp.int32(0))
+    assert all((x == 0).all() for x in output)  # zero-initialised heads
+
+
+def test_acting_follows_the_improved_policy():
+    """A network whose reward depends on the action: greedy acting takes the best action."""
+    params = random_params(2)
+    observation = jnp.asarray(random_batch(64).observation[:, 0])
+    state = NETWORK.apply(params, observation, method="representation")
+    prediction = NETWORK.apply(params, state, method="prediction")
+    q = np.stack(
+        [
+            rosmo.look_ahead(NETWORK, params, state, jnp.full((64, 1), a), ARGS.discount)[:, 0]
+            for a in range(3)
+        ],
+        axis=1,
+    )
+    best = np.argmax(np.asarray(jax.nn.log_softmax(prediction.policy_logits)) + q, axis=1)
+    key = jax.random.key(0)
+    assert rosmo.act(True, NETWORK, ARGS, params, observation, key).tolist() == best.tolist()
+    raw = dataclasses.replace(ARGS, num_samples=2)
+    greedy_raw = rosmo.act(True, NETWORK, raw, params, observation, key)
+    assert greedy_raw.tolist() == np.argmax(prediction.policy_logits, axis=1).tolist()
+    assert set(best.tolist()) != {0} or set(greedy_raw.tolist()) != {0}
+    many = jnp.broadcast_to(observation[:1], (4000, *observation.shape[1:]))
+    actions = np.asarray(rosmo.act(False, NETWORK, ARGS, params, many, key))
+    target = rosmo.policy_target(
+        prediction.policy_logits[0], q[0] - rosmo.to_scalar(prediction.value_logits[0])
+    )
+    np.testing.assert_allclose(np.bincount(actions, minlength=3) / 4000, target, atol=0.03)
+
+
+# Data.
+
+
+def test_sample_windows_are_consecutive_wrap_around_and_start_where_allowed():
+    observation = np.arange(10, dtype=np.float32)
+    steps = rosmo.Steps(observation, *(np.zeros(10) for _ in range(4)))
+    starts = jnp.array([2, 9, 0, 0])  # two starts and padding
+    windows = rosmo.sample_windows(jax.random.key(0), steps, starts, 2, 100, 4).observation
+    assert {tuple(w) for w in np.asarray(windows).tolist()} == {(2, 3, 4, 5), (9, 0, 1, 2)}
+
+
+def test_window_starts_are_whole_episodes_of_the_seed():
+    is_last = np.zeros(60, bool)
+    is_last[5::6] = True  # ten episodes of six steps
+    starts, num_starts = rosmo.window_starts(is_last, 30.0, [0, 1, 2])
+    assert num_starts.tolist() == [18, 18, 18]
+    chosen = [set((row // 6).tolist()) for row in starts]
+    assert all(len(c) == 3 for c in chosen)
+    assert len({tuple(sorted(c)) for c in chosen}) > 1
+    alone, _ = rosmo.window_starts(is_last, 30.0, [1])
+    assert alone[0].tolist() == starts[1].tolist()
+    everything, _ = rosmo.window_starts(is_last, 100.0, [0])
+    assert everything[0].tolist() == list(range(60))
+    with pytest.raises(SystemExit, match="leaves none"):
+        rosmo.window_starts(is_last, 5.0, [0])
+
+
+# Learning.
+
+
+def make_states(args, network, seeds, observation):
+    init = [rosmo.init_state(jax.random.key(s), network, observation, args) for s in seeds]
+    return jax.tree.map(lambda *x: jnp.stack(x), *init)
+
+
+def train_on(steps, args, num_updates):
+    seeds = list(range(args.num_seeds))
+    network = rosmo.MuZeroNetwork(3, args.num_bins, args.dynamics_hidden, args.dtype)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(rosmo.AxisType.Auto,))
+    train = rosmo.make_train(network, mesh, args)
+    keys = jnp.stack([jax.random.key(s) for s in seeds])
+    starts, num_starts = rosmo.window_starts(steps.is_last, args.data_percent, seeds)
+    states = make_states(args, network, seeds, steps.observation[0])
+    return network, *train(num_updates, states, keys, steps, starts, num_starts)
+
+
+def test_learns_a_known_problem_from_random_data():
+    """Two states; action 1 earns 1 in the first and moves on, action 2 earns 2 in the second."""
+    rng = np.random.default_rng(0)
+    action = rng.integers(0, 3, 3000).astype(np.int32)
+    state = np.tile([0, 1, 2], 1000)
+    reward = np.where((state == 0) & (action == 1), 1.0, 0.0)
+    reward += np.where((state == 1) & (action == 2), 2.0, 0.0)
+    is_last = state == 2
+    observation = np.eye(3, dtype=np.float32)[state][:, None]
+    steps = rosmo.Steps(observation, action, reward.astype(np.float32), is_last, is_last)
+    args = dataclasses.replace(ARGS, num_seeds=1, learning_rate=3e-3, batch_size=64)
+    network, states, metrics = train_on(steps, args, 1500)
+    params = jax.tree.map(lambda x: x[0], states.params)
+    actions = rosmo.act(True, network, args, params, observation[:2], jax.random.key(0))
+    assert actions.tolist() == [1, 2]
+    value = network.apply(
+        params,
+        network.apply(params, observation[:3], method="representation"),
+        method="prediction",
+    ).value_logits
+    value = rosmo.to_scalar(value)
+    assert value[1] == pytest.approx(2 / 3, abs=0.25)  # Eq. 8 values the policy of the data
+    assert value[2] == pytest.approx(0.0, abs=0.1)  # terminal
+    assert np.isfinite(metrics["losses/total"]).all()
+
+
+def test_a_seed_learns_the_same_alone_and_among_others(catch_dataset):
+    steps, _ = rosmo.load_dataset(dataclasses.replace(ARGS, dataset=catch_dataset))
+    together = dataclasses.replace(ARGS, num_seeds=2, batch_size=16, data_percent=50.0)
+    _, both, _ = train_on(steps, together, 20)
+    _, alone, _ = train_on(steps, dataclasses.replace(together, num_seeds=1), 20)
+    for a, b in zip(jax.tree.leaves(both.params), jax.tree.leaves(alone.params), strict=True):
+        np.testing.assert_allclose(a[0], b[0], atol=1e-5)
+    kernels = both.params["params"]["h"]["Dense_0"]["kernel"]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.1

@@ -1,0 +1,275 @@
+"""Runs of the BSuite scripts as a user starts them: artefacts, resume, bad input."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+
+SCRIPTS = ["rosmo_bsuite.py"]
+TINY = "--env-id catch --num-seeds 2 --batch-size 16 --dynamics-hidden 8 --log-every 10 "
+TINY += "--eval-every 20 --checkpoint-every 40 --total-updates 120 --final-eval-episodes 3"
+TINY = TINY.split()
+
+pytestmark = pytest.mark.xdist_group("bsuite-runs")  # they share compiled programs
+
+
+def lines(folder) -> list[dict]:
+    """The metrics of a run without the time that it took."""
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(x) | {"wall_time": None} for x in text.splitlines()]
+
+
+@pytest.fixture(params=SCRIPTS)
+def bsuite(request, script, catch_dataset):
+    """Starts the script on the small dataset: bsuite("--seed", 1)."""
+
+    def start(*arguments, wait=True, **environment):
+        options = [*TINY, "--dataset", catch_dataset, *arguments]
+        return script(request.param, *options, wait=wait, **environment)
+
+    return start
+
+
+def test_a_run_leaves_all_its_artefacts_and_is_not_run_twice(bsuite, tmp_path):
+    result = bsuite("--behavior-coef", 0)
+    assert result.returncode == 0, result.stderr
+    (folder,) = tmp_path.glob("runs/*/catch-dataset=*/seeds0-1")
+    assert "behavior-coef=0.0" in str(folder)
+    assert "see runs/" in result.stdout
+    config = json.loads((folder / "config.json").read_text())
+    assert config["args"]["total_updates"] == 120
+    assert config["versions"]["jax"]
+    assert "100 episodes" in config["data"]
+    assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    steps = {int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()}
+    assert {80, 120} <= steps
+    assert len(steps) <= 3  # the last two and the best
+    written = lines(folder)
+    for seed in (0, 1):
+        mine = [x for x in written if x["seed"] == seed]
+        assert [x["update"] for x in mine if "losses/total" in x] == list(range(10, 121, 10))
+        assert [x["update"] for x in mine if "eval/returns" in x] == list(range(20, 121, 20))
+        assert len(mine[-1]["final/returns"]) == 3
+        assert mine[-1]["final/return_mean"] == np.mean(mine[-1]["final/returns"])
+        assert "final/return_mean_greedy" in mine[-1]
+    again = bsuite("--behavior-coef", 0)
+    assert again.returncode == 0
+    assert "This run is finished" in again.stdout
+    assert lines(folder) == written
+
+
+def test_kill_and_resume_give_the_numbers_of_a_whole_run(bsuite, tmp_path):
+    longer = ["--total-updates", 2000, "--checkpoint-every", 200]
+    whole = bsuite("--run-dir", "whole", *longer)
+    assert whole.returncode == 0, whole.stderr
+    process = bsuite("--run-dir", "killed", *longer, wait=False)
+    while not (tmp_path / "killed" / "checkpoints" / "200").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert '"update": 2000' not in (tmp_path / "killed" / "metrics.jsonl").read_text()
+    resumed = bsuite("--run-dir", "killed", *longer)
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"Going on from update [\d,]+ in", resumed.stdout)
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+def test_ctrl_c_writes_a_checkpoint_and_exits_with_130(bsuite, tmp_path):
+    process = bsuite("--run-dir", "run", "--total-updates", 100_000, wait=False)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and "eval/returns" in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    update = int(re.search(r"Stopped at update ([\d,]+);", stderr)[1].replace(",", ""))
+    assert (tmp_path / "run" / "checkpoints" / str(update)).is_dir()
+    assert lines(tmp_path / "run")[-1]["update"] == update
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_checkpoint(bsuite, tmp_path):
+    result = bsuite("--run-dir", "run", "--learning-rate", "1e30")
+    assert result.returncode == 1
+    assert re.search(r"The loss is (nan|inf) by update \d+", result.stderr)
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_folder_with_other_arguments_is_left_alone(bsuite, tmp_path):
+    assert bsuite("--run-dir", "run", "--total-updates", 20).returncode == 0
+    before = lines(tmp_path / "run")
+    result = bsuite("--run-dir", "run", "--total-updates", 20, "--learning-rate", 0.1)
+    assert result.returncode == 1
+    assert "learning_rate 0.0007 -> 0.1" in result.stderr
+    assert "--overwrite" in result.stderr
+    assert lines(tmp_path / "run") == before
+    other = bsuite("--run-dir", "run", "--total-updates", 20, "--seed", 7, "--overwrite")
+    assert other.returncode == 0, other.stderr
+    assert {x["seed"] for x in lines(tmp_path / "run")} == {7, 8}
+
+
+def test_a_folder_that_is_not_a_run_is_never_deleted(bsuite, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("...")
+    result = bsuite("--run-dir", "thesis", "--overwrite")
+    assert result.returncode == 1
+    assert "is not the folder of a run" in result.stderr
+    assert (tmp_path / "thesis" / "chapter1.tex").exists()
+
+
+def test_an_unwritable_run_folder(bsuite, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = bsuite("--run-dir", "file/run")
+    assert result.returncode == 1
+    assert "cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env-id", "pong"], "catch"),  # tyro lists the known ones
+        (["--noise", "1.5"], "--noise is 1.5"),
+        (["--data-percent", "0"], "--data-percent is 0"),
+        (["--data-percent", "0.1"], "of 100 episodes leaves none"),
+        (["--num-samples", "0"], "--num-samples is 0"),
+        (["--eval-every", "15"], "must be a multiple"),
+        (["--dataset", "nowhere.npz"], "There is no dataset at nowhere.npz"),
+    ],
+)
+def test_bad_arguments_give_one_sentence_and_write_nothing(bsuite, tmp_path, arguments, message):
+    result = bsuite(*arguments)
+    assert result.returncode in (1, 2)
+    assert message in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other-task", "not-finite", "empty"])
+def test_damaged_datasets_give_one_sentence(bsuite, catch_dataset, tmp_path, damage):
+    with np.load(catch_dataset) as file:
+        arrays = dict(file)
+    path = tmp_path / "damaged.npz"
+    if damage == "truncated":
+        path.write_bytes(catch_dataset.read_bytes()[:5000])
+    elif damage == "foreign":
+        np.savez(path, x=np.zeros(3))
+    elif damage == "other-task":
+        arrays["header"] = np.array(str(arrays["header"]).replace("catch", "cartpole"))
+        np.savez(path, **arrays)
+    elif damage == "not-finite":
+        arrays["reward"] = arrays["reward"] * np.nan
+        np.savez(path, **arrays)
+    elif damage == "empty":
+        np.savez(path, **{k: v if k == "header" else v[:0] for k, v in arrays.items()})
+    result = bsuite("--dataset", path)
+    assert result.returncode == 1
+    assert "is not a whole dataset of catch" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_devices_give_the_numbers_of_one(bsuite, tmp_path):
+    four = "--xla_force_host_platform_device_count=4"
+    assert bsuite("--run-dir", "one", "--total-updates", 20).returncode == 0
+    result = bsuite("--run-dir", "four", "--total-updates", 20, XLA_FLAGS=four)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "four" / "config.json").read_text())
+    assert config["device"].startswith("4 x")
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "four"), strict=True):
+        for name in a:
+            if name.startswith(("losses/", "charts/")):
+                assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
+
+
+def test_wandb_mirror_works_offline(bsuite, tmp_path):
+    result = bsuite("--run-dir", "run", "--total-updates", 20, "--track", WANDB_MODE="offline")
+    assert result.returncode == 0, result.stderr
+    wandb_id = json.loads((tmp_path / "run" / "config.json").read_text())["wandb_id"]
+    assert list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{wandb_id}/run-{wandb_id}.wandb"))
+
+
+def test_a_missing_dataset_is_collected(script, tmp_path):
+    """The whole road of a newcomer, with a collection that is cut short for the test."""
+    options = ["--env-id", "catch", "--noise", 0.25, "--num-seeds", 1, *TINY[4:]]
+    process = script("rosmo_bsuite.py", *options, wait=False)
+    out = ""
+    for line in process.stdout:
+        out += line
+        if "an online DQN collects it now" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert "There is no dataset at data/bsuite/catch-noise0.25-seed0.npz yet" in out
+    assert not (tmp_path / "data" / "bsuite" / "catch-noise0.25-seed0.npz").exists()
+
+
+def test_a_copied_script_names_the_command_that_makes_its_data(tmp_path):
+    import shutil
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    shutil.copy(ROOT / "rosmo_bsuite.py", tmp_path)
+    command = [sys.executable, "rosmo_bsuite.py", "--env-id", "mountain_car", "--noise", "0.3"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    expected = "python benchmark/collect_bsuite.py --env-id mountain_car --noise 0.3 --seed 0"
+    assert expected in result.stderr
+
+
+def test_a_tfds_folder_holds_the_same_steps(catch_dataset, tmp_path):
+    """RLDS through TFDS's own writer and reader, as in the authors' released data."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    import rosmo_bsuite
+
+    args = rosmo_bsuite.Args(dataset=catch_dataset)
+    steps, _ = rosmo_bsuite.load_dataset(args)
+    ends = np.flatnonzero(steps.is_last)[:5] + 1
+    step_features = {
+        "observation": tfds.features.Tensor(shape=(10, 5), dtype=np.float32),
+        "action": np.int64,
+        "reward": np.float32,
+        "is_first": np.bool_,
+        "is_last": np.bool_,
+        "is_terminal": np.bool_,
+        "discount": np.float32,
+    }
+
+    def generate():
+        for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            rows = {name: x[start:end] for name, x in steps._asdict().items()}
+            first = np.arange(end - start) == 0
+            rows |= {"is_first": first, "discount": np.ones(end - start, np.float32)}
+            yield i, {"steps": rows, "episode_id": i}
+
+    features = {"steps": tfds.features.Dataset(step_features), "episode_id": np.int64}
+    builder = tfds.dataset_builders.AdhocBuilder(
+        name="catch",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(features),
+        split_datasets={"train": list(generate())},
+        data_dir=str(tmp_path),
+    )
+    builder.download_and_prepare()
+    read = rosmo_bsuite.read_rlds(builder.data_path)
+    assert len(read.action) == ends[-1]
+    # TFDS writes the episodes in the order of a hash of their keys.
+    ours = {s.observation.tobytes() + s.action.tobytes() for s in episodes(steps, ends)}
+    theirs = {s.observation.tobytes() + s.action.tobytes() for s in episodes(read, read.is_last)}
+    assert ours == theirs
+
+
+def episodes(steps, ends):
+    if np.asarray(ends).dtype == bool:
+        ends = np.flatnonzero(ends) + 1
+    return [type(steps)(*(x[a:b] for x in steps)) for a, b in zip([0, *ends], ends, strict=False)]
