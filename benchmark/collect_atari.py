@@ -1,0 +1,515 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "ale-py==0.12.1",
+#     "flax==0.12.8",
+#     "gymnasium==1.4.0",
+#     "importlib-resources==7.1.0",
+#     "jax==0.10.2",
+#     "numpy==2.4.6",
+#     "opencv-python-headless==5.0.0.93",
+#     "optax==0.2.8",
+#     "tensorflow==2.21.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+#     "zstandard==0.25.0",
+# ]
+# ///
+"""Records an Atari dataset: every episode that an online DQN plays while it learns.
+
+    python benchmark/collect_atari.py --env-id Pong --num-steps 200000
+
+This is how RL Unplugged's data was made (Dopamine's DQN and environment, 50M steps a run), at a
+size for a laptop; the flags go up to the original's. The episodes go to a store that the training
+scripts read, and with `--format rlu` also to shards in RL Unplugged's own format. The same command
+goes on after a kill: the learner is saved every `--save-every` steps, and the replay memory is
+filled again from the recorded episodes.
+
+Where it differs from Dopamine's DQN:
+1. Several environments are played side by side, and an episode enters the replay memory when it
+   has ended.
+2. By default the network is narrower, targets are `n_step` returns, the exploration schedule, the
+   target period and the learning rate are fit for 200 thousand steps instead of 50 million.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+import zstandard
+from ale_py import roms
+from ale_py.vector_env import AtariVectorEnv
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # data
+    env_id: str = "Pong"
+    """game, by RL Unplugged's name"""
+    num_steps: int = 200_000
+    """agent steps (of 4 frames) to record; the last episode may exceed it"""
+    num_checkpoints: int = 50
+    """parts that the data is divided in, of which --data-percent takes the first episodes"""
+    seed: int = 0
+    """seed of the network, the exploration, the sampling and the games"""
+    data_dir: str = "data"
+    """the store is {data_dir}/atari/{env_id}-dqn-{thousands of steps}k"""
+    out: str = ""
+    """path of the store, instead"""
+    format: Literal["store", "rlu"] = "store"
+    """rlu: also write {store}-rlu/atari_episodes_ordered/{env_id}/run_1-*, RL Unplugged's shards"""
+    save_every: int = 10_000
+    """steps between two saves of the learner, from which a killed collection goes on"""
+
+    # environment
+    num_envs: int = 8
+    """environments side by side"""
+    max_frames: int = 108_000
+    """frames after which an episode is cut off"""
+
+    # DQN
+    width: float = 0.5
+    """width of the Nature network, 1 for the original"""
+    learning_rate: float = 2.5e-4
+    """Adam's learning rate; Dopamine has 6.25e-5"""
+    batch_size: int = 32
+    """transitions in an update"""
+    discount: float = 0.99
+    """discount per step"""
+    n_step: int = 3
+    """rewards in a target before the bootstrap; Dopamine's DQN has 1"""
+    train_every: int = 4
+    """steps per update"""
+    target_every: int = 2_000
+    """steps between two copies to the target network; Dopamine has 8000"""
+    replay_size: int = 200_000
+    """steps in the replay memory, 7 kB each"""
+    replay_start: int = 5_000
+    """steps before the first update"""
+    epsilon_steps: int = 50_000
+    """steps over which epsilon falls linearly from 1"""
+    epsilon: float = 0.01
+    """final exploration"""
+
+
+# --- environment (identical in *_atari.py) ---
+def game_name(env_id: str) -> str:
+    """ALE's name of the game that RL Unplugged calls `env_id`: MsPacman -> ms_pacman."""
+    names = {rom.title().replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    if env_id not in names:
+        near = difflib.get_close_matches(env_id, names, cutoff=0)
+        raise SystemExit(f"There is no game {env_id!r}; the nearest names: {', '.join(near)}.")
+    return names[env_id]
+
+
+def rom_digest(env_id: str) -> str:
+    """SHA-256 of the ROM that is played here; part of every result, since ROMs differ."""
+    return hashlib.sha256(Path(roms.get_rom_path(game_name(env_id))).read_bytes()).hexdigest()
+
+
+def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
+    """Dopamine's environment: sticky actions, minimal action set, no tricks at the reset."""
+    settings = dict(
+        repeat_action_probability=0.25,
+        noop_max=0,
+        use_fire_reset=False,
+        reward_clipping=False,
+        episodic_life=False,
+        full_action_space=False,
+        max_num_frames_per_episode=108_000,
+    )
+    return AtariVectorEnv(game_name(env_id), num_envs, **(settings | kwargs))
+
+
+# --- end environment ---
+
+
+# --- store writer (identical in *_atari.py) ---
+STORE_VERSION = 1
+CHUNK = 16  # consecutive frames that are compressed together
+STEP = np.dtype(
+    [("action", "u1"), ("reward", "f4"), ("is_first", "?"), ("is_last", "?"), ("is_terminal", "?")]
+)
+EPISODE = np.dtype([("checkpoint", "i8"), ("id", "i8"), ("length", "i8"), ("return", "f4")])
+
+
+class StoreWriter:
+    """Writes episodes, in order of their checkpoints, into an empty folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.blob = open(folder / "frames.bin", "wb")
+        self.blob_crc32, self.offsets = 0, [0]
+        self.steps, self.episodes = [], []
+        self.rest = np.empty((0, 84, 84), np.uint8)  # frames that do not fill a chunk yet
+
+    def add(self, frames, action, reward, is_terminal, checkpoint, id, episode_return) -> None:
+        """One episode: frames uint8 [T, 84, 84], action and (unclipped) reward [T], scalars.
+
+        `is_terminal`: the last frame is a terminal state, else the episode was cut off there.
+        """
+        steps = np.zeros(len(frames), STEP)
+        steps["action"], steps["reward"] = action, reward
+        steps["is_first"][0], steps["is_last"][-1], steps["is_terminal"][-1] = 1, 1, is_terminal
+        self.steps.append(steps)
+        self.episodes.append((checkpoint, id, len(frames), episode_return))
+        frames = np.concatenate([self.rest, frames])
+        whole = len(frames) // CHUNK * CHUNK
+        self._write([frames[i : i + CHUNK] for i in range(0, whole, CHUNK)])
+        self.rest = frames[whole:]
+
+    def _write(self, chunks: list[np.ndarray]) -> None:
+        compressor = zstandard.ZstdCompressor(level=3)
+        for chunk in chunks:
+            data = compressor.compress(chunk.tobytes())
+            self.blob.write(data)
+            self.blob_crc32 = zlib.crc32(data, self.blob_crc32)
+            self.offsets.append(self.offsets[-1] + len(data))
+
+    def finish(self, meta: dict) -> None:
+        self._write([self.rest] if len(self.rest) else [])
+        self.blob.close()
+        crc32 = {"frames.bin": self.blob_crc32}
+        episodes = np.array(self.episodes, EPISODE)
+        for name, array in (
+            ("frames_offsets.npy", np.array(self.offsets)),
+            ("steps.npy", np.concatenate([np.empty(0, STEP), *self.steps])),
+            ("episodes.npy", episodes),
+        ):
+            np.save(self.folder / name, array)
+            crc32[name] = zlib.crc32((self.folder / name).read_bytes())
+        counts = {"num_steps": int(episodes["length"].sum()), "num_episodes": len(episodes)}
+        meta = {"version": STORE_VERSION} | meta | counts | {"crc32": crc32}
+        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+@contextlib.contextmanager
+def write_store(path: Path, meta: dict) -> Iterator[StoreWriter]:
+    """Builds a store beside `path`, renamed when the block ends; after an error nothing stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock_path, folder = (path.with_name(f".{path.name}.{end}") for end in ("lock", "building"))
+    with open(lock_path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(
+                f"Another process is building {path}; run again when it is done."
+            ) from None
+        shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed: we hold the lock
+        try:
+            folder.mkdir()
+            writer = StoreWriter(folder)
+            yield writer
+            writer.finish(meta)
+            if not path.exists():  # else another build came first
+                folder.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise SystemExit(
+                f"The disk is full: {path} was not built; free some space or choose another folder."
+            ) from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock_path.unlink(missing_ok=True)
+
+
+# --- end store writer ---
+
+
+class QNetwork(nn.Module):
+    """Nature DQN: stacks uint8 [B, 84, 84, 4] -> values [B, A]."""
+
+    num_actions: int
+    width: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x / 255.0
+        for features, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+            features = int(features * self.width)
+            x = nn.relu(nn.Conv(features, (kernel, kernel), stride, padding="VALID")(x))
+        x = nn.relu(nn.Dense(int(512 * self.width))(x.reshape(len(x), -1)))
+        return nn.Dense(self.num_actions)(x)
+
+
+class Learner(flax.struct.PyTreeNode):
+    params: Any
+    target: Any
+    opt_state: Any
+
+
+def optimizer(args: Args) -> optax.GradientTransformation:
+    return optax.adam(args.learning_rate, eps=1.5e-4)
+
+
+@partial(jax.jit, static_argnums=0)
+def greedy(network: QNetwork, params: Any, stacks: jax.Array) -> jax.Array:
+    return network.apply(params, stacks).argmax(-1)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def update(network: QNetwork, tx: Any, learner: Learner, batch: dict) -> Learner:
+    """One step on the Huber loss of n-step Q-learning."""
+    bootstrap = network.apply(learner.target, batch["next"]).max(-1)
+    goal = batch["return"] + batch["discount"] * bootstrap
+
+    def loss(params):
+        q = network.apply(params, batch["stack"])
+        q = jnp.take_along_axis(q, batch["action"][:, None], 1)[:, 0]
+        return optax.huber_loss(q, goal).mean()
+
+    gradient = jax.grad(loss)(learner.params)
+    updates, opt_state = tx.update(gradient, learner.opt_state, learner.params)
+    return learner.replace(params=optax.apply_updates(learner.params, updates), opt_state=opt_state)
+
+
+class Replay:
+    """A ring of whole episodes, one after the other."""
+
+    def __init__(self, size: int):
+        self.frames = np.zeros((size, 84, 84), np.uint8)
+        self.action, self.reward = np.zeros(size, np.int32), np.zeros(size, np.float32)
+        self.is_terminal = np.zeros(size, bool)
+        self.age, self.left = np.zeros((2, size), np.int32)  # steps since its start, to its end
+        self.added = 0
+
+    def add(self, episode: dict) -> None:
+        length = len(episode["action"])
+        at = (self.added + np.arange(length)) % len(self.action)
+        self.frames[at], self.action[at] = episode["frames"], episode["action"]
+        self.reward[at] = np.clip(episode["reward"], -1, 1)
+        self.age[at], self.left[at] = np.arange(length), np.arange(length)[::-1]
+        self.is_terminal[at] = (self.left[at] == 0) & bool(episode["is_terminal"])
+        self.added += length
+
+    def stack(self, at: np.ndarray) -> np.ndarray:
+        """[B] -> [B, 84, 84, 4], zeros before the start of an episode."""
+        stack = self.frames[(at[:, None] + np.arange(-3, 1)) % len(self.action)]
+        stack[np.arange(3, -1, -1) > self.age[at][:, None]] = 0
+        return stack.transpose(0, 2, 3, 1)
+
+    def sample(self, rng: np.random.Generator, batch_size: int, n: int, discount: float) -> dict:
+        """Transitions over n steps, or fewer at the end of an episode."""
+        size = len(self.action)
+        oldest, filled = max(0, self.added - size), min(self.added, size)
+        # The last n steps lack a next state. The first 3 of a full ring lack their stack, and those
+        # in an empty one are an episode's beginning, so that little is lost.
+        at = (oldest + rng.integers(3, filled - n, size=4 * batch_size)) % size
+        at = at[self.left[at] > 0][:batch_size]  # nothing follows a last step
+        k = np.arange(n)
+        steps = np.minimum(self.left[at], n)
+        rewards = self.reward[(at[:, None] + k) % size] * discount**k
+        end = (at + steps) % size
+        return {
+            "stack": self.stack(at),
+            "action": self.action[at],
+            "return": np.where(k < steps[:, None], rewards, 0).sum(1).astype(np.float32),
+            "discount": np.where(self.is_terminal[end], 0, discount**steps).astype(np.float32),
+            "next": self.stack(end),
+        }
+
+
+class Recorder:
+    """The episodes so far, one file each, and the learner's last state, in one folder."""
+
+    def __init__(self, folder: Path, args: Args):
+        self.folder = folder
+        config = json.dumps(dataclasses.asdict(args), indent=1)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "args.json").exists():
+            (folder / "args.json").write_text(config)
+        elif (folder / "args.json").read_text() != config:
+            raise SystemExit(
+                f"{folder} has a collection with other arguments that has not ended: give those of "
+                "its args.json to go on with it, or delete it."
+            )
+        self.lengths, self.returns = [], []
+
+    def add(self, episode: dict) -> None:
+        frames = zstandard.ZstdCompressor().compress(episode["frames"].tobytes())
+        path = self.folder / f"{len(self.lengths):06d}.npz"
+        np.savez(path, **(episode | {"frames": np.frombuffer(frames, np.uint8)}))
+        self.count(episode)
+
+    def count(self, episode: dict) -> None:
+        self.lengths.append(len(episode["action"]))
+        self.returns.append(float(episode["reward"].sum()))
+
+    def read(self, number: int) -> dict:
+        with np.load(self.folder / f"{number:06d}.npz") as file:
+            episode = dict(file)
+        frames = zstandard.ZstdDecompressor().decompress(episode["frames"].tobytes())
+        return episode | {"frames": np.frombuffer(frames, np.uint8).reshape(-1, 84, 84)}
+
+    def save(self, learner: Learner) -> None:
+        state = {"learner": learner, "num_episodes": len(self.lengths)}
+        new = self.folder / "learner.new"
+        new.write_bytes(flax.serialization.to_bytes(state))
+        new.replace(self.folder / "learner")
+
+    def restore(self, learner: Learner, replay: Replay) -> Learner:
+        """The saved learner, if there is one; episodes after it are recorded again."""
+        state = {"learner": learner, "num_episodes": 0}
+        if (self.folder / "learner").exists():
+            data = (self.folder / "learner").read_bytes()
+            state = flax.serialization.from_bytes(state, data)
+        for number in range(state["num_episodes"]):
+            episode = self.read(number)
+            self.count(episode)
+            replay.add(episode)
+        return jax.tree.map(jnp.asarray, state["learner"])
+
+    def checkpoints(self, num_steps: int) -> list[tuple[int, int]]:
+        """(checkpoint, number in it) of each episode; a checkpoint ends when it has num_steps."""
+        labels, checkpoint, number, steps = [], 0, 0, 0
+        for length in self.lengths:
+            labels.append((checkpoint, number))
+            number, steps = number + 1, steps + length
+            if steps >= num_steps:
+                checkpoint, number, steps = checkpoint + 1, 0, 0
+        return labels
+
+
+def collect(args: Args, recorder: Recorder) -> None:
+    """Plays and learns until `num_steps` are recorded."""
+    env = make_env(args.env_id, args.num_envs, max_num_frames_per_episode=args.max_frames)
+    network, tx = QNetwork(int(env.single_action_space.n), args.width), optimizer(args)
+    params = network.init(jax.random.key(args.seed), jnp.zeros((1, 84, 84, 4), jnp.uint8))
+    replay = Replay(max(args.replay_size, 10 * args.n_step))
+    learner = Learner(params, jax.tree.map(jnp.copy, params), tx.init(params))
+    learner = recorder.restore(learner, replay)
+    step = sum(recorder.lengths)
+    saved, recent = step, deque(recorder.returns[-20:], 20)
+    observations, _ = env.reset(seed=args.seed * 1_000_003 + step)
+    playing = [[] for _ in range(args.num_envs)]  # (frame, action, reward) of each running episode
+    over = np.zeros(args.num_envs, bool)  # the action of an environment at its end is ignored
+    bar = tqdm(total=args.num_steps, initial=step, desc=args.env_id, unit="step", smoothing=0.05)
+    while sum(recorder.lengths) < args.num_steps:
+        rng = np.random.default_rng((args.seed, step))
+        learning = max(0, step - args.replay_start)
+        epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * learning / args.epsilon_steps)
+        actions = rng.integers(network.num_actions, size=args.num_envs, dtype=np.int32)
+        chosen = greedy(network, learner.params, observations.transpose(0, 2, 3, 1))
+        actions = np.where(rng.random(args.num_envs) < epsilon, actions, chosen).astype(np.int32)
+        frames = observations[:, -1].copy()
+        observations, rewards, terminated, truncated, _ = env.step(actions)
+        for i in np.flatnonzero(~over):
+            playing[i].append((frames[i], actions[i], rewards[i]))
+            if terminated[i] or truncated[i]:
+                playing[i].append((observations[i, -1].copy(), 0, 0))
+                columns = (np.array(column) for column in zip(*playing[i], strict=True))
+                episode = dict(zip(("frames", "action", "reward"), columns, strict=True))
+                episode |= {"is_terminal": np.array(terminated[i])}
+                recorder.add(episode)
+                replay.add(episode)
+                recent.append(recorder.returns[-1])
+                playing[i] = []
+        over = terminated | truncated
+        before, step = step, step + args.num_envs
+        if replay.added >= max(args.replay_start, 4 * args.n_step):
+            for _ in range(before // args.train_every, step // args.train_every):
+                batch = replay.sample(rng, args.batch_size, args.n_step, args.discount)
+                learner = update(network, tx, learner, batch)
+        if before // args.target_every < step // args.target_every:
+            learner = learner.replace(target=jax.tree.map(jnp.copy, learner.params))
+        if step - saved >= args.save_every:
+            recorder.save(learner)
+            saved = step
+        bar.update(args.num_envs)
+        if recent:
+            bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
+
+
+def write_rlu(folder: Path, recorder: Recorder, labels: list[tuple[int, int]]) -> None:
+    """The recorded episodes as RL Unplugged's shards, one per checkpoint."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    kinds = {
+        np.int64: lambda x: tf.train.Feature(int64_list=tf.train.Int64List(value=x)),
+        np.float32: lambda x: tf.train.Feature(float_list=tf.train.FloatList(value=x)),
+        bytes: lambda x: tf.train.Feature(bytes_list=tf.train.BytesList(value=x)),
+    }
+    folder.mkdir(parents=True)
+    num_shards = labels[-1][0] + 1
+    for shard, members in itertools.groupby(enumerate(labels), lambda item: item[1][0]):
+        path = folder / f"run_1-{shard:05d}-of-{num_shards:05d}"
+        with tf.io.TFRecordWriter(str(path), "GZIP") as writer:
+            for number, (checkpoint, id) in members:
+                episode = recorder.read(number)
+                reward, clipped = episode["reward"], np.clip(episode["reward"], -1, 1)
+                discounts = np.ones(len(reward))
+                discounts[-1] = not episode["is_terminal"]
+                pngs = [cv2.imencode(".png", frame)[1].tobytes() for frame in episode["frames"]]
+                features = {
+                    "checkpoint_idx": kinds[np.int64]([checkpoint]),
+                    "episode_idx": kinds[np.int64]([id]),
+                    "episode_return": kinds[np.float32]([reward.sum()]),
+                    "clipped_episode_return": kinds[np.float32]([clipped.sum()]),
+                    "observations": kinds[bytes](pngs),
+                    "actions": kinds[np.int64](episode["action"]),
+                    "unclipped_rewards": kinds[np.float32](reward),
+                    "clipped_rewards": kinds[np.float32](clipped),
+                    "discounts": kinds[np.float32](discounts),
+                }
+                example = tf.train.Example(features=tf.train.Features(feature=features))
+                writer.write(example.SerializeToString())
+
+
+def main(args: Args) -> None:
+    path = Path(args.out or f"{args.data_dir}/atari/{args.env_id}-dqn-{args.num_steps // 1000}k")
+    if path.exists():
+        raise SystemExit(f"{path} exists already: it is complete, there is nothing to collect.")
+    steps_per_checkpoint = max(1, args.num_steps // args.num_checkpoints)
+    meta = {"env_id": args.env_id, "source": "dqn", "percent": 100}
+    meta |= {"steps_per_checkpoint": steps_per_checkpoint, "rom_sha256": rom_digest(args.env_id)}
+    meta |= {"num_actions": int(make_env(args.env_id, 1).single_action_space.n)}
+    meta |= {"collector": dataclasses.asdict(args)}
+    with write_store(path, meta) as writer:
+        recorder = Recorder(path.with_name(f".{path.name}.collecting"), args)
+        collect(args, recorder)
+        labels = recorder.checkpoints(steps_per_checkpoint)
+        for number, (checkpoint, id) in enumerate(labels):
+            episode = recorder.read(number)
+            writer.add(
+                *(episode["frames"], episode["action"], episode["reward"], episode["is_terminal"]),
+                *(checkpoint, id, episode["reward"].sum()),
+            )
+    if args.format == "rlu":
+        folder = path.with_name(f"{path.name}-rlu") / "atari_episodes_ordered" / args.env_id
+        write_rlu(folder, recorder, labels)
+    shutil.rmtree(recorder.folder)
+    returns = np.array(recorder.returns)
+    print(
+        f"{path}: {sum(recorder.lengths):,} steps, {len(returns)} episodes, mean return "
+        f"{returns.mean():.2f} (first 20: {returns[:20].mean():.2f}, last 20: "
+        f"{returns[-20:].mean():.2f}), {(path / 'frames.bin').stat().st_size / 1e6:.0f} MB"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
