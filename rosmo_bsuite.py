@@ -557,6 +557,10 @@ class TrainState(NamedTuple):
     step: Any  # int32, updates done
 
 
+def make_network(num_actions: int, args: Args) -> MuZeroNetwork:
+    return MuZeroNetwork(num_actions, args.num_bins, args.dynamics_hidden, args.dtype)
+
+
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     learning_rate = optax.warmup_exponential_decay_schedule(
         0.0, args.learning_rate, 1_000, 100_000, args.learning_rate_decay, staircase=True
@@ -656,6 +660,7 @@ class Run:
 
     def start(self, state, **facts):
         """Opens the folder; returns (update, state), those of the last checkpoint if any."""
+        facts["script"] = Path(__file__).name
         git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
         if shutil.which("git"):
             facts["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -798,8 +803,7 @@ def main(args: Args) -> None:
     starts, num_starts = window_starts(steps.is_last, args.data_percent, seeds)
     print(f"Data: {source}.", flush=True)
 
-    num_actions = ENVIRONMENTS[args.env_id]().action_spec().num_values
-    network = MuZeroNetwork(num_actions, args.num_bins, args.dynamics_hidden, args.dtype)
+    network = make_network(ENVIRONMENTS[args.env_id]().action_spec().num_values, args)
     keys = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in seeds])
     init_keys, train_keys, act_keys = keys.T
     init = jax.jit(init_state, static_argnums=(1, 3))

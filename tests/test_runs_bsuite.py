@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 SCRIPTS = ["rosmo_bsuite.py"]
 TINY = "--env-id catch --num-seeds 2 --batch-size 16 --dynamics-hidden 8 --log-every 10 "
@@ -56,6 +57,10 @@ def test_a_run_leaves_all_its_artefacts_and_is_not_run_twice(bsuite, tmp_path):
         assert len(mine[-1]["final/returns"]) == 3
         assert mine[-1]["final/return_mean"] == np.mean(mine[-1]["final/returns"])
         assert "final/return_mean_greedy" in mine[-1]
+    algorithm = config["script"].rsplit("_", 1)[0]
+    page = (ROOT / "docs" / f"{algorithm}.md").read_text()
+    documented = set(re.findall(r"^\| `(\w+/\w+)`", page, re.MULTILINE))
+    assert {name for line in written for name in line if "/" in name} == documented
     again = bsuite("--behavior-coef", 0)
     assert again.returncode == 0
     assert "This run is finished" in again.stdout
@@ -216,8 +221,6 @@ def test_a_copied_script_names_the_command_that_makes_its_data(tmp_path):
     import shutil
     import subprocess
     import sys
-
-    from conftest import ROOT
 
     shutil.copy(ROOT / "rosmo_bsuite.py", tmp_path)
     command = [sys.executable, "rosmo_bsuite.py", "--env-id", "mountain_car", "--noise", "0.3"]

@@ -1,0 +1,55 @@
+"""Copies blocks from one script to its siblings.
+
+    python tests/sync_blocks.py --from rosmo_atari.py evaluate data
+
+A block starts at a line "# --- NAME (identical in FILES) ---" and ends at "# --- end NAME ---";
+FILES are file name patterns at the top of the repository, joined by commas or "and".
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(
+    r"^# --- (?P<name>[\w ]+) \(identical in (?P<files>[^)]+)\) ---\n.*?^# --- end (?P=name) ---\n",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def blocks(text: str) -> dict[str, str]:
+    """The blocks of a file by name, with their markers."""
+    return {match["name"]: match[0] for match in BLOCK.finditer(text)}
+
+
+def siblings(block: str, root: Path = ROOT) -> list[Path]:
+    """The files that a block's first line names and that exist."""
+    patterns = re.split(r", | and ", BLOCK.match(block)["files"])
+    return sorted({path for pattern in patterns for path in root.glob(pattern)})
+
+
+def sync(source: Path, name: str, root: Path = ROOT) -> list[Path]:
+    """Copies a block to its siblings; returns the files that changed."""
+    found = blocks(source.read_text())
+    if name not in found:
+        raise SystemExit(f"{source.name} has no block {name!r}; it has {', '.join(found)}.")
+    changed = []
+    for path in siblings(found[name], root):
+        text = path.read_text()
+        theirs = blocks(text).get(name)
+        if theirs is None:
+            raise SystemExit(f"{path.name} has no block {name!r}; put its two markers in first.")
+        if theirs != found[name]:
+            path.write_text(text.replace(theirs, found[name]))
+            changed.append(path)
+    return changed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--from", dest="source", required=True, type=Path)
+    parser.add_argument("names", nargs="+")
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        for path in sync(ROOT / arguments.source, name):
+            print(f"{name} -> {path.name}")

@@ -1,0 +1,120 @@
+"""Rules that every script keeps."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted((*ROOT.glob("*_atari.py"), *ROOT.glob("*_bsuite.py")))
+PROGRAMS = [*SCRIPTS, *sorted((ROOT / "benchmark").glob("*.py"))]
+MODULES = {path.stem for path in PROGRAMS}
+by_name = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+by_program = pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+
+
+def metadata(path) -> dict:
+    """The inline metadata of a script (PEP 723)."""
+    match = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", path.read_text())
+    assert match, "no inline metadata at the top"
+    return tomllib.loads(re.sub(r"^# ?", "", match[1], flags=re.MULTILINE))
+
+
+def args_fields(path) -> dict[str, ast.AnnAssign]:
+    tree = ast.parse(path.read_text())
+    (args,) = [x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "Args"]
+    return {x.target.id: x for x in args.body if isinstance(x, ast.AnnAssign)}
+
+
+@by_program
+def test_metadata_pins_the_versions_of_requirements(path):
+    if "# /// script" not in path.read_text():
+        assert path not in SCRIPTS
+        return
+    pinned = dict(
+        line.split(";")[0].strip().lower().split("==")
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if "==" in line
+    )
+    data = metadata(path)
+    assert data["requires-python"] == ">=3.11,<3.14"
+    for requirement in data["dependencies"]:
+        name, _, pin = re.sub(r"\[.*\]", "", requirement).partition("==")
+        assert pinned.get(name.lower()) == pin, requirement
+
+
+@by_program
+def test_metadata_names_every_package_that_is_imported(path):
+    if "# /// script" not in path.read_text():
+        return
+    distributions = {
+        "ale_py": "ale-py", "cv2": "opencv-python-headless", "orbax": "orbax-checkpoint",
+        "tensorflow_datasets": "tensorflow-datasets",
+    }  # fmt: skip
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    imported -= set(sys.stdlib_module_names)
+    named = {re.split(r"[=\[]", x)[0] for x in metadata(path)["dependencies"]}
+    optional = {"tensorflow", "tensorflow-datasets"} if path.stem.endswith("_bsuite") else set()
+    missing = {distributions.get(name, name) for name in imported} - named - optional
+    assert not missing
+
+
+@by_name
+def test_every_argument_is_documented_and_read(path):
+    text = path.read_text()
+    (body,) = [
+        x.body for x in ast.parse(text).body if isinstance(x, ast.ClassDef) and x.name == "Args"
+    ]
+    for field, doc in zip(body[::2], body[1::2], strict=True):
+        assert isinstance(field, ast.AnnAssign)
+        assert isinstance(doc, ast.Expr), f"{field.target.id} has no docstring"
+        assert doc.value.value.strip()
+    for name in args_fields(path):
+        assert re.search(rf"\bargs\.{name}\b", text), f"nothing reads --{name}"
+
+
+@by_name
+def test_a_script_imports_nothing_of_the_repository(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.split(".")[0] for name in names} & (MODULES | {"benchmark", "tests"})
+
+
+@by_name
+def test_importing_a_script_touches_nothing(path, tmp_path):
+    """No device, no file, no TensorFlow, no Weights & Biases, no command line."""
+    code = (
+        "import json, sys, builtins\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "sys.argv = ['x', '--nonsense']\n"
+        f"import {path.stem}\n"
+        "from jax._src import xla_bridge\n"
+        "heavy = {'tensorflow', 'tensorflow_datasets', 'wandb', 'rlax', 'matplotlib.pyplot'}\n"
+        "heavy = sorted(heavy & set(sys.modules))\n"
+        "print(json.dumps([xla_bridge.backends_are_initialized(), heavy]))"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    initialized, heavy = json.loads(result.stdout.splitlines()[-1])
+    assert not initialized
+    if path.stem.endswith("_bsuite"):  # bsuite itself brings plotting in
+        heavy = [name for name in heavy if name != "matplotlib.pyplot"]
+    assert heavy == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@by_program
+def test_public_functions_have_no_hidden_key(path):
+    """A literal seed in the middle of a function makes every seed the same."""
+    assert not re.search(r"(PRNGKey|random\.key)\(\d+\)", path.read_text())
