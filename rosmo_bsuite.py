@@ -32,6 +32,7 @@ Where the paper is silent, or differs from the authors' code, this file does the
 """
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -667,10 +668,12 @@ class Run:
         facts["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         facts["versions"] = {p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")}
         self.config = facts | {"wandb_id": f"{time.time_ns():x}"} | self.config
+        self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
         try:
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
-            (self.dir / "config.tmp").replace(self.dir / "config.json")
+            if self.writes:
+                (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
+                (self.dir / "config.tmp").replace(self.dir / "config.json")
         except OSError as error:
             message = f"The folder {self.dir} cannot be written ({error.strerror})"
             raise SystemExit(f"{message}; give another --run-dir.") from None
@@ -685,12 +688,13 @@ class Run:
             saved = self.checkpoints.restore(update, args=ocp.args.Composite(**items))
             state, wall_time = saved.state, saved.extra["wall_time"]
             print(f"Going on from update {update:,} in {self.dir}.", flush=True)
-        lines = [x for x in self.lines() if x["update"] <= update and "final/returns" not in x]
-        (self.dir / "metrics.tmp").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        (self.dir / "metrics.tmp").replace(self.dir / "metrics.jsonl")
-        self.metrics = (self.dir / "metrics.jsonl").open("a")
+        if self.writes:
+            lines = [x for x in self.lines() if x["update"] <= update and "final/returns" not in x]
+            (self.dir / "metrics.tmp").write_text("".join(json.dumps(x) + "\n" for x in lines))
+            (self.dir / "metrics.tmp").replace(self.dir / "metrics.jsonl")
+        self.metrics = (self.dir / "metrics.jsonl").open("a") if self.writes else io.StringIO()
         self.started = time.monotonic() - wall_time
-        if self.args.track:
+        if self.args.track and self.writes:
             import wandb
 
             project, entity = self.args.wandb_project_name, self.args.wandb_entity
