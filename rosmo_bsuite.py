@@ -444,6 +444,7 @@ def scale_gradient(x, scale: float):
 # --- end windows ---
 
 
+# --- policy targets (identical in rosmo_*.py) ---
 def policy_target(prior_logits, advantage):
     """p ∝ π_prior exp(adv) in log space (Eq. 6): [..., actions] -> [..., actions]."""
     return jax.nn.softmax(jax.nn.log_softmax(prior_logits) + advantage)
@@ -465,6 +466,9 @@ def sampled_policy_target(advantage, action, num_actions: int):
     log_normalizer = jnp.logaddexp(0.0, jax.nn.logsumexp(others, axis=-1)) - math.log(num_samples)
     weight = jnp.exp(jnp.minimum(advantage - log_normalizer, 20.0))  # e^88 would overflow
     return jnp.einsum("...n,...na->...a", weight, jax.nn.one_hot(action, num_actions)) / num_samples
+
+
+# --- end policy targets ---
 
 
 def look_ahead(network: MuZeroNetwork, params, state, action, discount: float):

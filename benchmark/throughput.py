@@ -2,13 +2,19 @@
 
     python benchmark/throughput.py rosmo_bsuite
     python benchmark/throughput.py rosmo_bsuite --num-seeds 5
+    python benchmark/throughput.py rosmo_atari --batch-size 8 --updates 5
+    python benchmark/throughput.py rosmo_atari --store data/atari/Pong-dqn-200k
 
-The step is the script's own, with the metrics that it logs, on made-up data of the size of the
-cartpole dataset (BSuite). The figure is the median of several windows of updates.
+The step is the script's own, with the metrics that it logs: on BSuite on made-up data of the size
+of the cartpole dataset, on Atari on the batches of a store or, without one, on one made-up batch.
+The figure is the median of several windows of updates.
 """
 
 import dataclasses
 import importlib
+import itertools
+import json
+import re
 import resource
 import sys
 import time
@@ -29,6 +35,14 @@ class Args:
     """scripts to measure in turn, such as rosmo_bsuite"""
     batch_size: int | None = None
     """windows in a batch [default: the script's]"""
+    store: Path | None = None
+    """store to load batches from (Atari)"""
+    channels: int | None = None
+    """channels of the network (Atari) [default: the script's]"""
+    loader_threads: int = 4
+    """threads that decode batches of the store (Atari)"""
+    compile_only: bool = False
+    """print memory and FLOPs of the compiled update and stop (Atari)"""
     num_seeds: int = 1
     """seeds trained side by side (BSuite)"""
     num_steps: int = 300_000
@@ -75,29 +89,103 @@ def bsuite_step(script, args: Args):
     return run
 
 
+# Dense bfloat16 peak in FLOP/s by the name of the device.
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "TPU v4": 275e12}
+
+
+def atari_step(script, args: Args):
+    """Returns run(num_updates) and prints what the compiled update takes."""
+    settings = script.Args()
+    for name in ("batch_size", "channels"):
+        if value := getattr(args, name):
+            settings = dataclasses.replace(settings, **{name: value})
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    by_device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    length = settings.unroll_steps + 1 + settings.td_steps
+    if args.store:
+        env_id = json.loads((args.store / "meta.json").read_text())["env_id"]
+        store = script.open_store(args.store, env_id)
+        num_actions = store.meta["num_actions"]
+
+        def load(step: int):
+            batch = script.sample_batch(store, 0, step, settings.batch_size, length)
+            return jax.device_put(batch, by_device)
+
+        batches = script.load_batches(load, 0, args.loader_threads)
+    else:
+        rng, shape, num_actions = np.random.default_rng(0), (settings.batch_size, length), 9
+        is_last = rng.random(shape) < 0.01
+        made_up = script.Batch(
+            frames=rng.integers(0, 256, (shape[0], length + 3, 84, 84), dtype=np.uint8),
+            history=np.full(shape, 3, np.uint8),
+            action=rng.integers(0, num_actions, shape).astype(np.int32),
+            reward=rng.random(shape).astype(np.float32),
+            is_first=np.roll(is_last, 1, axis=1),
+            is_last=is_last,
+            is_terminal=is_last,
+        )
+        batches = itertools.repeat(jax.device_put(made_up, by_device))
+    network = script.make_network(num_actions, settings)
+    init = jax.jit(script.init_state, static_argnums=(1, 2), out_shardings=replicated)
+    key = jax.random.key(0)
+    current = init(key, network, settings)
+    parameters = sum(x.size for x in jax.tree.leaves(current.params))
+    compiled = script.update.lower(current, key, next(batches), network, settings).compile()
+    memory, flops = compiled.memory_analysis(), compiled.cost_analysis()["flops"]
+    print(
+        f"{script.__name__}: {parameters:,} parameters, {num_actions} actions, batch "
+        f"{settings.batch_size}, {network.dtype}: {flops / 1e12:.3f} TFLOP an update, "
+        f"{memory.temp_size_in_bytes / 1e9:.2f} GB of temporary memory on a device",
+        flush=True,
+    )
+    if args.compile_only:
+        raise SystemExit
+    waited = 0.0
+
+    def run(num_updates: int) -> str:
+        nonlocal current, waited
+        start, waited, previous = time.perf_counter(), 0.0, None
+        for _ in range(num_updates):
+            before = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - before
+            current, loss = script.update(current, key, batch, network, settings)
+            jax.block_until_ready(previous)
+            previous = loss
+        jax.block_until_ready(previous)
+        seconds = time.perf_counter() - start
+        kind = jax.devices()[0].device_kind
+        peak = next((value for name, value in PEAK.items() if name in kind), None)
+        text = f", waiting for data {waited / seconds:.1%}"
+        if peak:
+            share = flops * num_updates / seconds / (peak * jax.device_count())
+            text += f", {share:.1%} of the peak of {peak / 1e12:.0f} TFLOP/s"
+        return text
+
+    return run
+
+
 def main(args: Args) -> None:
     steps = {}
     for name in args.scripts:
-        if not name.endswith("_bsuite"):
-            raise SystemExit(
-                f"There is no measurement of {name}; give a script such as rosmo_bsuite."
-            )
-        steps[name] = bsuite_step(importlib.import_module(name), args)
+        if not re.fullmatch(r"\w+_(atari|bsuite)", name):
+            raise SystemExit(f"There is no script {name}; give one such as rosmo_bsuite.")
+        make = atari_step if name.endswith("_atari") else bsuite_step
+        steps[name] = make(importlib.import_module(name), args)
         steps[name](args.updates)  # compiles
-    rates = {name: [] for name in steps}
+    rates, remarks = {name: [] for name in steps}, {}
     for _ in range(args.windows):  # in turn, so that a slow moment of the machine meets them all
         for name, run in steps.items():
             start = time.perf_counter()
-            run(args.updates)
+            remarks[name] = run(args.updates) or f" of {args.num_seeds} seed(s)"
             rates[name].append(args.updates / (time.perf_counter() - start))
     first = np.median(rates[args.scripts[0]])
     for name, values in rates.items():
         low, median, high = np.min(values), np.median(values), np.max(values)
-        print(
-            f"{name}: {median:.1f} updates/s of {args.num_seeds} seed(s) "
-            f"({low:.1f} to {high:.1f} over {args.windows} windows of {args.updates}), "
-            f"{median / first:.2f} of {args.scripts[0]}"
-        )
+        spread = f"{low:.2f} to {high:.2f} over {args.windows} windows of {args.updates}"
+        ratio = f", {median / first:.2f} times {args.scripts[0]}" if len(rates) > 1 else ""
+        print(f"{name}: {median:.2f} updates/s{remarks[name]}{ratio} ({spread})")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     device = jax.devices()[0]
     print(

@@ -17,9 +17,16 @@ MANIFEST = {
     "run folder": SCRIPTS,
     "evaluate": {"bsuite": BSUITE, "atari": ATARI},
     "data": {"bsuite": BSUITE, "atari": ATARI},
-    "network": {"bsuite": [name for name in MUZERO if name in BSUITE]},
+    "network": {
+        "bsuite": [name for name in MUZERO if name in BSUITE],
+        "atari": [name for name in MUZERO if name in ATARI],
+    },
     "value transform": MUZERO,
     "windows": MUZERO,
+    "policy targets": [name for name in SCRIPTS if name.startswith("rosmo")],
+    "torso": ATARI,
+    "environment": ATARI,
+    "store writer": ATARI,
 }
 
 
