@@ -71,8 +71,8 @@ class Args:
     """game, by RL Unplugged's name"""
     num_steps: int = 200_000
     """agent steps (of 4 frames) to record; the last episode may exceed it"""
-    num_checkpoints: int = 50
-    """parts that the data is divided in, of which --data-percent takes the first episodes"""
+    num_checkpoints: int = 10
+    """parts of the data, of each of which --data-percent takes the first episodes"""
     seed: int = 0
     """seed of the network, the exploration, the sampling and the games"""
     data_dir: str = "data"
@@ -214,10 +214,11 @@ def write_store(path: Path, meta: dict) -> Iterator[StoreWriter]:
     with open(lock_path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.fstat(lock.fileno()).st_nlink > 0  # else its last holder has just removed it
         except BlockingIOError:
-            raise SystemExit(
-                f"Another process is building {path}; run again when it is done."
-            ) from None
+            held = False
+        if not held:
+            raise SystemExit(f"Another process is building {path}: run again when it is done.")
         shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed: we hold the lock
         try:
             folder.mkdir()
@@ -439,7 +440,7 @@ def collect(args: Args, recorder: Recorder) -> None:
         if step - saved >= args.save_every:
             recorder.save(learner)
             saved = step
-        bar.update(args.num_envs)
+        bar.update(min(step, args.num_steps) - bar.n)  # the last episodes may go on beyond
         if recent:
             bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
 

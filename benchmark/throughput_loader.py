@@ -9,6 +9,7 @@ buffer, batches of 512.
 """
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterable
@@ -41,10 +42,9 @@ class Args:
     """steps of the store that the tf.data pipeline reads, over and over"""
 
 
-def memory_mb() -> float:
-    """Resident memory of this process, with the parts of the store that are mapped."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 1e6
+def peak_mb() -> float:
+    """The most memory that this process has held, with the parts of the store that are mapped."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def rate(batches: Iterable, seconds: float, warm_up: int) -> tuple[float, float]:
@@ -84,7 +84,7 @@ def tfdata_pipeline(store: script.Store, args: Args) -> Iterable:
 
 
 def main(args: Args) -> None:
-    before = memory_mb()
+    before = peak_mb()
     start = time.perf_counter()
     env_id = json.loads((Path(args.store) / "meta.json").read_text())["env_id"]
     store = script.open_store(Path(args.store), env_id)
@@ -102,7 +102,7 @@ def main(args: Args) -> None:
     wall, cpu = rate(script.load_batches(load, 0, args.threads), args.seconds, warm_up=5)
     print(
         f"loader, {args.threads} thread(s): {wall:.1f} batches of {args.batch_size} per second, "
-        f"{cpu:.1f} per CPU second; memory {before:.0f} MB before, {memory_mb():.0f} MB now"
+        f"{cpu:.1f} per CPU second; peak memory {before:.0f} MB before, {peak_mb():.0f} MB now"
     )
     if args.tfdata:
         wall, tf_cpu = rate(tfdata_pipeline(store, args), args.seconds, warm_up=1)

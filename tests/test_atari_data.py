@@ -223,7 +223,7 @@ def test_an_error_in_a_build_leaves_nothing(tmp_path):
 def test_two_builds_at_once(tmp_path):
     with script.write_store(tmp_path / "Pong", META):
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(SystemExit, match=r"Another process is building .*Pong; run again"):
+        with pytest.raises(SystemExit, match=r"Another process is building .*Pong: run again"):
             write(tmp_path / "Pong")
         assert sorted(tmp_path.rglob("*")) == before  # the first build is untouched
     assert [p.name for p in tmp_path.iterdir()] == ["Pong"]
@@ -248,7 +248,7 @@ def test_killed_build_is_cleaned_up(path, tmp_path):
 # RL Unplugged. One worker does it all, since importing TensorFlow takes its time.
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def rlu(tmp_path_factory) -> SimpleNamespace:
     """Shards in RL Unplugged's format, and the same prepared by TFDS's own builder."""
     import tensorflow_datasets as tfds
@@ -264,15 +264,16 @@ def rlu(tmp_path_factory) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder_cls, "_SHARDS", LABELS[-1][0] + 1)
         patch.setattr(builder_cls, "_INPUT_FILE_PREFIX", str(shards.parent))
-        patch.setattr(script, "STEPS_PER_CHECKPOINT", PER_CHECKPOINT)
-        builder = builder_cls(config="Pong_run_1", data_dir=folder / "tfds")
-        builder.download_and_prepare()
-        patch.setattr(builder_cls, "_INPUT_FILE_PREFIX", "gs://nowhere")
-        yield SimpleNamespace(folder=folder, shards=shards, tfds_dir=folder / "tfds")
+        builder_cls(config="Pong_run_1", data_dir=folder / "tfds").download_and_prepare()
+    return SimpleNamespace(
+        folder=folder, shards=shards, tfds_dir=folder / "tfds", builder_cls=builder_cls
+    )
 
 
 @pytest.fixture
-def args(rlu, tmp_path) -> SimpleNamespace:
+def args(rlu, tmp_path, monkeypatch) -> SimpleNamespace:
+    monkeypatch.setattr(rlu.builder_cls, "_SHARDS", LABELS[-1][0] + 1)
+    monkeypatch.setattr(script, "STEPS_PER_CHECKPOINT", PER_CHECKPOINT)
     fields = {"env_id": "Pong", "run": 1, "data_percent": 100, "data_dir": str(tmp_path)}
     return SimpleNamespace(**fields, dataset="", tfds_dir="", rlu_prefix=str(rlu.folder))
 
@@ -423,6 +424,9 @@ def test_failed_collector(offline, monkeypatch):
 def test_given_store(offline, path):
     offline.dataset = str(path)
     assert script.get_store(offline).path == path
+    offline.dataset = f"{path}-typo"
+    with pytest.raises(SystemExit, match=r"There is no store .*-typo"):
+        script.get_store(offline)
     offline.env_id = "Breakuot"
     with pytest.raises(SystemExit, match=r"There is no game 'Breakuot'; .*Breakout"):
         script.get_store(offline)

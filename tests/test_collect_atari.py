@@ -17,6 +17,9 @@ import pytest
 import collect_atari
 import rosmo_atari
 
+# One worker does it all, so that the collection runs once.
+pytestmark = pytest.mark.xdist_group("collect_atari")
+
 TINY = ["--env-id", "Pong", "--num-steps", "400", "--num-checkpoints", "4", "--num-envs", "2"]
 TINY += ["--max-frames", "160", "--width", "0.1", "--replay-start", "80", "--save-every", "40"]
 TINY += ["--target-every", "80", "--replay-size", "200", "--epsilon-steps", "100"]
@@ -36,7 +39,7 @@ def episodes_of(store: rosmo_atari.Store) -> list[dict]:
     ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def killed_and_resumed(tmp_path_factory) -> Path:
     """A collection that was killed with SIGKILL after its first save, and started again."""
     out = tmp_path_factory.mktemp("collect") / "Pong-tiny"
