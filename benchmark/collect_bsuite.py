@@ -62,11 +62,10 @@ class Args:
     """collect again even if the dataset exists"""
 
 
-# The schedules are chosen so that the mean returns of the records come close to Table 5 at noise 0
-# and the last agents to Table 6; all noise levels share them. The exploration rate falls linearly
-# to EPSILON over the first episodes, the learning rate to zero over all of them. On cartpole a
-# Huber loss instead of the square did not learn within 1000 episodes, and with a replay of the last
-# 20,000 or 50,000 steps instead of all the last agent was a poor one in two runs of four.
+# The schedules are chosen so that the mean returns of the records come close to Table 5 at noise 0;
+# all noise levels share them. The exploration rate falls linearly to EPSILON over the first
+# episodes, the learning rate to zero over all of them. The loss is the square: with a Huber loss
+# DQN did not learn cartpole in 1000 episodes.
 class Task(NamedTuple):
     make: Callable[..., Any]
     num_episodes: int
