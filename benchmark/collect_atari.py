@@ -115,7 +115,7 @@ class Args:
     """final exploration"""
 
 
-# --- environment (identical in *_atari.py) ---
+# --- environment (identical in *_atari.py and benchmark/*_atari.py) ---
 def game_name(env_id: str) -> str:
     """ALE's name of the game that RL Unplugged calls `env_id`: MsPacman -> ms_pacman."""
     names = {rom.title().replace("_", ""): rom for rom in roms.get_all_rom_ids()}
@@ -147,7 +147,7 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 # --- end environment ---
 
 
-# --- store writer (identical in *_atari.py) ---
+# --- store writer (identical in *_atari.py and benchmark/*_atari.py) ---
 STORE_VERSION = 1
 CHUNK = 16  # consecutive frames that are compressed together
 STEP = np.dtype(

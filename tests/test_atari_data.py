@@ -278,7 +278,6 @@ def args(rlu, tmp_path, monkeypatch) -> SimpleNamespace:
     return SimpleNamespace(**fields, dataset="", tfds_dir="", rlu_prefix=str(rlu.folder))
 
 
-@pytest.mark.xdist_group("rlu")
 def test_both_paths_give_the_direct_store(rlu, args, path, tmp_path):
     streamed = script.get_store(args).path
     assert streamed == tmp_path / "atari" / "Pong-run1-100pct"
@@ -287,7 +286,6 @@ def test_both_paths_give_the_direct_store(rlu, args, path, tmp_path):
     assert contents(streamed) == contents(prepared) == contents(path)
 
 
-@pytest.mark.xdist_group("rlu")
 @pytest.mark.parametrize("percent", [1, 50, 80])
 def test_percent_is_the_same_on_every_path(rlu, args, path, tmp_path, percent):
     args.data_percent = percent
@@ -304,7 +302,6 @@ def test_percent_is_the_same_on_every_path(rlu, args, path, tmp_path, percent):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.xdist_group("rlu")
 def test_larger_store_serves_a_smaller_percent(args, tmp_path):
     write(tmp_path / "atari" / "Pong-run1-100pct")
     args.data_percent, args.rlu_prefix = 50, "/nowhere"
@@ -320,7 +317,6 @@ def copy_shards(rlu, tmp_path) -> Path:
     return Path(shutil.copytree(rlu.shards, tmp_path / "s/atari_episodes_ordered/Pong"))
 
 
-@pytest.mark.xdist_group("rlu")
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -338,7 +334,6 @@ def test_bad_shard(rlu, args, tmp_path, how, message):
     assert list((tmp_path / "atari").iterdir()) == []
 
 
-@pytest.mark.xdist_group("rlu")
 def test_shard_of_another_game_or_size(rlu, args, tmp_path):
     args.rlu_prefix = str(tmp_path / "s")
     recorder = collect_atari.Recorder(tmp_path / "recorder", collect_atari.Args())
@@ -363,7 +358,6 @@ def test_shard_of_another_game_or_size(rlu, args, tmp_path):
     assert list((tmp_path / "2/atari").iterdir()) == []
 
 
-@pytest.mark.xdist_group("rlu")
 def test_run_that_does_not_exist(args, tmp_path):
     args.run = 6
     with pytest.raises(SystemExit, match="RL Unplugged has no run 6 of Pong"):

@@ -18,7 +18,6 @@ import collect_atari
 import rosmo_atari
 
 # One worker does it all, so that the collection runs once.
-pytestmark = pytest.mark.xdist_group("collect_atari")
 
 TINY = ["--env-id", "Pong", "--num-steps", "400", "--num-checkpoints", "4", "--num-envs", "2"]
 TINY += ["--max-frames", "160", "--width", "0.1", "--replay-start", "80", "--save-every", "40"]

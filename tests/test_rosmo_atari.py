@@ -1,0 +1,172 @@
+"""The network, loss and update of rosmo_atari.py; test_rosmo_bsuite.py has what both share."""
+
+import dataclasses
+import difflib
+import inspect
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rosmo_atari as rosmo
+import rosmo_bsuite
+
+ARGS = rosmo.Args(channels=4, num_bins=21, unroll_steps=2, td_steps=2, batch_size=4, log_every=2)
+NETWORK = rosmo.MuZeroNetwork(4, ARGS.num_bins, ARGS.channels, jnp.dtype("float32"))
+
+
+def random_params(seed: int):
+    """Parameters with heads that are not zero, so that every gradient can flow."""
+    init = jax.jit(lambda key: NETWORK.init(key, jnp.zeros((84, 84, 4)), jnp.int32(0)))
+    leaves, tree = jax.tree.flatten(init(jax.random.key(seed)))
+    rng = np.random.default_rng(seed)
+    return tree.unflatten([x + 0.05 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
+
+
+def random_batch(seed: int = 0, batch_size: int = 4, args=ARGS) -> rosmo.Batch:
+    rng = np.random.default_rng(seed)
+    shape = (batch_size, args.unroll_steps + 1 + args.td_steps)
+    is_last = rng.random(shape) < 0.2
+    return rosmo.Batch(
+        frames=rng.integers(0, 256, (batch_size, shape[1] + 3, 84, 84), dtype=np.uint8),
+        history=rng.integers(0, 4, shape).astype(np.uint8),
+        action=rng.integers(0, 4, shape).astype(np.int32),
+        reward=rng.normal(size=shape).astype(np.float32),
+        is_first=np.roll(is_last, 1, axis=1),
+        is_last=is_last,
+        is_terminal=is_last & (rng.random(shape) < 0.6),
+    )
+
+
+def test_network_has_the_shapes_and_sizes_of_appendix_d21():
+    network = rosmo.MuZeroNetwork(9, 601, 64, jnp.dtype("float32"))
+    shapes = jax.eval_shape(
+        lambda key: network.init(key, jnp.zeros((84, 84, 4), jnp.uint8), jnp.int32(0)),
+        jax.random.key(0),
+    )
+    state = jax.eval_shape(
+        lambda p: network.apply(p, jnp.zeros((2, 3, 84, 84, 4)), method="representation"), shapes
+    )
+    assert state.shape == (2, 3, 6, 6, 64)
+    prediction = jax.eval_shape(
+        lambda p: network.apply(p, jnp.zeros((2, 6, 6, 64)), method="prediction"), shapes
+    )
+    assert [x.shape for x in prediction] == [(2, 9), (2, 601), (2, 601)]
+    assert all(x.dtype == jnp.float32 for x in prediction)
+
+    def convolution(inputs, outputs, kernel=3):
+        return kernel**2 * inputs * outputs
+
+    def block(channels):
+        return 2 * convolution(channels, channels) + 4 * channels
+
+    def head(outputs):
+        dense = 36 * 128 * 128 + 128 * 128 + 128 * outputs + outputs
+        return 2 * 64 + convolution(64, 128, kernel=1) + 2 * 128 + dense + 2 * 2 * 128
+
+    expected = {
+        "h": convolution(4, 32) + block(32) + convolution(32, 64) + 9 * block(64),
+        "g": 2 * 64 + convolution(64 + 9, 64) + 2 * block(64),
+        "f_0": block(64),
+        "f_1": block(64),
+        "policy": head(9),
+        "value": head(601),
+        "reward": head(601),
+    }
+    sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in shapes["params"].items()}
+    assert sizes == expected
+
+
+def test_residual_block_is_pre_activation_with_layer_normalisation():
+    """Against the definition, with NumPy and SciPy."""
+    from scipy.signal import correlate2d
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 5, 5, 2)).astype(np.float32)
+    block = rosmo.ResidualBlock(2, jnp.dtype("float32"))
+    params = block.init(jax.random.key(0), x)
+    y = x[0]
+    for i in range(2):
+        y = np.maximum((y - y.mean()) / np.sqrt(y.var() + 1e-6), 0)
+        kernel = np.asarray(params["params"][f"Conv_{i}"]["kernel"])
+        y = np.stack(
+            [
+                sum(correlate2d(y[..., c], kernel[:, :, c, o], mode="same") for c in range(2))
+                for o in range(2)
+            ],
+            axis=-1,
+        )
+    np.testing.assert_allclose(block.apply(params, x)[0], x[0] + y, rtol=1e-3, atol=1e-4)
+
+
+def test_average_pool_does_not_count_the_padding():
+    np.testing.assert_allclose(rosmo.average_pool(jnp.ones((1, 11, 11, 1))), 1)
+    assert rosmo.average_pool(jnp.ones((2, 3, 21, 21, 8))).shape == (2, 3, 11, 11, 8)
+
+
+def test_dynamics_depends_on_the_action_everywhere():
+    params, state = random_params(0), jnp.ones((6, 6, ARGS.channels))
+    step = jax.jit(lambda action: NETWORK.apply(params, state, action, method="dynamics"))
+    after = [step(action) for action in range(4)]
+    for a, b in itertools.combinations(after, 2):
+        assert (np.abs(a - b).max(axis=-1) > 0).all()
+
+
+def test_the_loss_is_that_of_bsuite_but_for_the_observations():
+    """rosmo_bsuite.py's loss is tested against a naive Algorithm 2; here only encoding differs."""
+    ours = inspect.getsource(rosmo.rosmo_loss).splitlines()
+    theirs = inspect.getsource(rosmo_bsuite.rosmo_loss).splitlines()
+    changed = [x for x in difflib.ndiff(theirs, ours) if x[0] in "+-"]
+    about_encoding = ("observation", "root = ", "[root", "params, root", "Batch", "Steps", "length")
+    assert 0 < len(changed) <= 12
+    assert [x for x in changed if not any(word in x for word in about_encoding)] == []
+    look_ahead = inspect.getsource(rosmo.look_ahead).splitlines()
+    bsuite_look_ahead = inspect.getsource(rosmo_bsuite.look_ahead).splitlines()
+    changed = [x for x in difflib.ndiff(bsuite_look_ahead, look_ahead) if x[0] in "+-"]
+    assert len(changed) == 4  # the docstring and the axes of a state
+
+
+def test_updates_reach_every_parameter_copy_the_target_and_sum_the_metrics():
+    args = dataclasses.replace(ARGS, target_update_every=2, learning_rate=1e-1)
+    state = jax.jit(rosmo.init_state, static_argnums=(1, 2))(jax.random.key(0), NETWORK, args)
+    state = state._replace(params=random_params(0), target_params=random_params(1))
+    kernel = lambda p: np.asarray(p["params"]["h"]["Conv_0"]["kernel"])  # noqa: E731
+    target_before, losses, states = kernel(state.target_params), [], []
+    for i in range(3):
+        state, loss = rosmo.update(state, jax.random.key(1), random_batch(i), NETWORK, args)
+        states.append(jax.device_get(state))
+        losses.append(float(loss))
+    gradient = optax.tree_utils.tree_get(states[0].opt_state, "mu")  # a tenth of the first one
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+    assert [int(s.step) for s in states] == [1, 2, 3]
+    np.testing.assert_array_equal(kernel(states[0].target_params), target_before)
+    np.testing.assert_array_equal(kernel(states[1].target_params), kernel(states[1].params))
+    assert np.abs(kernel(states[2].params) - kernel(states[2].target_params)).max() > 0
+    sums = [float(s.sums["losses/total"]) for s in states]  # start again every log_every = 2
+    assert sums == pytest.approx([losses[0], losses[0] + losses[1], losses[2]], rel=1e-5)
+
+
+def test_the_weight_decay_spares_scales_and_offsets():
+    args = dataclasses.replace(ARGS, weight_decay=0.5)
+    optimizer = rosmo.make_optimizer(args)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    state = optimizer.init(params)
+    for _ in range(3):  # the first learning rate of the warm-up is zero
+        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    assert (updates["kernel"] < 0).all()
+    assert (updates["bias"] == 0).all()
+
+
+def test_bfloat16_keeps_parameters_and_logits_in_float32():
+    network = rosmo.MuZeroNetwork(4, 21, 4, jnp.dtype("bfloat16"))
+    observation = jnp.zeros((84, 84, 4), jnp.uint8)
+    params = jax.eval_shape(network.init, jax.random.key(0), observation, jnp.int32(0))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    state = jax.eval_shape(lambda p: network.apply(p, observation, method="representation"), params)
+    assert state.dtype == jnp.bfloat16
+    output = jax.eval_shape(network.apply, params, observation, jnp.int32(0))
+    assert {x.dtype for x in output} == {jnp.dtype("float32")}

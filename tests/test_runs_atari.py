@@ -1,0 +1,158 @@
+"""Runs of the Atari scripts as a user starts them: artefacts, resume, several devices."""
+
+import json
+import re
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import rosmo_atari
+
+SCRIPTS = ["rosmo_atari.py"]
+TINY = "--env-id Pong --channels 4 --batch-size 4 --num-bins 21 --unroll-steps 1 --td-steps 1 "
+TINY += "--log-every 2 --eval-every 4 --checkpoint-every 4 --total-updates 8 "
+TINY += "--eval-episodes 1 --final-eval-episodes 1"
+TINY = TINY.split()
+SPEED = ("wall_time", "charts/updates_per_second", "charts/data_wait")
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """Five short episodes of random frames in the native format."""
+    path, rng = tmp_path_factory.mktemp("store") / "Pong-dqn-test", np.random.default_rng(0)
+    meta = {"env_id": "Pong", "source": "dqn", "percent": 100.0, "num_actions": 6}
+    meta |= {"steps_per_checkpoint": 100, "rom_sha256": rosmo_atari.rom_digest("Pong")}
+    with rosmo_atari.write_store(path, meta) as writer:
+        for i in range(5):
+            frames = rng.integers(0, 256, (30 + i, 84, 84), dtype=np.uint8)
+            action = rng.integers(0, 6, len(frames))
+            reward = rng.normal(size=len(frames)).astype(np.float32)
+            writer.add(frames, action, reward, i % 2 == 0, i // 2, i, float(reward.sum()))
+    return path
+
+
+def lines(folder) -> list[dict]:
+    """The metrics of a run without the time that it took."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
+
+
+@pytest.fixture(params=SCRIPTS)
+def atari(request, script, store):
+    """Starts the script on the small store: atari("--seed", 1)."""
+
+    def start(*arguments, wait=True, **environment):
+        options = [*TINY, "--dataset", store, *arguments]
+        return script(request.param, *options, wait=wait, **environment)
+
+    return start
+
+
+def test_a_run_leaves_all_its_artefacts(atari, tmp_path):
+    result = atari("--capture-video")
+    assert result.returncode == 0, result.stderr
+    (folder,) = tmp_path.glob("runs/*/Pong-*/seed0")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data"]["source"] == "dqn"
+    assert config["rom"] == rosmo_atari.rom_digest("Pong")
+    assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "video.mp4").stat().st_size > 10_000
+    written = lines(folder)
+    assert [x["update"] for x in written if "losses/total" in x] == [2, 4, 6, 8]
+    assert [x["update"] for x in written if "eval/returns" in x] == [4, 8]
+    final = written[-1]
+    assert -21 <= final["final/return_mean"] <= 21
+    assert final["final/normalized_score"] == pytest.approx(
+        rosmo_atari.normalized_score("Pong", final["final/return_mean"])
+    )
+    page = (ROOT / "docs" / f"{config['script'].rsplit('_', 1)[0]}.md").read_text()
+    documented = set(re.findall(r"^\| `(\w+/\w+)`", page, re.MULTILINE))
+    assert {name for line in written for name in line if "/" in name} | set(SPEED[1:]) == documented
+    assert "This run is finished" in atari("--capture-video").stdout
+
+
+def test_kill_and_resume_give_the_numbers_of_a_whole_run(atari, tmp_path):
+    longer = ["--total-updates", 40, "--eval-every", 40]
+    whole = atari("--run-dir", "whole", *longer)
+    assert whole.returncode == 0, whole.stderr
+    process = atari("--run-dir", "killed", *longer, wait=False)
+    while not (tmp_path / "killed" / "checkpoints" / "8").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert '"update": 40' not in (tmp_path / "killed" / "metrics.jsonl").read_text()
+    resumed = atari("--run-dir", "killed", *longer)
+    assert resumed.returncode == 0, resumed.stderr
+    assert re.search(r"Going on from update \d+ in", resumed.stdout)
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+def test_ctrl_c_stops_at_any_update_and_the_run_goes_on_from_it(atari, tmp_path):
+    endless = ["--run-dir", "run", "--total-updates", 10_000, "--eval-every", 10_000]
+    endless += ["--log-every", 1000, "--checkpoint-every", 10_000]
+    process = atari(*endless, wait=False)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    update = int(re.search(r"Stopped at update ([\d,]+);", stderr)[1].replace(",", ""))
+    assert (tmp_path / "run" / "checkpoints" / str(update)).is_dir()
+
+
+def test_several_devices_and_several_processes_give_the_numbers_of_one(atari, tmp_path):
+    assert atari("--run-dir", "one").returncode == 0
+    flags = "--xla_force_host_platform_device_count="
+    four = atari("--run-dir", "four", XLA_FLAGS=flags + "4")
+    assert four.returncode == 0, four.stderr
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        atari("--run-dir", "two", wait=False, **shared, JAX_PROCESS_ID=str(i)) for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    for name in ("four", "two"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["device"].startswith({"four": "4 x", "two": "2 x"}[name])
+        for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / name), strict=True):
+            assert a.keys() == b.keys()
+            for key in a:
+                if key.startswith(("losses/", "charts/")):
+                    assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), (name, key)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env-id", "MsPackman"], "MsPacman"),
+        (["--env-id", "Breakout"], "not 100% of Breakout"),
+        (["--dataset", "nowhere"], "There is no store nowhere"),
+        (["--data-percent", "0"], "--data-percent is 0"),
+        (["--channels", "0"], "--channels is 0"),
+        (["--eval-every", "3"], "must be a multiple"),
+        (["--learning-rate", "1e30", "--total-updates", "40"], "The loss is"),
+    ],
+)
+def test_bad_input_gives_one_sentence(atari, arguments, message):
+    result = atari(*arguments)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_machine_without_an_accelerator_says_what_the_paper_would_take(capsys):
+    rosmo_atari.warn_if_slow(20.0, rosmo_atari.Args())
+    assert "would take 46 days" in capsys.readouterr().err
+    rosmo_atari.warn_if_slow(0.1, rosmo_atari.Args())
+    assert capsys.readouterr().err == ""
