@@ -77,6 +77,7 @@ import tyro
 import zstandard
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
@@ -265,7 +266,7 @@ def capture_video(act: Callable, env_id: str, seed: int, path: str | Path, **kwa
     twin = make_env(env_id, 1, grayscale=False, img_height=210, img_width=160, **kwargs)
     key = jax.random.key(seed)
     (observations, _), (screen, _) = env.reset(seed=seed), twin.reset(seed=seed)
-    video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 15, (320, 420))
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"vp09"), 15, (320, 420))
     total, running = 0.0, True
     while running:
         picture = cv2.resize(screen[0, -1], (320, 420), interpolation=cv2.INTER_NEAREST)
@@ -1023,7 +1024,10 @@ def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Ar
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
 # Arguments that change no number of a run, and those that do not name its folder.
 NOT_COMPARED = "run_dir overwrite track wandb_project_name wandb_entity data_dir loader_threads"
-NOT_NAMED = f"{NOT_COMPARED} env_id seed num_seeds total_updates log_every checkpoint_every"
+NOT_NAMED = (
+    f"{NOT_COMPARED} env_id seed num_seeds total_updates log_every checkpoint_every eval_every "
+    "eval_episodes final_eval_episodes"
+)
 
 
 class Run:
@@ -1186,9 +1190,12 @@ def check_args(args: Args) -> None:
 
 def join_processes() -> None:
     """Joins the other processes of a run on several hosts, each of which starts this script."""
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        number = int(os.environ["JAX_NUM_PROCESSES"])
-        jax.distributed.initialize(None, number, int(os.environ["JAX_PROCESS_ID"]))
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    if all(name in os.environ for name in names):
+        address, number, index = (os.environ[name] for name in names)
+        jax.distributed.initialize(address, int(number), int(index))
+    elif any(name in os.environ for name in names):
+        raise SystemExit(f"A run of several processes needs all of {', '.join(names)}.")
     elif int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         jax.distributed.initialize()
 
@@ -1214,6 +1221,9 @@ def main(args: Args) -> None:
     if args.compilation_cache:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
+    if jax.process_count() > 1:  # the first one builds a store that is missing
+        _ = jax.process_index() or get_store(args)
+        multihost_utils.sync_global_devices("store")
     store = get_store(args)
     mean_return = store.episodes["return"].mean()
     print(
@@ -1295,7 +1305,12 @@ def main(args: Args) -> None:
         final |= {"final/returns": sampled, "final/returns_greedy": greedy}
         run.log(done, args.seed, final | {"final/normalized_score": score})
         if args.capture_video:
-            capture_video(policy(False), args.env_id, args.seed, run.dir / "video.mp4")
+            video = run.dir / "video.mp4"
+            capture_video(policy(False), args.env_id, args.seed, video)
+            if run.wandb:
+                import wandb
+
+                run.wandb.log({"video": wandb.Video(str(video), format="mp4")})
         random_score, online_score = REFERENCE_SCORES.get(args.env_id, (None, None))
         lines = {"data": mean_return, "random policy": random_score, "online DQN": online_score}
         run.plot({name: value for name, value in lines.items() if value is not None})

@@ -630,7 +630,10 @@ def act(greedy: bool, network: MuZeroNetwork, args: Args, params, observation, k
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
 # Arguments that change no number of a run, and those that do not name its folder.
 NOT_COMPARED = "run_dir overwrite track wandb_project_name wandb_entity data_dir loader_threads"
-NOT_NAMED = f"{NOT_COMPARED} env_id seed num_seeds total_updates log_every checkpoint_every"
+NOT_NAMED = (
+    f"{NOT_COMPARED} env_id seed num_seeds total_updates log_every checkpoint_every eval_every "
+    "eval_episodes final_eval_episodes"
+)
 
 
 class Run:

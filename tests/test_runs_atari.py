@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 
+import cv2
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -60,7 +61,10 @@ def test_a_run_leaves_all_its_artefacts(atari, tmp_path):
     assert config["data"]["source"] == "dqn"
     assert config["rom"] == rosmo_atari.rom_digest("Pong")
     assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
-    assert (folder / "video.mp4").stat().st_size > 10_000
+    video, num_frames = cv2.VideoCapture(str(folder / "video.mp4")), 0
+    while video.read()[0]:
+        num_frames += 1
+    assert num_frames > 700  # no game of Pong is shorter
     written = lines(folder)
     assert [x["update"] for x in written if "losses/total" in x] == [2, 4, 6, 8]
     assert [x["update"] for x in written if "eval/returns" in x] == [4, 8]
