@@ -811,6 +811,7 @@ def main(args: Args) -> None:
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     steps, source = load_dataset(args)
+    mean_return = steps.reward.sum() / steps.is_last.sum()
     starts, num_starts = window_starts(steps.is_last, args.data_percent, seeds)
     print(f"Data: {source}.", flush=True)
 
@@ -869,7 +870,8 @@ def main(args: Args) -> None:
         final["normalized_score"] = score
         run.log(update, seed, {f"final/{name}": value for name, value in final.items()})
     random_return, online_return = REFERENCE_RETURNS[args.env_id]
-    run.plot({"random policy (Table 6)": random_return, "online DQN (Table 6)": online_return})
+    references = {"random policy (Table 6)": random_return, "online DQN (Table 6)": online_return}
+    run.plot({"data": mean_return} | references)
     run.close()
     means = sampled.mean(axis=1)
     print(
