@@ -105,7 +105,7 @@ class Args:
 
     # model (Table 4)
     dynamics_hidden: int = 256
-    """hidden units of the dynamics function (Fig. 2b)"""
+    """width of the middle layer of the dynamics function (Fig. 2b)"""
     num_bins: int = 20
     """bins of the categorical value and reward"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -347,9 +347,9 @@ class MuZeroNetwork(nn.Module):
 
     def setup(self):
         self.h = MLP((64, 64, 32), self.dtype)
-        self.g = MLP((self.dynamics_hidden, 32), self.dtype)
+        self.g = MLP((32, self.dynamics_hidden, 32), self.dtype)
         self.f = MLP((32,), self.dtype)
-        head = partial(nn.Dense, kernel_init=nn.initializers.zeros, dtype=self.dtype)
+        head = partial(nn.Dense, kernel_init=nn.initializers.zeros, dtype=jnp.float32)
         self.policy, self.value, self.reward = map(
             head, (self.num_actions, self.num_bins, self.num_bins)
         )
@@ -366,8 +366,7 @@ class MuZeroNetwork(nn.Module):
     def prediction(self, state) -> Prediction:
         """f: states [..., 32] -> policy, value and reward logits, float32."""
         x = nn.relu(self.f(state))
-        logits = (self.policy(x), self.value(x), self.reward(x))
-        return Prediction(*(x.astype(jnp.float32) for x in logits))
+        return Prediction(self.policy(x), self.value(x), self.reward(x))
 
     def __call__(self, observation, action) -> Prediction:
         return self.prediction(self.dynamics(self.representation(observation), action))

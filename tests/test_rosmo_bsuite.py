@@ -346,7 +346,7 @@ def test_network_has_the_sizes_of_table_4():
     count = {name: sum(x.size for x in jax.tree.leaves(p)) for name, p in params.items()}
     assert count == {
         "h": dense(50, 64, 64, 32),
-        "g": dense(32 + 3, 256, 32),
+        "g": dense(32 + 3, 32, 256, 32),
         "f": dense(32, 32),
         "policy": dense(32, 3),
         "value": dense(32, 20),
