@@ -24,7 +24,7 @@ positive advantage (Eq. 6), and imitates logged actions whose advantage is posit
 Where the paper is silent, or differs from the authors' code, this file does the following.
 1. Windows start at any step; past the end of an episode they hold an absorbing state: random
    actions, zero reward and value, uniform policy target, no behaviour term (authors' code).
-2. An episode that ends without a terminal state is bootstrapped and its remainder is ignored
+2. An episode that ends without a terminal state is bootstrapped; the rest of the window is ignored
    (--truncation-as-termination: the authors' code).
 3. Eq. 11's advantage is the model's, with the logged action (the paper; the authors' code takes
    the next observation: --behavior-advantage next-observation).
@@ -725,14 +725,14 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, use_bias=False, dtype=self.dtype)(x)
             x = nn.relu(nn.LayerNorm(dtype=self.dtype)(x))
-        logits = nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, dtype=self.dtype)(x)
-        return logits.astype(jnp.float32)
+        # In float32, because a value is a small difference of many large logits' weights.
+        return nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, dtype=jnp.float32)(x)
 
 
 class MuZeroNetwork(nn.Module):
     """Representation h, dynamics g and prediction f (D.2.1).
 
-    Any leading axes do. Heads that a caller does not use are dropped by the compiler.
+    Inputs may have any leading axes. The compiler drops the heads that a caller does not use.
     """
 
     num_actions: int
@@ -772,7 +772,7 @@ class MuZeroNetwork(nn.Module):
 
 # --- value transform (identical in rosmo_*.py and muzero_unplugged_*.py) ---
 def transform(x):
-    """h(x) = sign(x)(√(|x| + 1) - 1) + εx with ε = 0.001 (Appendix A.2)."""
+    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, where a bracket slipped)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
 
 
@@ -801,7 +801,7 @@ def to_scalar(logits):
 
 # --- windows (identical in rosmo_*.py and muzero_unplugged_*.py) ---
 def window_positions(is_last, is_terminal):
-    """Tells how the positions of windows [batch, time] lie to the episode of their first step.
+    """Places each position of windows [batch, time] in the episode in which its window starts.
 
     Returns:
       moving: a logged action leads on from here; absorbing: at or past a terminal state; known:
@@ -1023,7 +1023,10 @@ def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Ar
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
 # Arguments that change no number of a run, and those that do not name its folder.
-NOT_COMPARED = "run_dir overwrite track wandb_project_name wandb_entity data_dir loader_threads"
+NOT_COMPARED = (
+    "run_dir overwrite compilation_cache capture_video track wandb_project_name wandb_entity "
+    "data_dir tfds_dir rlu_prefix loader_threads"
+)
 NOT_NAMED = (
     f"{NOT_COMPARED} env_id seed num_seeds total_updates log_every checkpoint_every eval_every "
     "eval_episodes final_eval_episodes"
@@ -1036,41 +1039,63 @@ class Run:
     The same command finds its folder again and goes on from the last checkpoint in it.
     """
 
-    def __init__(self, args, seeds: list[int]):
-        """Finds the folder and ends the program if it holds something else; writes nothing."""
-        self.args, self.seeds, self.stopping, self.wandb = args, seeds, False, None
-        fields = [f for f in dataclasses.fields(args) if f.name not in NOT_NAMED.split()]
-        changed = [f.name for f in fields if getattr(args, f.name) != f.default]
-        variant = "".join(f"-{name.replace('_', '-')}={getattr(args, name)}" for name in changed)
-        name = f"seed{seeds[0]}" if len(seeds) == 1 else f"seeds{seeds[0]}-{seeds[-1]}"
-        folder = args.env_id + variant.replace("/", "_")
-        self.dir = args.run_dir or Path("runs", Path(__file__).stem, folder, name)
-        config_path = self.dir / "config.json"
-        if args.overwrite and config_path.exists():
-            shutil.rmtree(self.dir)
-        self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
-        if config_path.exists():
-            now, self.config = self.config["args"], json.loads(config_path.read_text())
-            before = self.config["args"]
-            names = [k for k in before | now if k not in NOT_COMPARED.split()]
-            pairs = [(k, before.get(k), now.get(k)) for k in names]
-            if changes := ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b):
-                message = f"{self.dir} holds a run with other arguments ({changes})"
-                raise SystemExit(f"{message}; give another --run-dir, or --overwrite to delete it.")
-        elif self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
-            raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
+    def __init__(self, args, seeds: list[int], source: str = ""):
+        """Finds the folder, whose name ends with the source of the data if that needs telling.
 
-    def start(self, state, **facts):
-        """Opens the folder; returns (update, state), those of the last checkpoint if any."""
-        facts["script"] = Path(__file__).name
-        git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
+        Ends the program if the folder holds something else; writes nothing.
+        """
+        self.args, self.seeds, self.stopping, self.wandb = args, seeds, False, None
+        self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
+        fields = [f for f in dataclasses.fields(args) if f.name not in NOT_NAMED.split()]
+        changed = {f.name: v for f in fields if (v := getattr(args, f.name)) != f.default}
+        values = {k: v.name if isinstance(v, Path) else v for k, v in changed.items()}
+        variant = "".join(f"-{k.replace('_', '-')}={v}" for k, v in values.items()) + source
+        name = f"seed{seeds[0]}" if len(seeds) == 1 else f"seeds{seeds[0]}-{seeds[-1]}"
+        self.dir = args.run_dir or Path("runs", Path(__file__).stem, args.env_id + variant, name)
+        self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
+        if not (self.dir / "config.json").exists():
+            if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+                raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
+            return
+        config = json.loads((self.dir / "config.json").read_text())
+        if config.get("script") != Path(__file__).name:
+            raise SystemExit(f"{self.dir} is not a run of this script; give another --run-dir.")
+        if args.overwrite:
+            return
+        now, before = self.config["args"], config["args"]
+        pairs = [(k, before.get(k), now.get(k)) for k in before | now]
+        changes = [f"{k} {a} -> {b}" for k, a, b in pairs if a != b and k not in NOT_COMPARED]
+        # A longer run begins as the shorter one did, so it may go on from there.
+        shorter = before["total_updates"]
+        if shorter < args.total_updates and shorter % args.eval_every == 0:
+            changes = [change for change in changes if not change.startswith("total_updates")]
+        if changes:
+            message = f"{self.dir} holds a run with other arguments ({', '.join(changes)})"
+            raise SystemExit(f"{message}; give another --run-dir, or --overwrite to delete it.")
+        self.config = config | self.config
+
+    def start(self, state, data, **facts):
+        """Opens the folder; returns (update, state), those of the last checkpoint if any.
+
+        data: what the run learns from; a run does not go on with other data.
+        """
+        data = json.loads(json.dumps(data))
+        if self.config.setdefault("data", data) != data:
+            message = f"{self.dir} holds a run on other data than these arguments give now"
+            raise SystemExit(f"{message}; give another --run-dir, or --overwrite to delete it.")
+        git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         if shutil.which("git"):
-            facts["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+            here = Path(__file__).resolve().parent
+            commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
+            facts["commit"] = commit.strip() or None
         facts["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         facts["versions"] = {p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")}
-        self.config = facts | {"wandb_id": f"{time.time_ns():x}"} | self.config
-        self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
+        self.config["starts"] = [*self.config.get("starts", []), facts]
+        self.config["script"] = Path(__file__).name
+        self.config.setdefault("wandb_id", f"{time.time_ns():x}")
         try:
+            if self.args.overwrite and self.writes and self.dir.exists():
+                shutil.rmtree(self.dir)
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             if self.writes:
                 (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
@@ -1078,8 +1103,12 @@ class Run:
         except OSError as error:
             message = f"The folder {self.dir} cannot be written ({error.strerror})"
             raise SystemExit(f"{message}; give another --run-dir.") from None
-        keep = AnyPreservationPolicy([LatestN(2), BestN(get_metric_fn=lambda m: m["score"], n=1)])
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep)
+        best = {"get_metric_fn": lambda metrics: metrics["score"], "n": 1}
+        best = BestN(**best, keep_checkpoints_without_metrics=False)
+        keep = AnyPreservationPolicy([LatestN(2), best])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, cleanup_tmp_directories=True
+        )
         self.checkpoints = ocp.CheckpointManager(
             self.dir.resolve() / "checkpoints", options=options
         )
@@ -1118,7 +1147,9 @@ class Run:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def is_finished(self) -> bool:
-        return sum("final/returns" in line for line in self.lines()) == len(self.seeds)
+        final = [x for x in self.lines() if "final/returns" in x]
+        done = len(final) == len(self.seeds) and final[0]["update"] == self.args.total_updates
+        return done and not self.args.overwrite
 
     def log(self, update: int, seed: int, values: dict) -> None:
         """Appends one line to metrics.jsonl; a loss that is not finite ends the program."""
@@ -1129,20 +1160,25 @@ class Run:
         if self.wandb:
             prefix = f"seed{seed}/" if len(self.seeds) > 1 else ""
             self.wandb.log({prefix + name: value for name, value in values.items()}, step=update)
-        if not math.isfinite(loss := values.get("losses/total", 0.0)):
+        self.check_loss(update, values.get("losses/total", 0.0))
+
+    def check_loss(self, update: int, loss: float) -> None:
+        if not math.isfinite(loss):
             self.close()
             message = f"The loss is {loss} by update {update:,}; the last checkpoint is kept"
             raise SystemExit(f"{message}. Try a lower --learning-rate.")
 
-    def save(self, update: int, state, score: float) -> None:
+    def save(self, update: int, state, score: float | None) -> None:
         """Writes a checkpoint in the background; the last two and the best score are kept."""
+        metrics = None if score is None else {"score": score}
         extra = {"wall_time": time.monotonic() - self.started}
         items = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave(extra)}
-        self.checkpoints.save(update, args=ocp.args.Composite(**items), metrics={"score": score})
-        if self.stopping:
-            self.close()
-            print(f"Stopped at update {update:,}; the same command goes on.", file=sys.stderr)
-            raise SystemExit(130)
+        self.checkpoints.save(update, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def exit(self, update: int) -> None:
+        self.close()
+        print(f"Stopped at update {update:,}; the same command goes on.", file=sys.stderr)
+        raise SystemExit(130)
 
     def plot(self, references: dict[str, float]) -> None:
         """Draws learning_curve.png: the evaluations' mean returns, each seed's and their mean."""
@@ -1155,7 +1191,7 @@ class Run:
         curves = np.transpose([np.convolve(row, np.ones(n) / n, "valid") for row in returns])
         axes = (figure := Figure((7, 4.5), layout="constrained")).subplots()
         axes.plot(updates[n - 1 :], curves, color="C0", alpha=0.25, linewidth=1)
-        axes.plot(updates[n - 1 :], curves.mean(axis=1), label=f"mean of {len(self.seeds)} seeds")
+        axes.plot(updates[n - 1 :], curves.mean(axis=1), label=f"mean of {len(self.seeds)} seed(s)")
         for i, (name, value) in enumerate(references.items()):
             axes.axhline(value, color=f"C{i + 1}", linestyle="--", linewidth=1, label=name)
         axes.set(xlabel="updates", ylabel=f"mean return of {n} evaluations", title=str(self.dir))
@@ -1175,8 +1211,8 @@ class Run:
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if an argument is out of its range."""
     for name, value in vars(args).items():
-        if type(value) is int and name != "seed" and value < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least 1.")
+        if type(value) is int and value < (least := 0 if name == "seed" else 1):
+            raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
     if args.eval_every % args.log_every:
         raise SystemExit(
             f"--eval-every {args.eval_every} must be a multiple of --log-every {args.log_every}."
@@ -1196,7 +1232,7 @@ def join_processes() -> None:
         jax.distributed.initialize(address, int(number), int(index))
     elif any(name in os.environ for name in names):
         raise SystemExit(f"A run of several processes needs all of {', '.join(names)}.")
-    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         jax.distributed.initialize()
 
 
@@ -1214,17 +1250,20 @@ def warn_if_slow(seconds: float, args: Args) -> None:
 def main(args: Args) -> None:
     join_processes()
     check_args(args)
-    run = Run(args, [args.seed])
-    if run.is_finished():
-        print(f"This run is finished: see {run.dir}, or give --overwrite to start again.")
-        return
     if args.compilation_cache:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
-    if jax.process_count() > 1:  # the first one builds a store that is missing
-        _ = jax.process_index() or get_store(args)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if jax.process_count() > 1:  # the first process builds a store that is missing
+        if jax.process_index() == 0:
+            get_store(args)
         multihost_utils.sync_global_devices("store")
     store = get_store(args)
+    local = store.meta["source"] == "dqn" and args.dataset is None
+    run = Run(args, [args.seed], source="-dqn" if local else "")
+    if run.is_finished():
+        print(f"This run is finished: see {run.dir}, or give --overwrite to start again.")
+        return
     mean_return = store.episodes["return"].mean()
     print(
         f"Data: {store.path}: {len(store.episodes):,} episodes, {store.num_steps:,} steps, "
@@ -1239,9 +1278,8 @@ def main(args: Args) -> None:
         init_key, network, args
     )
     data = {k: v for k, v in store.meta.items() if k != "crc32"}
-    done, state = run.start(
-        state, data=data, data_path=str(store.path), rom=rom_digest(args.env_id)
-    )
+    facts = {"dtype": str(network.dtype), "rom": rom_digest(args.env_id)}
+    done, state = run.start(state, data, **facts)
 
     share = args.batch_size // jax.process_count()
     rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
@@ -1265,7 +1303,7 @@ def main(args: Args) -> None:
         total=args.total_updates, initial=done, disable=not (run.writes and sys.stderr.isatty())
     )
     batches = load_batches(load, done, args.loader_threads)
-    returns, loss, waited = np.zeros(1), None, 0.0
+    played, loss, waited = "", None, 0.0
     window_start, window_first = time.perf_counter(), done
     while done < args.total_updates:
         before = time.perf_counter()
@@ -1284,15 +1322,24 @@ def main(args: Args) -> None:
             metrics["charts/updates_per_second"] = (done - window_first) / seconds
             metrics["charts/data_wait"] = waited / seconds  # share of the time
             run.log(done, args.seed, metrics)
-            status = f"loss {metrics['losses/total']:.3f}, return {returns.mean():.1f}"
+            status = f"loss {metrics['losses/total']:.3f}{played}"
             bar.set_postfix_str(status)
             if bar.disable and run.writes:
                 print(f"update {done:,}: {status}", flush=True)
+        score = None
         if (done % args.eval_every == 0 or done == args.total_updates) and run.writes:
             returns = play(args.eval_episodes, args.eval_greedy)
-            run.log(done, args.seed, {"eval/return_mean": returns.mean(), "eval/returns": returns})
-        if run.stopping or done % args.checkpoint_every == 0 or done == args.total_updates:
-            run.save(done, state, returns.mean())
+            score, played = returns.mean(), f", return {returns.mean():.1f}"
+            run.log(done, args.seed, {"eval/return_mean": score, "eval/returns": returns})
+        stopping = run.stopping
+        if jax.process_count() > 1:  # they agree to stop, at a line of the log
+            agreed = done % args.log_every == 0 and multihost_utils.process_allgather(stopping)
+            stopping = bool(np.any(agreed))
+        if stopping or done % args.checkpoint_every == 0 or done == args.total_updates:
+            run.check_loss(done, float(loss))
+            run.save(done, state, score)
+        if stopping:
+            run.exit(done)
         if done % args.log_every == 0:
             waited, window_start, window_first = 0.0, time.perf_counter(), done
     batches.close()
@@ -1318,6 +1365,8 @@ def main(args: Args) -> None:
             f"Final return of {args.final_eval_episodes} episodes: {sampled.mean():.2f} "
             f"(data {mean_return:.2f}), greedy {greedy.mean():.2f}; see {run.dir}."
         )
+    if jax.process_count() > 1:  # the others wait for the final evaluation
+        multihost_utils.sync_global_devices("evaluated")
     run.close()
 
 

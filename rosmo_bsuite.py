@@ -19,7 +19,7 @@ positive advantage (Eq. 6), and imitates logged actions whose advantage is posit
 Where the paper is silent, or differs from the authors' code, this file does the following.
 1. Windows start at any step; past the end of an episode they hold an absorbing state: random
    actions, zero reward and value, uniform policy target, no behaviour term (authors' code).
-2. An episode that ends without a terminal state is bootstrapped and its remainder is ignored
+2. An episode that ends without a terminal state is bootstrapped; the rest of the window is ignored
    (--truncation-as-termination: the authors' code).
 3. Eq. 11's advantage is the model's, with the logged action (the paper; the authors' code takes
    the next observation: --behavior-advantage next-observation).
@@ -99,7 +99,7 @@ class Args:
     data_dir: Path = Path("data")
     """where datasets are kept"""
     dataset: Path | None = None
-    """dataset to learn from: an .npz file or a TFDS/RLDS folder [default: --noise's, collected]"""
+    """.npz file or TFDS/RLDS folder [default: the task's in --data-dir, collected if missing]"""
     truncation_as_termination: bool = False
     """treat every last step as terminal"""
 
@@ -230,27 +230,32 @@ def load_dataset(args) -> tuple[Steps, str]:
         raise SystemExit(f"There is no dataset at {path}: check --dataset.")
     try:
         steps = read_rlds(path) if path.is_dir() else read_npz(path, args.env_id)
+        check_steps(steps, ENVIRONMENTS[args.env_id]())
+    except ImportError:
+        raise SystemExit("A TFDS folder needs tensorflow-datasets and tensorflow.") from None
     except Exception as error:  # a damaged file can raise almost anything
         message = f"{path} is not a whole dataset of {args.env_id} ({error})"
-        raise SystemExit(f"{message}; delete it to collect it again, or give --dataset.") from None
+        advice = "give another one" if args.dataset else "delete it to have it collected again"
+        raise SystemExit(f"{message}; {advice}.") from None
     if args.truncation_as_termination:
         steps = steps._replace(is_terminal=steps.is_last)
     episodes, mean = steps.is_last.sum(), steps.reward.sum() / steps.is_last.sum()
     transitions = len(steps.action) - episodes
-    return steps, f"{path}: {episodes} episodes, {transitions} transitions, mean return {mean:.2f}"
+    return steps, f"{episodes} episodes, {transitions} transitions, mean return {mean:.2f}"
 
 
 def collect_dataset(path: Path, args) -> None:
     """Makes the data as the authors did, with an online DQN (Appendix E)."""
     collector = Path(__file__).resolve().parent / "benchmark" / "collect_bsuite.py"
-    options = f"--env-id {args.env_id} --noise {args.noise:g} --seed 0 --data-dir {path.parent}"
+    options = ["--env-id", args.env_id, "--noise", f"{args.noise:g}", "--seed", "0"]
+    options += ["--data-dir", str(path.parent)]
     if not collector.exists():
         raise SystemExit(
             f"There is no dataset at {path}. Give --dataset, or make it in the suite's repository "
-            f"with: python benchmark/collect_bsuite.py {options}"
+            f"with: python benchmark/collect_bsuite.py {' '.join(options)}"
         )
     print(f"There is no dataset at {path} yet: an online DQN collects it now.", flush=True)
-    if subprocess.run([sys.executable, collector, *options.split()]).returncode:
+    if subprocess.run([sys.executable, collector, *options]).returncode:
         raise SystemExit("The data were not collected; the message above says why.")
 
 
@@ -260,7 +265,7 @@ def read_npz(path: Path, env_id: str) -> Steps:
         header = json.loads(str(file["header"]))
         if (header["schema"], header["env_id"]) != (1, env_id):
             raise ValueError(f"it says {header['env_id']}, schema {header['schema']}")
-        return check_steps(Steps(*(file[name] for name in Steps._fields)))
+        return cast_steps(Steps(*(file[name] for name in Steps._fields)))
 
 
 def read_rlds(path: Path) -> Steps:
@@ -273,18 +278,24 @@ def read_rlds(path: Path) -> Steps:
         rows = list(episode["steps"])
         rows = [row | {"is_terminal": row.get("is_terminal", row["is_last"])} for row in rows]
         episodes.append(Steps(*(np.stack([row[f] for row in rows]) for f in Steps._fields)))
-    return check_steps(Steps(*map(np.concatenate, zip(*episodes, strict=True))))
+    return cast_steps(Steps(*map(np.concatenate, zip(*episodes, strict=True))))
 
 
-def check_steps(steps: Steps) -> Steps:
-    """Casts the arrays; raises ValueError where they cannot be complete episodes."""
+def cast_steps(steps: Steps) -> Steps:
     dtypes = (np.float32, np.int32, np.float32, np.bool_, np.bool_)
-    steps = Steps(*map(np.asarray, steps, dtypes))
+    return Steps(*map(np.asarray, steps, dtypes))
+
+
+def check_steps(steps: Steps, environment) -> None:
+    """Raises ValueError where the arrays cannot be complete episodes of the environment."""
     if len({len(x) for x in steps}) != 1 or not steps.is_last[-1:].any():
         raise ValueError("its arrays do not hold complete episodes")
+    if steps.observation.shape[1:] != environment.observation_spec().shape:
+        raise ValueError(f"its observations have shape {steps.observation.shape[1:]}")
+    if not (0 <= steps.action).all() or steps.action.max() >= environment.action_spec().num_values:
+        raise ValueError("it has actions that the task has not")
     if not (np.isfinite(steps.observation).all() and np.isfinite(steps.reward).all()):
         raise ValueError("it holds numbers that are not finite")
-    return steps
 
 
 def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
@@ -337,7 +348,7 @@ class MLP(nn.Module):
 class MuZeroNetwork(nn.Module):
     """Representation h, dynamics g and prediction f (Table 4).
 
-    Any leading axes do. Heads that a caller does not use are dropped by the compiler.
+    Inputs may have any leading axes. The compiler drops the heads that a caller does not use.
     """
 
     num_actions: int
@@ -377,7 +388,7 @@ class MuZeroNetwork(nn.Module):
 
 # --- value transform (identical in rosmo_*.py and muzero_unplugged_*.py) ---
 def transform(x):
-    """h(x) = sign(x)(√(|x| + 1) - 1) + εx with ε = 0.001 (Appendix A.2)."""
+    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, where a bracket slipped)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
 
 
@@ -406,7 +417,7 @@ def to_scalar(logits):
 
 # --- windows (identical in rosmo_*.py and muzero_unplugged_*.py) ---
 def window_positions(is_last, is_terminal):
-    """Tells how the positions of windows [batch, time] lie to the episode of their first step.
+    """Places each position of windows [batch, time] in the episode in which its window starts.
 
     Returns:
       moving: a logged action leads on from here; absorbing: at or past a terminal state; known:
@@ -628,7 +639,10 @@ def act(greedy: bool, network: MuZeroNetwork, args: Args, params, observation, k
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
 # Arguments that change no number of a run, and those that do not name its folder.
-NOT_COMPARED = "run_dir overwrite track wandb_project_name wandb_entity data_dir loader_threads"
+NOT_COMPARED = (
+    "run_dir overwrite compilation_cache capture_video track wandb_project_name wandb_entity "
+    "data_dir tfds_dir rlu_prefix loader_threads"
+)
 NOT_NAMED = (
     f"{NOT_COMPARED} env_id seed num_seeds total_updates log_every checkpoint_every eval_every "
     "eval_episodes final_eval_episodes"
@@ -641,41 +655,63 @@ class Run:
     The same command finds its folder again and goes on from the last checkpoint in it.
     """
 
-    def __init__(self, args, seeds: list[int]):
-        """Finds the folder and ends the program if it holds something else; writes nothing."""
-        self.args, self.seeds, self.stopping, self.wandb = args, seeds, False, None
-        fields = [f for f in dataclasses.fields(args) if f.name not in NOT_NAMED.split()]
-        changed = [f.name for f in fields if getattr(args, f.name) != f.default]
-        variant = "".join(f"-{name.replace('_', '-')}={getattr(args, name)}" for name in changed)
-        name = f"seed{seeds[0]}" if len(seeds) == 1 else f"seeds{seeds[0]}-{seeds[-1]}"
-        folder = args.env_id + variant.replace("/", "_")
-        self.dir = args.run_dir or Path("runs", Path(__file__).stem, folder, name)
-        config_path = self.dir / "config.json"
-        if args.overwrite and config_path.exists():
-            shutil.rmtree(self.dir)
-        self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
-        if config_path.exists():
-            now, self.config = self.config["args"], json.loads(config_path.read_text())
-            before = self.config["args"]
-            names = [k for k in before | now if k not in NOT_COMPARED.split()]
-            pairs = [(k, before.get(k), now.get(k)) for k in names]
-            if changes := ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b):
-                message = f"{self.dir} holds a run with other arguments ({changes})"
-                raise SystemExit(f"{message}; give another --run-dir, or --overwrite to delete it.")
-        elif self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
-            raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
+    def __init__(self, args, seeds: list[int], source: str = ""):
+        """Finds the folder, whose name ends with the source of the data if that needs telling.
 
-    def start(self, state, **facts):
-        """Opens the folder; returns (update, state), those of the last checkpoint if any."""
-        facts["script"] = Path(__file__).name
-        git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
+        Ends the program if the folder holds something else; writes nothing.
+        """
+        self.args, self.seeds, self.stopping, self.wandb = args, seeds, False, None
+        self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
+        fields = [f for f in dataclasses.fields(args) if f.name not in NOT_NAMED.split()]
+        changed = {f.name: v for f in fields if (v := getattr(args, f.name)) != f.default}
+        values = {k: v.name if isinstance(v, Path) else v for k, v in changed.items()}
+        variant = "".join(f"-{k.replace('_', '-')}={v}" for k, v in values.items()) + source
+        name = f"seed{seeds[0]}" if len(seeds) == 1 else f"seeds{seeds[0]}-{seeds[-1]}"
+        self.dir = args.run_dir or Path("runs", Path(__file__).stem, args.env_id + variant, name)
+        self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
+        if not (self.dir / "config.json").exists():
+            if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+                raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
+            return
+        config = json.loads((self.dir / "config.json").read_text())
+        if config.get("script") != Path(__file__).name:
+            raise SystemExit(f"{self.dir} is not a run of this script; give another --run-dir.")
+        if args.overwrite:
+            return
+        now, before = self.config["args"], config["args"]
+        pairs = [(k, before.get(k), now.get(k)) for k in before | now]
+        changes = [f"{k} {a} -> {b}" for k, a, b in pairs if a != b and k not in NOT_COMPARED]
+        # A longer run begins as the shorter one did, so it may go on from there.
+        shorter = before["total_updates"]
+        if shorter < args.total_updates and shorter % args.eval_every == 0:
+            changes = [change for change in changes if not change.startswith("total_updates")]
+        if changes:
+            message = f"{self.dir} holds a run with other arguments ({', '.join(changes)})"
+            raise SystemExit(f"{message}; give another --run-dir, or --overwrite to delete it.")
+        self.config = config | self.config
+
+    def start(self, state, data, **facts):
+        """Opens the folder; returns (update, state), those of the last checkpoint if any.
+
+        data: what the run learns from; a run does not go on with other data.
+        """
+        data = json.loads(json.dumps(data))
+        if self.config.setdefault("data", data) != data:
+            message = f"{self.dir} holds a run on other data than these arguments give now"
+            raise SystemExit(f"{message}; give another --run-dir, or --overwrite to delete it.")
+        git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         if shutil.which("git"):
-            facts["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+            here = Path(__file__).resolve().parent
+            commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
+            facts["commit"] = commit.strip() or None
         facts["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         facts["versions"] = {p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")}
-        self.config = facts | {"wandb_id": f"{time.time_ns():x}"} | self.config
-        self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
+        self.config["starts"] = [*self.config.get("starts", []), facts]
+        self.config["script"] = Path(__file__).name
+        self.config.setdefault("wandb_id", f"{time.time_ns():x}")
         try:
+            if self.args.overwrite and self.writes and self.dir.exists():
+                shutil.rmtree(self.dir)
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             if self.writes:
                 (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
@@ -683,8 +719,12 @@ class Run:
         except OSError as error:
             message = f"The folder {self.dir} cannot be written ({error.strerror})"
             raise SystemExit(f"{message}; give another --run-dir.") from None
-        keep = AnyPreservationPolicy([LatestN(2), BestN(get_metric_fn=lambda m: m["score"], n=1)])
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep)
+        best = {"get_metric_fn": lambda metrics: metrics["score"], "n": 1}
+        best = BestN(**best, keep_checkpoints_without_metrics=False)
+        keep = AnyPreservationPolicy([LatestN(2), best])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, cleanup_tmp_directories=True
+        )
         self.checkpoints = ocp.CheckpointManager(
             self.dir.resolve() / "checkpoints", options=options
         )
@@ -723,7 +763,9 @@ class Run:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def is_finished(self) -> bool:
-        return sum("final/returns" in line for line in self.lines()) == len(self.seeds)
+        final = [x for x in self.lines() if "final/returns" in x]
+        done = len(final) == len(self.seeds) and final[0]["update"] == self.args.total_updates
+        return done and not self.args.overwrite
 
     def log(self, update: int, seed: int, values: dict) -> None:
         """Appends one line to metrics.jsonl; a loss that is not finite ends the program."""
@@ -734,20 +776,25 @@ class Run:
         if self.wandb:
             prefix = f"seed{seed}/" if len(self.seeds) > 1 else ""
             self.wandb.log({prefix + name: value for name, value in values.items()}, step=update)
-        if not math.isfinite(loss := values.get("losses/total", 0.0)):
+        self.check_loss(update, values.get("losses/total", 0.0))
+
+    def check_loss(self, update: int, loss: float) -> None:
+        if not math.isfinite(loss):
             self.close()
             message = f"The loss is {loss} by update {update:,}; the last checkpoint is kept"
             raise SystemExit(f"{message}. Try a lower --learning-rate.")
 
-    def save(self, update: int, state, score: float) -> None:
+    def save(self, update: int, state, score: float | None) -> None:
         """Writes a checkpoint in the background; the last two and the best score are kept."""
+        metrics = None if score is None else {"score": score}
         extra = {"wall_time": time.monotonic() - self.started}
         items = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave(extra)}
-        self.checkpoints.save(update, args=ocp.args.Composite(**items), metrics={"score": score})
-        if self.stopping:
-            self.close()
-            print(f"Stopped at update {update:,}; the same command goes on.", file=sys.stderr)
-            raise SystemExit(130)
+        self.checkpoints.save(update, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def exit(self, update: int) -> None:
+        self.close()
+        print(f"Stopped at update {update:,}; the same command goes on.", file=sys.stderr)
+        raise SystemExit(130)
 
     def plot(self, references: dict[str, float]) -> None:
         """Draws learning_curve.png: the evaluations' mean returns, each seed's and their mean."""
@@ -760,7 +807,7 @@ class Run:
         curves = np.transpose([np.convolve(row, np.ones(n) / n, "valid") for row in returns])
         axes = (figure := Figure((7, 4.5), layout="constrained")).subplots()
         axes.plot(updates[n - 1 :], curves, color="C0", alpha=0.25, linewidth=1)
-        axes.plot(updates[n - 1 :], curves.mean(axis=1), label=f"mean of {len(self.seeds)} seeds")
+        axes.plot(updates[n - 1 :], curves.mean(axis=1), label=f"mean of {len(self.seeds)} seed(s)")
         for i, (name, value) in enumerate(references.items()):
             axes.axhline(value, color=f"C{i + 1}", linestyle="--", linewidth=1, label=name)
         axes.set(xlabel="updates", ylabel=f"mean return of {n} evaluations", title=str(self.dir))
@@ -780,8 +827,8 @@ class Run:
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if an argument is out of its range."""
     for name, value in vars(args).items():
-        if type(value) is int and name != "seed" and value < 1:
-            raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least 1.")
+        if type(value) is int and value < (least := 0 if name == "seed" else 1):
+            raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
     if not 0 <= args.noise <= 1:
         raise SystemExit(f"--noise is {args.noise:g}; give a probability from 0 to 1.")
     if not 0 < args.data_percent <= 100:
@@ -812,14 +859,14 @@ def main(args: Args) -> None:
     steps, source = load_dataset(args)
     mean_return = steps.reward.sum() / steps.is_last.sum()
     starts, num_starts = window_starts(steps.is_last, args.data_percent, seeds)
-    print(f"Data: {source}.", flush=True)
+    print(f"Data: {args.dataset or args.data_dir}: {source}.", flush=True)
 
     network = make_network(ENVIRONMENTS[args.env_id]().action_spec().num_values, args)
     keys = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in seeds])
     init_keys, train_keys, act_keys = keys.T
     init = jax.jit(init_state, static_argnums=(1, 3))
     states = [init(key, network, steps.observation[0], args) for key in init_keys]
-    update, states = run.start(jax.tree.map(lambda *x: jnp.stack(x), *states), data=source)
+    update, states = run.start(jax.tree.map(lambda *x: jnp.stack(x), *states), source)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     replicated = NamedSharding(mesh, PartitionSpec())
     states, *data = jax.device_put((states, train_keys, steps, starts, num_starts), replicated)
@@ -858,6 +905,8 @@ def main(args: Args) -> None:
             print(f"update {update:,}: {status}", flush=True)
         if run.stopping or update % args.checkpoint_every == 0 or update == args.total_updates:
             run.save(update, states, returns.mean())
+        if run.stopping:
+            run.exit(update)
     bar.close()
 
     sampled = play(args.final_eval_episodes, greedy=False)

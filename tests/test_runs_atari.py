@@ -59,7 +59,7 @@ def test_a_run_leaves_all_its_artefacts(atari, tmp_path):
     (folder,) = tmp_path.glob("runs/*/Pong-*/seed0")
     config = json.loads((folder / "config.json").read_text())
     assert config["data"]["source"] == "dqn"
-    assert config["rom"] == rosmo_atari.rom_digest("Pong")
+    assert config["starts"][0]["rom"] == rosmo_atari.rom_digest("Pong")
     assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
     video, num_frames = cv2.VideoCapture(str(folder / "video.mp4")), 0
     while video.read()[0]:
@@ -128,7 +128,7 @@ def test_several_devices_and_several_processes_give_the_numbers_of_one(atari, tm
     assert [process.returncode for process in processes] == [0, 0], outputs
     for name in ("four", "two"):
         config = json.loads((tmp_path / name / "config.json").read_text())
-        assert config["device"].startswith({"four": "4 x", "two": "2 x"}[name])
+        assert config["starts"][0]["device"].startswith({"four": "4 x", "two": "2 x"}[name])
         for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / name), strict=True):
             assert a.keys() == b.keys()
             for key in a:

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_catch_dataset
 
 SCRIPTS = ["rosmo_bsuite.py"]
 TINY = "--env-id catch --num-seeds 2 --batch-size 16 --dynamics-hidden 8 --log-every 10 "
@@ -30,6 +30,7 @@ def bsuite(request, script, catch_dataset):
         options = [*TINY, "--dataset", catch_dataset, *arguments]
         return script(request.param, *options, wait=wait, **environment)
 
+    start.plain = lambda *arguments: script(request.param, *arguments)
     return start
 
 
@@ -41,7 +42,7 @@ def test_a_run_leaves_all_its_artefacts_and_is_not_run_twice(bsuite, tmp_path):
     assert "see runs/" in result.stdout
     config = json.loads((folder / "config.json").read_text())
     assert config["args"]["total_updates"] == 120
-    assert config["versions"]["jax"]
+    assert config["starts"][0]["versions"]["jax"]
     assert "100 episodes" in config["data"]
     assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
     steps = {int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()}
@@ -118,13 +119,34 @@ def test_a_folder_with_other_arguments_is_left_alone(bsuite, tmp_path):
     assert {x["seed"] for x in lines(tmp_path / "run")} == {7, 8}
 
 
-def test_a_folder_that_is_not_a_run_is_never_deleted(bsuite, tmp_path):
+@pytest.mark.parametrize("name", ["chapter1.tex", "config.json"])
+def test_a_folder_that_is_not_a_run_is_never_deleted(bsuite, tmp_path, name):
     (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1.tex").write_text("...")
+    (tmp_path / "thesis" / name).write_text('{"model": "someone else\'s"}')
     result = bsuite("--run-dir", "thesis", "--overwrite")
     assert result.returncode == 1
-    assert "is not the folder of a run" in result.stderr
-    assert (tmp_path / "thesis" / "chapter1.tex").exists()
+    assert re.search("is not (the folder of a run|a run of this script)", result.stderr)
+    assert (tmp_path / "thesis" / name).exists()
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one_and_equals_it(bsuite, tmp_path):
+    assert bsuite("--run-dir", "at-once", "--total-updates", 80).returncode == 0
+    assert bsuite("--run-dir", "longer", "--total-updates", 40).returncode == 0
+    result = bsuite("--run-dir", "longer", "--total-updates", 80)
+    assert "Going on from update 40" in result.stdout
+    assert lines(tmp_path / "longer") == lines(tmp_path / "at-once")
+    assert "total_updates 80 -> 40" in bsuite("--run-dir", "longer", "--total-updates", 40).stderr
+
+
+def test_a_run_does_not_go_on_with_other_data(bsuite, tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder, num_episodes in ((first, 20), (second, 30)):
+        write_catch_dataset(folder / "bsuite" / "catch-noise0-seed0.npz", num_episodes)
+    run = [*TINY, "--run-dir", "run", "--total-updates"]
+    assert bsuite.plain(*run, 20, "--data-dir", first).returncode == 0
+    result = bsuite.plain(*run, 40, "--data-dir", second)
+    assert result.returncode == 1
+    assert "holds a run on other data" in result.stderr
 
 
 def test_an_unwritable_run_folder(bsuite, tmp_path):
@@ -155,7 +177,10 @@ def test_bad_arguments_give_one_sentence_and_write_nothing(bsuite, tmp_path, arg
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "other-task", "not-finite", "empty"])
+DAMAGES = ["truncated", "foreign", "other-task", "not-finite", "empty", "actions", "shape"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_datasets_give_one_sentence(bsuite, catch_dataset, tmp_path, damage):
     with np.load(catch_dataset) as file:
         arrays = dict(file)
@@ -170,6 +195,10 @@ def test_damaged_datasets_give_one_sentence(bsuite, catch_dataset, tmp_path, dam
     elif damage == "not-finite":
         arrays["reward"] = arrays["reward"] * np.nan
         np.savez(path, **arrays)
+    elif damage == "actions":
+        np.savez(path, **arrays | {"action": arrays["action"] + 2})
+    elif damage == "shape":
+        np.savez(path, **arrays | {"observation": arrays["observation"][:, :, :4]})
     elif damage == "empty":
         np.savez(path, **{k: v if k == "header" else v[:0] for k, v in arrays.items()})
     result = bsuite("--dataset", path)
@@ -185,7 +214,7 @@ def test_several_devices_give_the_numbers_of_one(bsuite, tmp_path):
     result = bsuite("--run-dir", "four", "--total-updates", 20, XLA_FLAGS=four)
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "four" / "config.json").read_text())
-    assert config["device"].startswith("4 x")
+    assert config["starts"][0]["device"].startswith("4 x")
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "four"), strict=True):
         for name in a:
             if name.startswith(("losses/", "charts/")):
