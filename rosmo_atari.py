@@ -30,7 +30,7 @@ Where the paper is silent, or differs from the authors' code, this file does the
    the next observation: --behavior-advantage next-observation).
 4. Eq. 6 is a softmax of log π + adv, as exp(adv) overflows; the weights of Eq. 9 stop at e^20.
    Rewards are not clipped (authors' code).
-5. The learning rate warms up for 1,000 updates and falls tenfold every 100,000; AdamW decays
+5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state (authors' code).
 6. The network is D.2.1's, with the heads and the input of the dynamics of the authors' code.
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the

@@ -24,7 +24,7 @@ Where the paper is silent, or differs from the authors' code, this file does the
 3. Eq. 11's advantage is the model's, with the logged action (the paper; the authors' code takes
    the next observation: --behavior-advantage next-observation).
 4. Eq. 6 is a softmax of log π + adv, as exp(adv) overflows; the weights of Eq. 9 stop at e^20.
-5. The learning rate warms up for 1,000 updates and falls tenfold every 100,000; AdamW decays
+5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state (authors' code).
 6. The 20 bins are the integers -9 to 10, and targets stop at 9 (authors' code).
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
