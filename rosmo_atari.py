@@ -1194,7 +1194,8 @@ class Run:
         axes.plot(updates[n - 1 :], curves.mean(axis=1), label=f"mean of {len(self.seeds)} seed(s)")
         for i, (name, value) in enumerate(references.items()):
             axes.axhline(value, color=f"C{i + 1}", linestyle="--", linewidth=1, label=name)
-        axes.set(xlabel="updates", ylabel=f"mean return of {n} evaluations", title=str(self.dir))
+        title = f"{Path(__file__).stem} on {self.args.env_id}"
+        axes.set(xlabel="updates", ylabel=f"return, mean of {n} evaluation(s)", title=title)
         axes.legend()
         figure.savefig(self.dir / "learning_curve.png", dpi=120)
 

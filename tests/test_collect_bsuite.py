@@ -212,10 +212,7 @@ def test_existing_data_are_kept_unless_told(dataset, tmp_path, capsys):
 
 def test_interrupted_run_writes_nothing(script, tmp_path):
     arguments = ("--env-id", "mountain_car", "--data-dir", tmp_path / "data")
-    # A background job ignores the signal, and so would its child.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = script("benchmark/collect_bsuite.py", *arguments, wait=False)
-    signal.signal(signal.SIGINT, handler)
     assert process.stdout.readline().startswith("Collecting")
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)

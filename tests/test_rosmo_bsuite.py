@@ -318,14 +318,19 @@ def test_ablations_of_figure_4d(change, zero):
     assert metrics["losses/policy"] + metrics["losses/behavior"] > 0
 
 
-def test_sampled_loss_is_near_the_exact_one_in_expectation():
+def test_sampled_loss_approaches_the_exact_one():
+    """From below: the 1 in Eq. 10 makes the weights small while N mean(exp(adv)) is near 1."""
     params, target_params, batch = random_params(0), random_params(1), random_batch(16)
-    args = dataclasses.replace(ARGS, num_samples=256)
     key = jax.random.key(0)
-    _, sampled = rosmo_loss(params, target_params, batch, key, NETWORK, args)
     _, exact = rosmo_loss(params, target_params, batch, key, NETWORK, ARGS)
-    assert sampled["losses/policy"] == pytest.approx(float(exact["losses/policy"]), rel=0.05)
-    assert sampled["losses/behavior"] == pytest.approx(float(exact["losses/behavior"]), rel=1e-5)
+    policy_losses = []
+    for num_samples in (16, 128, 1024):
+        args = dataclasses.replace(ARGS, num_samples=num_samples)
+        _, sampled = rosmo_loss(params, target_params, batch, key, NETWORK, args)
+        np.testing.assert_allclose(sampled["losses/behavior"], exact["losses/behavior"], rtol=1e-5)
+        policy_losses.append(float(sampled["losses/policy"]))
+    assert policy_losses == sorted(policy_losses)
+    assert exact["losses/policy"] > policy_losses[-1] > 0.95 * exact["losses/policy"]
 
 
 def test_gradient_of_unrolled_states_is_halved():

@@ -1,7 +1,6 @@
 """Runs of the BSuite scripts as a user starts them: artefacts, resume, bad input."""
 
 import json
-import os
 import re
 import signal
 import time
@@ -238,7 +237,6 @@ def test_a_missing_dataset_is_collected(script, tmp_path):
         if "an online DQN collects it now" in line:
             break
     process.send_signal(signal.SIGINT)
-    os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
     assert "There is no dataset at data/bsuite/catch-noise0.25-seed0.npz yet" in out
     assert not (tmp_path / "data" / "bsuite" / "catch-noise0.25-seed0.npz").exists()
