@@ -79,7 +79,7 @@ class Args:
     checkpoint_every: int = 10_000
     """updates between two checkpoints, a multiple of --eval-every"""
     run_dir: Path | None = None
-    """folder of this run [default: runs/rosmo_bsuite/{env-id}[-variant]/seeds{first}-{last}]"""
+    """folder of this run [default: runs/{script}/{env-id}[-variant]/seeds{first}-{last}]"""
     overwrite: bool = False
     """start again in a folder that holds a run, and delete that run"""
     compilation_cache: bool = True
@@ -135,11 +135,11 @@ class Args:
     num_samples: int | None = None
     """N, actions sampled for the policy target (Eq. 9) [default: every action, Eq. 6]"""
     policy_coef: float = 1.0
-    """weight of the policy loss (0: the Behavior ablation)"""
+    """weight of the policy loss"""
     value_coef: float = 0.25
     """weight of the value loss"""
     behavior_coef: float = 0.2
-    """α, weight of the behaviour regularisation (0: the OneStep ablation)"""
+    """α, weight of the behaviour regularisation (Eq. 11)"""
     behavior_advantage: Literal["model", "next-observation"] = "model"
     """what follows the logged action in Eq. 11: the model's state or the logged observation"""
 
@@ -490,7 +490,7 @@ def look_ahead(network: MuZeroNetwork, params, state, action, discount: float):
 
 
 def rosmo_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork, args: Args):
-    """The loss of Eq. 1 on windows of K + 1 + n steps (Algorithm 2).
+    """The loss of Eq. 1 on windows of K + 1 + n steps (Algorithm 2, lines 4-6 and 12-36).
 
     Returns:
       The total loss and a dictionary of scalars to log.
@@ -500,7 +500,7 @@ def rosmo_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork,
     moving, absorbing, known = (x[:, :roots] for x in positions)  # [B, K+1]
     action_key, sample_key = jax.random.split(key)
 
-    # Unroll the online network from the encoding of the first observation (lines 4-5, 12-20).
+    # Unroll the online network from the encoding of the first observation.
     random_action = jax.random.randint(action_key, moving.shape, 0, num_actions)
     action = jnp.where(moving, batch.action[:, :roots], random_action)  # [B, K+1]
     states = [network.apply(params, batch.observation[:, 0], method="representation")]
@@ -509,7 +509,7 @@ def rosmo_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork,
         states.append(scale_gradient(next_state, 0.5))
     prediction = network.apply(params, jnp.stack(states, axis=1), method="prediction")
 
-    # Improve with the target network (lines 6, 21-36).
+    # Improve with the target network.
     target_state = network.apply(target_params, batch.observation, method="representation")
     target = network.apply(target_params, target_state, method="prediction")
     value = to_scalar(target.value_logits)  # [B, K+1+n]

@@ -24,6 +24,7 @@ MANIFEST = {
     "value transform": MUZERO,
     "windows": MUZERO,
     "policy targets": [name for name in SCRIPTS if name.startswith("rosmo")],
+    "search": [name for name in SCRIPTS if name.startswith("muzero_unplugged")],
     "torso": ATARI,
     "environment": [*ATARI, "benchmark/collect_atari.py"],
     "store writer": [*ATARI, "benchmark/collect_atari.py"],

@@ -13,11 +13,13 @@ from conftest import ROOT
 
 import rosmo_atari
 
-SCRIPTS = ["rosmo_atari.py"]
+SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari.py"))
+every_script = pytest.mark.parametrize("atari", SCRIPTS, indirect=True)
 TINY = "--env-id Pong --channels 4 --batch-size 4 --num-bins 21 --unroll-steps 1 --td-steps 1 "
 TINY += "--log-every 2 --eval-every 4 --checkpoint-every 4 --total-updates 8 "
 TINY += "--eval-episodes 1 --final-eval-episodes 1"
 TINY = TINY.split()
+LESS = {"muzero_unplugged_atari.py": ["--num-simulations", 2]}
 SPEED = ("wall_time", "charts/updates_per_second", "charts/data_wait")
 
 
@@ -42,17 +44,19 @@ def lines(folder) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture
 def atari(request, script, store):
-    """Starts the script on the small store: atari("--seed", 1)."""
+    """Starts a script, rosmo_atari.py for what all share, on the small store."""
+    name = getattr(request, "param", "rosmo_atari.py")
 
     def start(*arguments, wait=True, **environment):
-        options = [*TINY, "--dataset", store, *arguments]
-        return script(request.param, *options, wait=wait, **environment)
+        options = [*TINY, *LESS.get(name, []), "--dataset", store, *arguments]
+        return script(name, *options, wait=wait, **environment)
 
     return start
 
 
+@every_script
 def test_a_run_leaves_all_its_artefacts(atari, tmp_path):
     result = atari("--capture-video")
     assert result.returncode == 0, result.stderr
@@ -79,6 +83,7 @@ def test_a_run_leaves_all_its_artefacts(atari, tmp_path):
     assert "This run is finished" in atari("--capture-video").stdout
 
 
+@every_script
 def test_kill_and_resume_give_the_numbers_of_a_whole_run(atari, tmp_path):
     longer = ["--total-updates", 40, "--eval-every", 40]
     whole = atari("--run-dir", "whole", *longer)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, write_catch_dataset
 
-SCRIPTS = ["rosmo_bsuite.py"]
+SCRIPTS = sorted(path.name for path in ROOT.glob("*_bsuite.py"))
+every_script = pytest.mark.parametrize("bsuite", SCRIPTS, indirect=True)
 TINY = "--env-id catch --num-seeds 2 --batch-size 16 --dynamics-hidden 8 --log-every 10 "
 TINY += "--eval-every 20 --checkpoint-every 40 --total-updates 120 --final-eval-episodes 3"
 TINY = TINY.split()
@@ -21,23 +22,25 @@ def lines(folder) -> list[dict]:
     return [json.loads(x) | {"wall_time": None} for x in text.splitlines()]
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture
 def bsuite(request, script, catch_dataset):
-    """Starts the script on the small dataset: bsuite("--seed", 1)."""
+    """Starts a script, rosmo_bsuite.py for what all share, on the small dataset."""
+    name = getattr(request, "param", "rosmo_bsuite.py")
 
     def start(*arguments, wait=True, **environment):
         options = [*TINY, "--dataset", catch_dataset, *arguments]
-        return script(request.param, *options, wait=wait, **environment)
+        return script(name, *options, wait=wait, **environment)
 
-    start.plain = lambda *arguments: script(request.param, *arguments)
+    start.plain = lambda *arguments: script(name, *arguments)
     return start
 
 
+@every_script
 def test_a_run_leaves_all_its_artefacts_and_is_not_run_twice(bsuite, tmp_path):
-    result = bsuite("--behavior-coef", 0)
+    result = bsuite("--learning-rate", 0.001)
     assert result.returncode == 0, result.stderr
     (folder,) = tmp_path.glob("runs/*/catch-dataset=*/seeds0-1")
-    assert "behavior-coef=0.0" in str(folder)
+    assert "learning-rate=0.001" in str(folder)
     assert "see runs/" in result.stdout
     config = json.loads((folder / "config.json").read_text())
     assert config["args"]["total_updates"] == 120
@@ -59,12 +62,13 @@ def test_a_run_leaves_all_its_artefacts_and_is_not_run_twice(bsuite, tmp_path):
     page = (ROOT / "docs" / f"{algorithm}.md").read_text()
     documented = set(re.findall(r"^\| `(\w+/\w+)` \| (?!Atari:)", page, re.MULTILINE))
     assert {name for line in written for name in line if "/" in name} == documented
-    again = bsuite("--behavior-coef", 0)
+    again = bsuite("--learning-rate", 0.001)
     assert again.returncode == 0
     assert "This run is finished" in again.stdout
     assert lines(folder) == written
 
 
+@every_script
 def test_kill_and_resume_give_the_numbers_of_a_whole_run(bsuite, tmp_path):
     longer = ["--total-updates", 2000, "--checkpoint-every", 200]
     whole = bsuite("--run-dir", "whole", *longer)
@@ -234,10 +238,11 @@ def test_a_missing_dataset_is_collected(script, tmp_path):
     out = ""
     for line in process.stdout:
         out += line
-        if "an online DQN collects it now" in line:
+        if line.startswith("Collecting"):
             break
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
+    assert process.returncode == 130
     assert "There is no dataset at data/bsuite/catch-noise0.25-seed0.npz yet" in out
     assert not (tmp_path / "data" / "bsuite" / "catch-noise0.25-seed0.npz").exists()
 

@@ -1,0 +1,303 @@
+"""The search of the MuZero Unplugged scripts against a naive one, and its place in the loss."""
+
+import dataclasses
+import difflib
+import inspect
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import muzero_unplugged_atari as muzero_atari
+import muzero_unplugged_bsuite as muzero
+import rosmo_bsuite as rosmo
+
+ARGS = muzero.Args(env_id="catch", dynamics_hidden=16, unroll_steps=3, td_steps=2)
+NETWORK = muzero.MuZeroNetwork(3, ARGS.num_bins, ARGS.dynamics_hidden, ARGS.dtype)
+DISCOUNT, NUM_ACTIONS, NUM_NODES = 0.9, 3, 997
+
+
+class Table:
+    """A deterministic model whose states are node numbers, with predictions read from tables."""
+
+    def __init__(self, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.reward, self.value = rng.normal(size=(2, NUM_NODES)).astype(np.float32)
+        self.policy_logits = rng.normal(size=(NUM_NODES, NUM_ACTIONS)).astype(np.float32)
+
+    def next(self, node, action):
+        return (node * NUM_ACTIONS + action + 1) % NUM_NODES
+
+    def apply(self, params, state, *action, method: str):
+        node = state[..., 0].astype(jnp.int32)
+        if method == "dynamics":
+            return self.next(node, action[0])[..., None].astype(jnp.float32)
+        logits = lambda x: jnp.log(muzero.two_hot(jnp.array(x)[node], 20))  # noqa: E731
+        policy_logits = jnp.array(self.policy_logits)[node]
+        return muzero.Prediction(policy_logits, logits(self.value), logits(self.reward))
+
+
+class Node:
+    def __init__(self, table: Table, number: int):
+        logits = table.policy_logits[number].astype(float)
+        self.number, self.prior = number, np.exp(logits) / np.exp(logits).sum()
+        self.value, self.visits = float(table.value[number]), 1
+        self.children = [None] * NUM_ACTIONS
+        self.counts = np.zeros(NUM_ACTIONS, int)
+
+    def q(self, table: Table, action: int) -> float:
+        child = self.children[action]
+        return float(table.reward[child.number]) + DISCOUNT * child.value
+
+
+def naive_search(table: Table, number: int, num_simulations: int, max_depth: int):
+    """Plain recursive search with Eq. 2's rule; Q is scaled to [0, 1] among a node's values."""
+    root = Node(table, number)
+
+    def select(node: Node) -> int:
+        visited = [a for a in range(NUM_ACTIONS) if node.children[a]]
+        q = {a: node.q(table, a) for a in visited}
+        low, high = min([node.value, *q.values()]), max([node.value, *q.values()])
+        exploration = 1.25 + math.log((node.visits + 19652 + 1) / 19652)
+        scores = []
+        for a in range(NUM_ACTIONS):
+            scaled = (q.get(a, low) - low) / max(high - low, 1e-8)
+            bonus = node.prior[a] * math.sqrt(node.visits) / (1 + node.counts[a])
+            scores.append(scaled + exploration * bonus)
+        return int(np.argmax(scores))
+
+    def simulate(node: Node, depth: int) -> float:
+        """Returns the return from the node, and updates the mean of its returns."""
+        action = select(node)
+        child = node.children[action]
+        node.counts[action] += 1
+        if child is None:
+            child = node.children[action] = Node(table, int(table.next(node.number, action)))
+            value = child.value
+        elif depth + 1 == max_depth:  # evaluated once more
+            value = float(table.value[child.number])
+            child.value = (child.value * child.visits + value) / (child.visits + 1)
+            child.visits += 1
+        else:
+            value = simulate(child, depth + 1)
+        value = float(table.reward[child.number]) + DISCOUNT * value
+        node.value = (node.value * node.visits + value) / (node.visits + 1)
+        node.visits += 1
+        return value
+
+    for _ in range(num_simulations):
+        simulate(root, 0)
+    q = [root.q(table, a) if root.children[a] else float("nan") for a in range(NUM_ACTIONS)]
+    return root.counts, np.array(q)
+
+
+def search(nodes, noise: float = 0.0, **change):
+    """The script's search below nodes [...]."""
+    table, args = Table(), dataclasses.replace(ARGS, discount=DISCOUNT, **change)
+
+    @jax.jit
+    def run(state):
+        prediction = table.apply(None, state, method="prediction")
+        return muzero.search(table, None, state, prediction, jax.random.key(0), noise, args)
+
+    return run(jnp.array(nodes, jnp.float32)[..., None])
+
+
+@pytest.mark.parametrize(
+    ("num_simulations", "max_depth"), [(1, None), (4, None), (20, None), (20, 2)]
+)
+def test_visits_and_root_values_against_a_naive_search(num_simulations, max_depth):
+    nodes = np.arange(12).reshape(4, 3)
+    options = {"num_simulations": num_simulations, "max_depth": max_depth}
+    policy, value = search(nodes, **options)
+    assert policy.shape == (4, 3, NUM_ACTIONS)
+    depths = max_depth or num_simulations
+    for index, node in np.ndenumerate(nodes):
+        counts, q = naive_search(Table(), node, num_simulations, depths)
+        np.testing.assert_allclose(policy[index], counts / num_simulations, atol=1e-6)
+        expected = np.nansum(q * counts) / num_simulations  # the sum in Eq. 3
+        assert value[index] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_search_of_depth_one_is_the_enumeration_of_actions():
+    table, nodes = Table(), np.arange(20)
+    policy, value = search(nodes, num_simulations=100, max_depth=1)
+    after = table.next(nodes[:, None], np.arange(NUM_ACTIONS))
+    q = table.reward[after] + DISCOUNT * table.value[after]
+    visited = np.array(policy) > 0
+    assert visited.mean() > 0.6
+    np.testing.assert_allclose(value, (policy * q).sum(axis=1), atol=1e-3)
+    improved, _ = search(nodes, num_simulations=100, max_depth=1, policy_target="mpo")
+    q = np.where(visited, q, table.value[nodes][:, None])
+    weight = np.exp(table.policy_logits[nodes].astype(float) + q / 0.1)
+    np.testing.assert_allclose(improved, weight / weight.sum(axis=1, keepdims=True), atol=1e-2)
+
+
+def test_mpo_target_against_brute_force_where_actions_were_not_visited():
+    table, nodes = Table(), np.arange(20)
+    policy, _ = search(nodes, num_simulations=2, policy_target="mpo", mpo_temperature=0.5)
+    some_unvisited = False
+    for node in nodes:
+        counts, q = naive_search(table, node, 2, 2)
+        some_unvisited |= (counts == 0).any()
+        q = np.where(counts > 0, q, table.value[node])
+        weight = np.exp(table.policy_logits[node] + q / 0.5)
+        np.testing.assert_allclose(policy[node], weight / weight.sum(), atol=2e-3)
+    assert some_unvisited
+
+
+def test_noise_at_the_root_changes_the_search():
+    nodes = np.arange(100)
+    assert (search(nodes, noise=0.25)[0] != search(nodes)[0]).any()
+
+
+def random_params(seed: int):
+    params = NETWORK.init(jax.random.key(seed), jnp.zeros((10, 5)), jnp.int32(0))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    return tree.unflatten([x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
+
+
+def random_batch(args) -> muzero.Steps:
+    rng = np.random.default_rng(0)
+    shape = (16, args.unroll_steps + 1 + args.td_steps)
+    is_last = rng.random(shape) < 0.25
+    return muzero.Steps(
+        rng.normal(size=(*shape, 10, 5)).astype(np.float32),
+        rng.integers(0, 3, shape).astype(np.int32),
+        rng.normal(size=shape).astype(np.float32) * ~is_last,
+        is_last,
+        is_last & (rng.random(shape) < 0.6),
+    )
+
+
+def test_with_the_operator_of_rosmo_the_losses_are_those_of_rosmo(monkeypatch):
+    def look_ahead(network, params, state, prediction, key, noise, args):
+        candidates = jnp.broadcast_to(jnp.arange(3), prediction.policy_logits.shape)
+        value = muzero.to_scalar(prediction.value_logits)
+        q = rosmo.look_ahead(network, params, state, candidates, args.discount)
+        return rosmo.policy_target(prediction.policy_logits, q - value[..., None]), value
+
+    monkeypatch.setattr(muzero, "search", look_ahead)
+    shared = {
+        f.name: getattr(ARGS, f.name)
+        for f in dataclasses.fields(rosmo.Args)
+        if hasattr(ARGS, f.name)
+    }
+    rosmo_args = rosmo.Args(**shared, behavior_coef=0.0)
+    inputs = random_params(0), random_params(1), random_batch(ARGS), jax.random.key(0)
+    total, ours = jax.jit(partial(muzero.muzero_loss, network=NETWORK, args=ARGS))(*inputs)
+    expected, theirs = jax.jit(partial(rosmo.rosmo_loss, network=NETWORK, args=rosmo_args))(*inputs)
+    assert total == pytest.approx(float(expected), rel=1e-5)
+    for name in ours.keys() & theirs.keys():
+        assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-5), name
+
+
+@pytest.mark.parametrize(("unroll_steps", "td_steps", "roots"), [(5, 3, 9), (1, 5, 4), (1, 1, 3)])
+def test_only_roots_that_a_target_needs_are_searched(monkeypatch, unroll_steps, td_steps, roots):
+    args = dataclasses.replace(ARGS, unroll_steps=unroll_steps, td_steps=td_steps)
+    searched, original = [], muzero.search
+
+    def spy(network, params, state, *_):
+        searched.append(state.shape)
+        return original(network, params, state, *_)
+
+    monkeypatch.setattr(muzero, "search", spy)
+    loss = partial(muzero.muzero_loss, network=NETWORK, args=args)
+    params = random_params(0)
+    jax.eval_shape(loss, params, params, random_batch(args), jax.random.key(0))
+    assert searched == [(16, roots, 32)]
+
+
+def test_the_loss_follows_the_visits_and_the_searched_values(monkeypatch):
+    """A search that always says the same is found again in the targets."""
+    args = dataclasses.replace(ARGS, unroll_steps=1, td_steps=1, discount=0.5)
+    p = jnp.array([0.2, 0.3, 0.5])
+
+    def constant(network, params, state, *_):
+        shape = state.shape[:-1]
+        return jnp.broadcast_to(p, (*shape, 3)), jnp.full(shape, 8.0)
+
+    monkeypatch.setattr(muzero, "search", constant)
+    ones = np.ones((4, 3), np.float32)
+    batch = muzero.Steps(
+        np.zeros((4, 3, 10, 5), np.float32), ones.astype(np.int32), ones, ones > 1, ones > 1
+    )
+    zero = jax.tree.map(jnp.zeros_like, random_params(0))
+    _, metrics = muzero.muzero_loss(zero, zero, batch, jax.random.key(0), NETWORK, args)
+    assert metrics["charts/value_target"] == pytest.approx(1 + 0.5 * 8)
+    assert metrics["losses/policy"] == pytest.approx(math.log(3), rel=1e-5)
+    entropy = -float(jnp.sum(p * jnp.log(p)))
+    assert metrics["charts/target_entropy"] == pytest.approx(entropy, rel=1e-5)
+
+
+def test_acting_samples_the_policy_of_the_search_or_takes_its_most_probable_action(monkeypatch):
+    policy = jnp.array([0.1, 0.0, 0.9])
+    seen = []
+
+    def constant(network, params, state, prediction, key, noise, args):
+        seen.append(noise)
+        return jnp.broadcast_to(policy, (len(state), 3)), None
+
+    monkeypatch.setattr(muzero, "search", constant)
+    args = dataclasses.replace(ARGS, eval_dirichlet_fraction=0.125)
+    inputs = NETWORK, args, random_params(0), jnp.zeros((2000, 10, 5)), jax.random.key(0)
+    assert (muzero.act(True, *inputs) == 2).all()
+    share = np.bincount(muzero.act(False, *inputs), minlength=3) / 2000
+    np.testing.assert_allclose(share, policy, atol=0.03)
+    assert seen == [0.125, 0.125]
+
+
+def test_the_loss_on_atari_is_that_of_bsuite_but_for_the_observations():
+    ours = inspect.getsource(muzero_atari.muzero_loss).splitlines()
+    theirs = inspect.getsource(muzero.muzero_loss).splitlines()
+    changed = [x for x in difflib.ndiff(theirs, ours) if x[0] in "+-"]
+    about_encoding = (
+        "observation",
+        "root = stack",
+        "[root",
+        "params, root",
+        "Batch",
+        "Steps",
+        "length",
+    )
+    assert 0 < len(changed) <= 12
+    assert [x for x in changed if not any(word in x for word in about_encoding)] == []
+
+
+@pytest.mark.parametrize("domain", ["atari", "bsuite"])
+def test_the_scripts_differ_from_their_siblings_in_fewer_than_150_lines(domain):
+    texts = [
+        (ROOT / f"{name}_{domain}.py").read_text().splitlines()
+        for name in ("rosmo", "muzero_unplugged")
+    ]
+    changes = difflib.SequenceMatcher(None, *texts, autojunk=False).get_opcodes()
+    changed = sum(max(b - a, d - c) for tag, a, b, c, d in changes if tag != "equal")
+    assert changed < 150
+
+
+def test_learns_a_known_problem_from_random_data():
+    """Two states; action 1 earns 1 in the first and moves on, action 2 earns 2 in the second."""
+    rng = np.random.default_rng(0)
+    action = rng.integers(0, 3, 3000).astype(np.int32)
+    state = np.tile([0, 1, 2], 1000)
+    reward = 1.0 * ((state == 0) & (action == 1)) + 2.0 * ((state == 1) & (action == 2))
+    observation = np.eye(3, dtype=np.float32)[state][:, None]
+    steps = muzero.Steps(observation, action, reward.astype(np.float32), state == 2, state == 2)
+    args = dataclasses.replace(
+        ARGS, num_seeds=1, learning_rate=3e-3, batch_size=64, num_simulations=4
+    )
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(muzero.AxisType.Auto,))
+    starts, num_starts = muzero.window_starts(steps.is_last, 100.0, [0])
+    state = muzero.init_state(jax.random.key(0), NETWORK, steps.observation[0], args)
+    states, key = jax.tree.map(lambda x: x[None], state), jax.random.key(1)[None]
+    train = muzero.make_train(NETWORK, mesh, args)
+    states, metrics = train(600, states, key, steps, starts, num_starts)
+    params = jax.tree.map(lambda x: x[0], states.params)
+    actions = muzero.act(True, NETWORK, args, params, observation[:2], jax.random.key(0))
+    assert actions.tolist() == [1, 2]
+    assert np.isfinite(metrics["losses/total"]).all()
