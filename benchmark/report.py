@@ -1,0 +1,303 @@
+"""Draws the paper's tables and figures from finished runs.
+
+    python benchmark/report.py table1 figure9
+    python benchmark/report.py figure2a --total-updates 50000
+
+Every run below --runs counts whose arguments are those of a cell and the defaults otherwise. A cell
+without a finished run stays empty and is listed. For each item, --out gets a page with the numbers
+and where they come from ({item}.md), the numbers alone ({item}.csv) and, of a figure, {item}.png.
+"""
+
+import csv
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from rliable import library, metrics
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+TASKS = ("catch", "mountain_car", "cartpole")
+BOTH = {"ROSMO": ("rosmo_bsuite", {}), "MuZero Unplugged": ("muzero_unplugged_bsuite", {})}
+DEPTHS = {"depth N": None, "depth 2": 2, "depth 1": 1}
+WIDTHS = (32, 128, 256, 512, 1024)
+
+
+class Item(NamedTuple):
+    """Cells: every method, with every value of a parameter, on every task."""
+
+    title: str
+    form: Literal["table", "aggregate", "curves"]
+    parameter: str
+    values: tuple
+    tasks: tuple[str, ...] = TASKS
+    methods: dict[str, tuple[str, dict]] = BOTH  # label: script, arguments
+    common: tuple[tuple[str, Any], ...] = ()  # arguments of every cell
+
+
+ITEMS = {
+    "table1": Item(
+        "Table 1: catch, data of a noisy environment",
+        "table",
+        "noise",
+        (0, 0.1, 0.3, 0.5),
+        TASKS[:1],
+    ),
+    "figure9": Item(
+        "Figure 9: catch, data of a noisy environment",
+        "curves",
+        "noise",
+        (0, 0.1, 0.3, 0.5),
+        TASKS[:1],
+    ),
+    "figure2a": Item(
+        "Figure 2(a): shares of the data", "aggregate", "data_percent", (1, 10, 30, 100)
+    ),
+    "figure2b": Item(
+        "Figure 2(b): widths of the dynamics function, 10% of the data",
+        "aggregate",
+        "dynamics_hidden",
+        WIDTHS,
+        common=(("data_percent", 10),),
+    ),
+    "figure10": Item(
+        "Figure 10: widths of the dynamics function, 10% of the data",
+        "curves",
+        "dynamics_hidden",
+        WIDTHS,
+        common=(("data_percent", 10),),
+    ),
+    "figure2c": Item(
+        "Figure 2(c): simulations and depth of the search",
+        "aggregate",
+        "num_simulations",
+        (2, 4, 16, 32),
+        methods={k: ("muzero_unplugged_bsuite", {"max_depth": v}) for k, v in DEPTHS.items()},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    items: Annotated[tuple[Literal[tuple(ITEMS)], ...], tyro.conf.Positional]
+    """tables and figures of the paper"""
+    total_updates: int = 200_000
+    """updates of the runs that count"""
+    runs: tuple[Path, ...] = (Path("runs"), Path("benchmark/results"))
+    """folders that hold runs; of several runs of a cell the one with most seeds counts"""
+    out: Path = Path("benchmark/results")
+    """folder of the results"""
+
+
+class Run(NamedTuple):
+    folder: Path
+    config: dict
+    final: np.ndarray  # [seeds], mean return of the final evaluation
+    score: np.ndarray  # [seeds], normalised
+    updates: np.ndarray  # [evaluations]
+    returns: np.ndarray  # [seeds, evaluations]
+
+
+def read_run(folder: Path) -> Run | None:
+    """Reads the folder of a run on BSuite; None if it is something else or not finished."""
+    config = json.loads((folder / "config.json").read_text())
+    if not config["script"].endswith("_bsuite.py"):
+        return None
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    final = {x["seed"]: x for x in lines if "final/returns" in x}
+    first, count = config["args"]["seed"], config["args"]["num_seeds"]
+    seeds = range(first, first + count)
+    if set(final) != set(seeds) or final[first]["update"] != config["args"]["total_updates"]:
+        return None
+    curves = [[x for x in lines if x["seed"] == s and "eval/return_mean" in x] for s in seeds]
+    return Run(
+        folder,
+        config,
+        np.array([final[s]["final/return_mean"] for s in seeds]),
+        np.array([final[s]["final/normalized_score"] for s in seeds]),
+        np.array([x["update"] for x in curves[0]]),
+        np.array([[x["eval/return_mean"] for x in curve] for curve in curves]),
+    )
+
+
+def read_runs(folders: tuple[Path, ...]) -> list[Run]:
+    paths = [p.parent for folder in folders for p in sorted(folder.rglob("config.json"))]
+    runs = [read_run(path) for path in paths if (path / "metrics.jsonl").exists()]
+    return sorted((run for run in runs if run), key=lambda run: -len(run.final))
+
+
+def find_run(runs: list[Run], script: str, arguments: dict) -> Run | None:
+    """The first run of a script with these arguments, and the defaults otherwise."""
+    module = importlib.import_module(script)
+    irrelevant = {
+        *module.NOT_COMPARED.split(),
+        *"seed num_seeds log_every checkpoint_every".split(),
+    }
+    wanted = json.loads(json.dumps(dataclasses.asdict(module.Args(**arguments)), default=str))
+    for run in runs:
+        args = run.config["args"]
+        if run.config["script"] == f"{script}.py" and all(
+            args.get(k) == v for k, v in wanted.items() if k not in irrelevant
+        ):
+            return run
+    return None
+
+
+def find_cells(item: Item, runs: list[Run], total_updates: int) -> dict[tuple, Run | None]:
+    """Runs, by (method, value, task)."""
+    cells = {}
+    for method, (script, arguments) in item.methods.items():
+        for value in item.values:
+            for task in item.tasks:
+                cell = {"env_id": task, item.parameter: value, "total_updates": total_updates}
+                cells[method, value, task] = find_run(
+                    runs, script, dict(item.common) | arguments | cell
+                )
+    return cells
+
+
+def interquartile_means(item: Item, cells: dict) -> dict[tuple, tuple[float, float, float]]:
+    """IQM over seeds and tasks of the normalised score, with a 95% stratified bootstrap interval.
+
+    Returns:
+      (estimate, low, high) by (method, value), where every task has a run.
+    """
+    scores = {}
+    for method in item.methods:
+        for value in item.values:
+            column = [cells[method, value, task] for task in item.tasks]
+            if None not in column:
+                scores[method, value] = np.stack([run.score for run in column], axis=1)
+    if not scores:
+        return {}
+    aggregate = lambda x: np.array([metrics.aggregate_iqm(x)])  # noqa: E731
+    rng = np.random.RandomState(0)
+    means, intervals = library.get_interval_estimates(
+        scores, aggregate, reps=2000, random_state=rng
+    )
+    return {k: (float(means[k][0]), *map(float, intervals[k][:, 0])) for k in scores}
+
+
+def draw_aggregate(item: Item, estimates: dict, path: Path) -> None:
+    axes = (figure := Figure((6, 4), layout="constrained")).subplots()
+    for method in item.methods:
+        values = [value for value in item.values if (method, value) in estimates]
+        if values:
+            mean, low, high = np.transpose([estimates[method, value] for value in values])
+            positions = [item.values.index(value) for value in values]
+            (line,) = axes.plot(positions, mean, marker="o", label=method)
+            axes.fill_between(positions, low, high, alpha=0.2, color=line.get_color())
+    axes.set_xticks(range(len(item.values)), [f"{value:g}" for value in item.values])
+    axes.set(xlabel=item.parameter, ylabel="IQM of the normalised score", title=item.title)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_curves(item: Item, cells: dict, path: Path) -> None:
+    """One panel for each task and value: mean and standard deviation over the seeds."""
+    size = (3.2 * len(item.values), 2.6 * len(item.tasks) + 0.6)
+    figure = Figure(size, layout="constrained")
+    grid = figure.subplots(len(item.tasks), len(item.values), sharey="row", squeeze=False)
+    for row, task in zip(grid, item.tasks, strict=True):
+        for axes, value in zip(row, item.values, strict=True):
+            for i, method in enumerate(item.methods):
+                if (run := cells[method, value, task]) is None:
+                    continue
+                n = 1 + len(run.updates) // 25  # evaluations in the moving average
+                smooth = [np.convolve(x, np.ones(n) / n, "valid") for x in run.returns]
+                mean, std, x = np.mean(smooth, axis=0), np.std(smooth, axis=0), run.updates[n - 1 :]
+                axes.plot(x, mean, color=f"C{i}", label=method)
+                axes.fill_between(x, mean - std, mean + std, color=f"C{i}", alpha=0.2)
+            axes.set(title=f"{task}, {item.parameter} {value:g}", xlabel="updates")
+        row[0].set_ylabel("return")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def write_page(name: str, item: Item, cells: dict, estimates: dict, args: Args) -> None:
+    rows = []  # of the .csv
+    for (method, value, task), run in cells.items():
+        if run:
+            rows += [
+                (method, value, task, run.config["args"]["seed"] + i, final, score)
+                for i, (final, score) in enumerate(zip(run.final, run.score, strict=True))
+            ]
+    with (args.out / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("method", item.parameter, "task", "seed", "return", "normalized_score"))
+        writer.writerows(rows)
+
+    lines = [f"# {item.title}", ""]
+    if item.form == "aggregate":
+        text = {k: f"{m:.3f} [{low:.3f}, {high:.3f}]" for k, (m, low, high) in estimates.items()}
+        caption = "IQM of the normalised score over seeds and tasks, 95% stratified bootstrap."
+    else:
+        runs = {k: run for k, run in cells.items() if run}
+        text = {k: f"{run.final.mean():.3f} ± {run.final.std():.3f}" for k, run in runs.items()}
+        caption = "Mean and standard deviation over seeds of the final mean return, 100 episodes."
+    for task in [None] if item.form == "aggregate" else item.tasks:
+        head = "IQM" if task is None else task
+        lines += [
+            "| " + " | ".join([head, *(f"{item.parameter} {v:g}" for v in item.values)]) + " |"
+        ]
+        lines += ["|" + "---|" * (1 + len(item.values))]
+        for method in item.methods:
+            keys = [
+                (method, value) if task is None else (method, value, task) for value in item.values
+            ]
+            lines += ["| " + " | ".join([method, *(text.get(key, "") for key in keys)]) + " |"]
+        lines += [""]
+    lines += [caption, ""]
+    if item.form != "table":
+        lines += [f"![{item.title}]({name}.png)", ""]
+    missing = [f"{m}, {item.parameter} {v:g}, {t}" for (m, v, t), run in cells.items() if not run]
+    if missing:
+        lines += [f"Not run at {args.total_updates:,} updates: {'; '.join(missing)}.", ""]
+    lines += ["## Runs", ""]
+    lines += [
+        "| Method | Cell | Seeds | Updates | Commit | Device | Data |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (method, value, task), run in cells.items():
+        if run:
+            a, start = run.config["args"], run.config["starts"][0]
+            lines.append(
+                f"| {method} | {task}, {item.parameter} {value:g} | {a['num_seeds']} | "
+                f"{a['total_updates']:,} | {(start.get('commit') or 'unknown')[:7]} | "
+                f"{start['device']} | {run.config['data']} |"
+            )
+    command = f"python benchmark/report.py {name} --total-updates {args.total_updates}"
+    lines += ["", f"Made by `{command}`."]
+    (args.out / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+
+def main(args: Args) -> None:
+    if not args.items:
+        raise SystemExit(f"Name at least one of {', '.join(ITEMS)}.")
+    runs = read_runs(args.runs)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.items:
+        item = ITEMS[name]
+        cells = find_cells(item, runs, args.total_updates)
+        if not any(cells.values()):
+            where = ", ".join(map(str, args.runs))
+            raise SystemExit(f"No run of {name} with {args.total_updates:,} updates in {where}.")
+        estimates = interquartile_means(item, cells) if item.form == "aggregate" else {}
+        if item.form == "aggregate":
+            draw_aggregate(item, estimates, args.out / f"{name}.png")
+        elif item.form == "curves":
+            draw_curves(item, cells, args.out / f"{name}.png")
+        write_page(name, item, cells, estimates, args)
+        done = sum(run is not None for run in cells.values())
+        print(f"{name}: {done} of {len(cells)} cells, see {args.out / name}.md.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

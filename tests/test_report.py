@@ -1,0 +1,128 @@
+"""Tables and figures from the folders of made-up runs."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import report
+
+UPDATES = 2000
+
+
+def write_run(folder, script, returns, scores, finished=True, **arguments):
+    """A run of two evaluations whose seeds ended with these returns and normalised scores."""
+    args = importlib.import_module(script).Args(
+        **arguments, num_seeds=len(returns), total_updates=UPDATES, log_every=1000
+    )
+    config = {"args": dataclasses.asdict(args), "script": f"{script}.py", "data": "made up"}
+    config["starts"] = [{"commit": "0123456789abcdef", "device": "1 x cpu"}]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    lines = []
+    for seed, (value, score) in enumerate(zip(returns, scores, strict=True)):
+        for update in (1000, 2000):
+            lines.append({"update": update, "seed": seed, "eval/return_mean": value - 1})
+        final = {"final/returns": [value], "final/return_mean": value}
+        lines.append({"update": 2000, "seed": seed, **final, "final/normalized_score": score})
+    text = "".join(json.dumps(line) + "\n" for line in (lines if finished else lines[:-1]))
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def make(tmp_path, *items):
+    args = report.Args(items, UPDATES, (tmp_path / "runs",), tmp_path / "out")
+    report.main(args)
+    return tmp_path / "out"
+
+
+def test_table_has_mean_and_std_of_the_runs_and_names_what_is_missing(tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs / "a", "rosmo_bsuite", [1.0, 0.5], [1.0, 0.7], noise=0.3)
+    write_run(runs / "b", "muzero_unplugged_bsuite", [-1.0], [-0.2], noise=0.3)
+    write_run(runs / "c", "rosmo_bsuite", [9.0], [9.0], noise=0.3, batch_size=64)  # another cell
+    write_run(runs / "d", "rosmo_bsuite", [9.0], [9.0], noise=0.5, finished=False)
+    out = make(tmp_path, "table1")
+    page = (out / "table1.md").read_text()
+    assert "| ROSMO |  |  | 0.750 ± 0.250 |  |" in page
+    assert "| MuZero Unplugged |  |  | -1.000 ± 0.000 |  |" in page
+    assert "Not run at 2,000 updates: ROSMO, noise 0, catch" in page
+    assert "ROSMO, noise 0.5, catch" in page
+    assert "| ROSMO | catch, noise 0.3 | 2 | 2,000 | 0123456 | 1 x cpu | made up |" in page
+    with (out / "table1.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["return"]) for row in rows] == [1.0, 0.5, -1.0]
+
+
+def test_aggregate_is_the_interquartile_mean_over_seeds_and_tasks(tmp_path):
+    scores = np.random.default_rng(0).random((3, 4))
+    for task, row in zip(report.TASKS, scores, strict=True):
+        folder = tmp_path / "runs" / task
+        write_run(folder, "rosmo_bsuite", row, row, env_id=task, data_percent=10)
+    write_run(tmp_path / "runs" / "e", "rosmo_bsuite", [1.0], [1.0], env_id="catch", data_percent=1)
+    out = make(tmp_path, "figure2a")
+    expected = np.sort(scores.ravel())[3:9].mean()  # the middle half of twelve
+    page = (out / "figure2a.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith("| ROSMO |  | ")]
+    mean, low, high = (
+        float(x)
+        for x in row.split("|")[3].replace("[", "").replace("]", "").replace(",", "").split()
+    )
+    assert mean == pytest.approx(expected, abs=5e-4)
+    assert scores.min() <= low <= mean <= high <= scores.max()
+    assert row.split("|")[2].strip() == ""  # one task of three at 1% is no cell
+    assert (out / "figure2a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_of_two_runs_of_a_cell_the_one_with_more_seeds_counts(tmp_path):
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [5.0], [5.0])
+    write_run(tmp_path / "runs" / "b", "rosmo_bsuite", [1.0, 2.0], [1.0, 2.0])
+    out = make(tmp_path, "table1", "figure9")
+    assert "| ROSMO | 1.500 ± 0.500 |" in (out / "table1.md").read_text()
+    assert (out / "figure9.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_a_run_it_says_so(tmp_path):
+    with pytest.raises(SystemExit, match=r"No run of figure2c with 2,000 updates in .*runs"):
+        make(tmp_path, "figure2c")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "benchmark").glob("*.sh")))
+def test_shell_scripts_start_runs_that_their_report_finds(tmp_path, name):
+    """The commands are recorded by a stand-in for python, and its runs fill every cell."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\n')
+    fake.chmod(0o755)
+    command = ["bash", str(ROOT / "benchmark" / name), "--total-updates", str(UPDATES)]
+    subprocess.run(command, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    *commands, last = (tmp_path / "commands").read_text().splitlines()
+    for i, line in enumerate(commands):
+        script, *options = line.split()
+        flags = dict(zip(options[::2], options[1::2], strict=True))
+        module = importlib.import_module(script.removesuffix(".py"))
+        types = {field.name: type(field.default) for field in dataclasses.fields(module.Args)}
+        arguments = {k[2:].replace("-", "_"): v for k, v in flags.items()}
+        for given in ("log_every", "total_updates"):
+            del arguments[given]
+        arguments = {
+            k: int(v) if types[k] is type(None) else types[k](v) for k, v in arguments.items()
+        }
+        write_run(tmp_path / "runs" / str(i), module.__name__, [1.0], [1.0], **arguments)
+    script, *items = last.split()[:-2]
+    assert script == "benchmark/report.py"
+    out = make(tmp_path, *items)
+    for item in items:
+        assert "Not run" not in (out / f"{item}.md").read_text()
+
+
+def test_the_command_line_names_the_items():
+    command = [sys.executable, "benchmark/report.py", "table99"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "figure2a" in result.stderr + result.stdout
