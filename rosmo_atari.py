@@ -682,6 +682,25 @@ class Representation(nn.Module):
         return x
 
 
+class Head(nn.Module):
+    channels: int
+    outputs: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        """States [..., 6, 6, channels] -> logits [..., outputs], float32, zero at first."""
+        x = nn.relu(layer_norm(self.dtype)(x))
+        x = conv(2 * self.channels, self.dtype, kernel=1)(x)
+        x = nn.relu(layer_norm(self.dtype)(x))
+        x = x.reshape(*x.shape[:-3], -1)
+        for _ in range(2):
+            x = nn.Dense(2 * self.channels, use_bias=False, dtype=self.dtype)(x)
+            x = nn.relu(nn.LayerNorm(dtype=self.dtype)(x))
+        # In float32, because a value is a small difference of many large logits' weights.
+        return nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, dtype=jnp.float32)(x)
+
+
 # --- end torso ---
 
 
@@ -708,25 +727,6 @@ class Dynamics(nn.Module):
         for _ in range(2):
             x = ResidualBlock(self.channels, self.dtype)(x)
         return x
-
-
-class Head(nn.Module):
-    channels: int
-    outputs: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x):
-        """States [..., 6, 6, channels] -> logits [..., outputs], float32, zero at first."""
-        x = nn.relu(layer_norm(self.dtype)(x))
-        x = conv(2 * self.channels, self.dtype, kernel=1)(x)
-        x = nn.relu(layer_norm(self.dtype)(x))
-        x = x.reshape(*x.shape[:-3], -1)
-        for _ in range(2):
-            x = nn.Dense(2 * self.channels, use_bias=False, dtype=self.dtype)(x)
-            x = nn.relu(nn.LayerNorm(dtype=self.dtype)(x))
-        # In float32, because a value is a small difference of many large logits' weights.
-        return nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, dtype=jnp.float32)(x)
 
 
 class MuZeroNetwork(nn.Module):
@@ -770,7 +770,7 @@ class MuZeroNetwork(nn.Module):
 # --- end network ---
 
 
-# --- value transform (identical in rosmo_*.py and muzero_unplugged_*.py) ---
+# --- value transform (identical in rosmo_*.py, muzero_unplugged_*.py, crr_*.py, cql_*.py) ---
 def transform(x):
     """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, where a bracket slipped)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
@@ -974,6 +974,7 @@ def make_network(num_actions: int, args: Args) -> MuZeroNetwork:
     return MuZeroNetwork(num_actions, args.num_bins, args.channels, jnp.dtype(dtype))
 
 
+# --- optimizer (identical in *_atari.py and *_bsuite.py) ---
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     learning_rate = optax.warmup_exponential_decay_schedule(
         0.0, args.learning_rate, 1_000, 100_000, args.learning_rate_decay, staircase=True
@@ -981,6 +982,9 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     is_weight = partial(jax.tree.map, lambda x: x.ndim > 1)
     adamw = optax.adamw(learning_rate, weight_decay=args.weight_decay, mask=is_weight)
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adamw)
+
+
+# --- end optimizer ---
 
 
 def init_state(key, network: MuZeroNetwork, args: Args) -> TrainState:

@@ -325,15 +325,7 @@ def sample_windows(key, steps: Steps, starts, num_starts, batch_size: int, lengt
 # --- end data ---
 
 
-# --- network (identical in rosmo_bsuite.py and muzero_unplugged_bsuite.py) ---
-class Prediction(NamedTuple):
-    """What the prediction function f says of states [...]."""
-
-    policy_logits: jax.Array  # [..., actions]
-    value_logits: jax.Array  # [..., bins]
-    reward_logits: jax.Array  # [..., bins], of the transition that led to the state
-
-
+# --- torso (identical in *_bsuite.py) ---
 class MLP(nn.Module):
     features: tuple[int, ...]
     dtype: str
@@ -343,6 +335,18 @@ class MLP(nn.Module):
         for i, width in enumerate(self.features):
             x = nn.Dense(width, dtype=self.dtype)(nn.relu(x) if i else x)
         return x
+
+
+# --- end torso ---
+
+
+# --- network (identical in rosmo_bsuite.py and muzero_unplugged_bsuite.py) ---
+class Prediction(NamedTuple):
+    """What the prediction function f says of states [...]."""
+
+    policy_logits: jax.Array  # [..., actions]
+    value_logits: jax.Array  # [..., bins]
+    reward_logits: jax.Array  # [..., bins], of the transition that led to the state
 
 
 class MuZeroNetwork(nn.Module):
@@ -386,7 +390,7 @@ class MuZeroNetwork(nn.Module):
 # --- end network ---
 
 
-# --- value transform (identical in rosmo_*.py and muzero_unplugged_*.py) ---
+# --- value transform (identical in rosmo_*.py, muzero_unplugged_*.py, crr_*.py, cql_*.py) ---
 def transform(x):
     """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, where a bracket slipped)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
@@ -576,6 +580,7 @@ def make_network(num_actions: int, args: Args) -> MuZeroNetwork:
     return MuZeroNetwork(num_actions, args.num_bins, args.dynamics_hidden, args.dtype)
 
 
+# --- optimizer (identical in *_atari.py and *_bsuite.py) ---
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     learning_rate = optax.warmup_exponential_decay_schedule(
         0.0, args.learning_rate, 1_000, 100_000, args.learning_rate_decay, staircase=True
@@ -583,6 +588,9 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     is_weight = partial(jax.tree.map, lambda x: x.ndim > 1)
     adamw = optax.adamw(learning_rate, weight_decay=args.weight_decay, mask=is_weight)
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adamw)
+
+
+# --- end optimizer ---
 
 
 def init_state(key, network: MuZeroNetwork, observation, args: Args) -> TrainState:

@@ -24,6 +24,13 @@ from rliable import library, metrics
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 TASKS = ("catch", "mountain_car", "cartpole")
+FIVE = {
+    "BC": ("bc_bsuite", {}),
+    "CRR": ("crr_bsuite", {}),
+    "CQL": ("cql_bsuite", {}),
+    "MuZero Unplugged": ("muzero_unplugged_bsuite", {}),
+    "ROSMO": ("rosmo_bsuite", {}),
+}
 BOTH = {"ROSMO": ("rosmo_bsuite", {}), "MuZero Unplugged": ("muzero_unplugged_bsuite", {})}
 DEPTHS = {"depth N": None, "depth 2": 2, "depth 1": 1}
 WIDTHS = (32, 128, 256, 512, 1024)
@@ -39,46 +46,66 @@ class Item(NamedTuple):
     tasks: tuple[str, ...] = TASKS
     methods: dict[str, tuple[str, dict]] = BOTH  # label: script, arguments
     common: tuple[tuple[str, Any], ...] = ()  # arguments of every cell
+    claim: str = ""  # the paper's
+
+    def label(self, value) -> str:
+        return value if self.parameter == "env_id" else f"{self.parameter} {value}"
 
 
+NOISES = (0.0, 0.1, 0.3, 0.5)
+LOW_DATA = (("data_percent", 10.0),)
 ITEMS = {
     "table1": Item(
         "Table 1: catch, data of a noisy environment",
-        "table",
-        "noise",
-        (0, 0.1, 0.3, 0.5),
-        TASKS[:1],
+        *("table", "noise", NOISES, TASKS[:1]),
+        claim="ROSMO is much less sensitive to the noise than MuZero Unplugged.",
     ),
     "figure9": Item(
-        "Figure 9: catch, data of a noisy environment",
-        "curves",
-        "noise",
-        (0, 0.1, 0.3, 0.5),
-        TASKS[:1],
+        "Figure 9: catch, data of a noisy environment", "curves", "noise", NOISES, TASKS[:1]
+    ),
+    "table2": Item(
+        "Table 2: the five methods on BSuite",
+        *("table", "env_id", TASKS, ("BSuite",), FIVE),
+        claim="ROSMO is best on catch and mountain_car, with the lowest standard deviation; "
+        "CRR is slightly better on cartpole.",
     ),
     "figure2a": Item(
-        "Figure 2(a): shares of the data", "aggregate", "data_percent", (1, 10, 30, 100)
+        "Figure 2(a): shares of the data",
+        *("aggregate", "data_percent", (1.0, 10.0, 30.0, 100.0)),
+        claim="ROSMO is above MuZero Unplugged everywhere, which is poor at 1%.",
     ),
     "figure2b": Item(
         "Figure 2(b): widths of the dynamics function, 10% of the data",
-        "aggregate",
-        "dynamics_hidden",
-        WIDTHS,
-        common=(("data_percent", 10),),
+        *("aggregate", "dynamics_hidden", WIDTHS),
+        common=LOW_DATA,
+        claim="MuZero Unplugged is best at 1024 and falls with less; ROSMO is flat and higher.",
     ),
     "figure10": Item(
         "Figure 10: widths of the dynamics function, 10% of the data",
-        "curves",
-        "dynamics_hidden",
-        WIDTHS,
-        common=(("data_percent", 10),),
+        *("curves", "dynamics_hidden", WIDTHS),
+        common=LOW_DATA,
     ),
     "figure2c": Item(
         "Figure 2(c): simulations and depth of the search",
-        "aggregate",
-        "num_simulations",
-        (2, 4, 16, 32),
+        *("aggregate", "num_simulations", (2, 4, 16, 32)),
         methods={k: ("muzero_unplugged_bsuite", {"max_depth": v}) for k, v in DEPTHS.items()},
+        claim="MuZero Unplugged fails at few simulations and with many and deep ones; limiting "
+        "the depth helps.",
+    ),
+    "sweep_crr": Item(
+        "CRR's β on catch",
+        *("table", "beta", (0.1, 0.3, 1.0, 3.0), TASKS[:1]),
+        methods={"exp": ("crr_bsuite", {})},
+    ),
+    "sweep_crr_weight": Item(
+        "CRR's weight on catch",
+        *("table", "weight", ("exp", "binary"), TASKS[:1]),
+        methods={"CRR": ("crr_bsuite", {})},
+    ),
+    "sweep_cql": Item(
+        "CQL's α and learning rate on catch",
+        *("table", "cql_alpha", (0.01, 0.05, 0.1, 0.5, 1.0, 4.0), TASKS[:1]),
+        methods={f"{rate:g}": ("cql_bsuite", {"learning_rate": rate}) for rate in (7e-4, 5e-5)},
     ),
 }
 
@@ -193,7 +220,7 @@ def draw_aggregate(item: Item, estimates: dict, path: Path) -> None:
             positions = [item.values.index(value) for value in values]
             (line,) = axes.plot(positions, mean, marker="o", label=method)
             axes.fill_between(positions, low, high, alpha=0.2, color=line.get_color())
-    axes.set_xticks(range(len(item.values)), [f"{value:g}" for value in item.values])
+    axes.set_xticks(range(len(item.values)), item.values)
     axes.set(xlabel=item.parameter, ylabel="IQM of the normalised score", title=item.title)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -214,7 +241,7 @@ def draw_curves(item: Item, cells: dict, path: Path) -> None:
                 mean, std, x = np.mean(smooth, axis=0), np.std(smooth, axis=0), run.updates[n - 1 :]
                 axes.plot(x, mean, color=f"C{i}", label=method)
                 axes.fill_between(x, mean - std, mean + std, color=f"C{i}", alpha=0.2)
-            axes.set(title=f"{task}, {item.parameter} {value:g}", xlabel="updates")
+            axes.set(title=f"{task}, {item.label(value)}", xlabel="updates")
         row[0].set_ylabel("return")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
@@ -244,9 +271,7 @@ def write_page(name: str, item: Item, cells: dict, estimates: dict, args: Args) 
         caption = "Mean and standard deviation over seeds of the final mean return, 100 episodes."
     for task in [None] if item.form == "aggregate" else item.tasks:
         head = "IQM" if task is None else task
-        lines += [
-            "| " + " | ".join([head, *(f"{item.parameter} {v:g}" for v in item.values)]) + " |"
-        ]
+        lines += ["| " + " | ".join([head, *map(item.label, item.values)]) + " |"]
         lines += ["|" + "---|" * (1 + len(item.values))]
         for method in item.methods:
             keys = [
@@ -255,9 +280,11 @@ def write_page(name: str, item: Item, cells: dict, estimates: dict, args: Args) 
             lines += ["| " + " | ".join([method, *(text.get(key, "") for key in keys)]) + " |"]
         lines += [""]
     lines += [caption, ""]
+    if item.claim:
+        lines += [f"The paper's claim: {item.claim}", ""]
     if item.form != "table":
         lines += [f"![{item.title}]({name}.png)", ""]
-    missing = [f"{m}, {item.parameter} {v:g}, {t}" for (m, v, t), run in cells.items() if not run]
+    missing = [f"{m}, {item.label(v)}, {t}" for (m, v, t), run in cells.items() if not run]
     if missing:
         lines += [f"Not run at {args.total_updates:,} updates: {'; '.join(missing)}.", ""]
     lines += ["## Runs", ""]
@@ -269,7 +296,7 @@ def write_page(name: str, item: Item, cells: dict, estimates: dict, args: Args) 
         if run:
             a, start = run.config["args"], run.config["starts"][0]
             lines.append(
-                f"| {method} | {task}, {item.parameter} {value:g} | {a['num_seeds']} | "
+                f"| {method} | {task}, {item.label(value)} | {a['num_seeds']} | "
                 f"{a['total_updates']:,} | {(start.get('commit') or 'unknown')[:7]} | "
                 f"{start['device']} | {run.config['data']} |"
             )

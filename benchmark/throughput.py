@@ -12,6 +12,7 @@ The figure is the median of several windows of updates.
 
 import dataclasses
 import importlib
+import inspect
 import itertools
 import json
 import re
@@ -102,7 +103,8 @@ def atari_step(script, args: Args):
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     by_device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    length = settings.unroll_steps + 1 + settings.td_steps
+    # The baselines learn from transitions.
+    length = getattr(settings, "unroll_steps", 1) + 1 + getattr(settings, "td_steps", 0)
     if args.store:
         env_id = json.loads((args.store / "meta.json").read_text())["env_id"]
         store = script.open_store(args.store, env_id)
@@ -131,7 +133,9 @@ def atari_step(script, args: Args):
     key = jax.random.key(0)
     current = init(key, network, settings)
     parameters = sum(x.size for x in jax.tree.leaves(current.params))
-    compiled = script.update.lower(current, key, next(batches), network, settings).compile()
+    keys = {"key": key} if "key" in inspect.signature(script.update).parameters else {}
+    options = keys | {"network": network, "args": settings}
+    compiled = script.update.lower(current, batch=next(batches), **options).compile()
     memory, flops = compiled.memory_analysis(), compiled.cost_analysis()["flops"]
     print(
         f"{script.__name__}: {parameters:,} parameters, {num_actions} actions, batch "
@@ -150,7 +154,7 @@ def atari_step(script, args: Args):
             before = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - before
-            current, loss = script.update(current, key, batch, network, settings)
+            current, loss = script.update(current, batch=batch, **options)
             jax.block_until_ready(previous)
             previous = loss
         jax.block_until_ready(previous)

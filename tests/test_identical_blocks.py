@@ -11,6 +11,7 @@ SCRIPTS = sorted(path.name for path in (*ROOT.glob("*_atari.py"), *ROOT.glob("*_
 BSUITE = [name for name in SCRIPTS if name.endswith("_bsuite.py")]
 ATARI = [name for name in SCRIPTS if name.endswith("_atari.py")]
 MUZERO = [name for name in SCRIPTS if name.startswith(("rosmo", "muzero_unplugged"))]
+CATEGORICAL = sorted(MUZERO + [name for name in SCRIPTS if name.startswith(("crr", "cql"))])
 
 # Which scripts must hold which block.
 MANIFEST = {
@@ -21,11 +22,14 @@ MANIFEST = {
         "bsuite": [name for name in MUZERO if name in BSUITE],
         "atari": [name for name in MUZERO if name in ATARI],
     },
-    "value transform": MUZERO,
+    "value transform": CATEGORICAL,
     "windows": MUZERO,
     "policy targets": [name for name in SCRIPTS if name.startswith("rosmo")],
     "search": [name for name in SCRIPTS if name.startswith("muzero_unplugged")],
-    "torso": ATARI,
+    "cross entropy": [name for name in SCRIPTS if name.startswith(("crr", "cql"))],
+    "conservative penalty": [name for name in SCRIPTS if name.startswith("cql")],
+    "optimizer": SCRIPTS,
+    "torso": {"bsuite": BSUITE, "atari": ATARI},
     "environment": [*ATARI, "benchmark/collect_atari.py"],
     "store writer": [*ATARI, "benchmark/collect_atari.py"],
 }

@@ -51,7 +51,7 @@ def test_table_has_mean_and_std_of_the_runs_and_names_what_is_missing(tmp_path):
     page = (out / "table1.md").read_text()
     assert "| ROSMO |  |  | 0.750 ± 0.250 |  |" in page
     assert "| MuZero Unplugged |  |  | -1.000 ± 0.000 |  |" in page
-    assert "Not run at 2,000 updates: ROSMO, noise 0, catch" in page
+    assert "Not run at 2,000 updates: ROSMO, noise 0.0, catch" in page
     assert "ROSMO, noise 0.5, catch" in page
     assert "| ROSMO | catch, noise 0.3 | 2 | 2,000 | 0123456 | 1 x cpu | made up |" in page
     with (out / "table1.csv").open() as file:

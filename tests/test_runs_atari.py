@@ -15,11 +15,13 @@ import rosmo_atari
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari.py"))
 every_script = pytest.mark.parametrize("atari", SCRIPTS, indirect=True)
-TINY = "--env-id Pong --channels 4 --batch-size 4 --num-bins 21 --unroll-steps 1 --td-steps 1 "
-TINY += "--log-every 2 --eval-every 4 --checkpoint-every 4 --total-updates 8 "
-TINY += "--eval-episodes 1 --final-eval-episodes 1"
+TINY = "--env-id Pong --channels 4 --batch-size 4 --log-every 2 --eval-every 4 "
+TINY += "--checkpoint-every 4 --total-updates 8 --eval-episodes 1 --final-eval-episodes 1"
 TINY = TINY.split()
-LESS = {"muzero_unplugged_atari.py": ["--num-simulations", 2]}
+BINS = ["--num-bins", 21]
+LESS = {name: [*BINS, "--unroll-steps", 1, "--td-steps", 1] for name in SCRIPTS}
+LESS["muzero_unplugged_atari.py"] += ["--num-simulations", 2]
+LESS |= {"bc_atari.py": [], "crr_atari.py": BINS, "cql_atari.py": BINS}
 SPEED = ("wall_time", "charts/updates_per_second", "charts/data_wait")
 
 
@@ -50,7 +52,7 @@ def atari(request, script, store):
     name = getattr(request, "param", "rosmo_atari.py")
 
     def start(*arguments, wait=True, **environment):
-        options = [*TINY, *LESS.get(name, []), "--dataset", store, *arguments]
+        options = [*TINY, *LESS[name], "--dataset", store, *arguments]
         return script(name, *options, wait=wait, **environment)
 
     return start

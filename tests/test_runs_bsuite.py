@@ -11,7 +11,7 @@ from conftest import ROOT, write_catch_dataset
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*_bsuite.py"))
 every_script = pytest.mark.parametrize("bsuite", SCRIPTS, indirect=True)
-TINY = "--env-id catch --num-seeds 2 --batch-size 16 --dynamics-hidden 8 --log-every 10 "
+TINY = "--env-id catch --num-seeds 2 --batch-size 16 --log-every 10 "
 TINY += "--eval-every 20 --checkpoint-every 40 --total-updates 120 --final-eval-episodes 3"
 TINY = TINY.split()
 

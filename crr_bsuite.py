@@ -1,0 +1,833 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#   "bsuite==0.3.6", "flax==0.12.8", "jax==0.10.2", "matplotlib==3.11.2", "numpy==2.4.6",
+#   "optax==0.2.8", "orbax-checkpoint==0.12.8", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0",
+# ]
+# ///
+"""Critic regularized regression on BSuite (Wang et al., 2020), a baseline of ROSMO.
+
+CRR learns a critic Q by one-step temporal differences under its own policy, and clones the logged
+actions with a weight that grows with their advantage, min(exp(A/β), 20) or 1[A > 0]. The network is
+that of Fig. 5(c), and Q is categorical as ROSMO's value.
+
+    python crr_bsuite.py --env-id catch                         # the paper's setting, five seeds
+    python crr_bsuite.py --env-id catch --weight binary         # clone where A > 0
+    python crr_bsuite.py --env-id catch --num-action-samples 4  # V from samples, as acme
+
+Where the paper is silent this file does the following.
+1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
+   a terminal one is not bootstrapped, a truncated one is (--truncation-as-termination: it is not).
+2. V is the exact mean of Q under π (acme: the mean of samples, --num-action-samples 4).
+3. The advantage comes from the network that is trained, the bootstrap from a copy of its policy and
+   critic, made every 100 updates (acme).
+4. γ is acme's 0.99, not ROSMO's.
+5. The optimiser is ROSMO's: AdamW, a warm-up of 1,000 updates, a tenth of the learning rate every
+   100,000 updates, weight decay on weight matrices only.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when jax is imported
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import tyro
+from bsuite.environments.cartpole import Cartpole
+from bsuite.environments.catch import Catch
+from bsuite.environments.mountain_car import MountainCar
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # run
+    env_id: Literal["catch", "cartpole", "mountain_car"] = "catch"
+    """BSuite task"""
+    seed: int = 0
+    """first seed of training and evaluation"""
+    num_seeds: int = 5
+    """number of consecutive seeds, all trained in this process"""
+    total_updates: int = 200_000
+    """number of updates of every seed"""
+    log_every: int = 200
+    """updates over which the logged losses are averaged"""
+    checkpoint_every: int = 10_000
+    """updates between two checkpoints, a multiple of --eval-every"""
+    run_dir: Path | None = None
+    """folder of this run [default: runs/{script}/{env-id}[-variant]/seeds{first}-{last}]"""
+    overwrite: bool = False
+    """start again in a folder that holds a run, and delete that run"""
+    compilation_cache: bool = True
+    """keep compiled programs in the user's cache folder"""
+    track: bool = False
+    """mirror the metrics to Weights & Biases"""
+    wandb_project_name: str = "rosmo-suite"
+    """project in Weights & Biases"""
+    wandb_entity: str | None = None
+    """user or team in Weights & Biases"""
+
+    # data
+    noise: float = 0.0
+    """probability of a random action when the data were collected (Appendix E)"""
+    data_percent: float = 100.0
+    """share of the episodes to learn from; every seed draws its own"""
+    data_dir: Path = Path("data")
+    """where datasets are kept"""
+    dataset: Path | None = None
+    """.npz file or TFDS/RLDS folder [default: the task's in --data-dir, collected if missing]"""
+    truncation_as_termination: bool = False
+    """treat every last step as terminal"""
+
+    # model (Table 4)
+    critic_hidden: int = 256
+    """width of the middle layer of the critic"""
+    num_bins: int = 20
+    """bins of the categorical Q"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """arithmetic of the network; parameters and losses are always float32"""
+
+    # optimisation (Table 4)
+    batch_size: int = 128
+    """transitions in a batch"""
+    learning_rate: float = 7e-4
+    """AdamW's learning rate after warm-up"""
+    learning_rate_decay: float = 0.1
+    """factor on the learning rate every 100,000 updates"""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay, on weight matrices only"""
+    max_grad_norm: float = 5.0
+    """largest global norm of the gradient"""
+    target_update_every: int = 100
+    """updates between two copies of the parameters to the target network"""
+
+    # algorithm
+    discount: float = 0.99
+    """discount factor γ"""
+    weight: Literal["exp", "binary"] = "exp"
+    """weight of a logged action, min(exp(A/β), 20) or 1[A > 0]"""
+    beta: float = 1.0
+    """β, temperature of the exponential weight"""
+    num_action_samples: int | None = None
+    """actions sampled from π for V [default: the exact mean over all]"""
+
+    # evaluation
+    eval_every: int = 1_000
+    """updates between two evaluations"""
+    eval_episodes: int = 2
+    """episodes of each evaluation during training"""
+    final_eval_episodes: int = 100
+    """episodes of the final evaluation"""
+    eval_greedy: bool = False
+    """take the most probable action in evaluations during training"""
+    eval_noise: bool = False
+    """evaluate with --noise instead of without noise"""
+
+
+# --- evaluate (identical in *_bsuite.py) ---
+ENVIRONMENTS = {"catch": Catch, "cartpole": Cartpole, "mountain_car": MountainCar}
+# Average return of a random policy and of the online DQN (Table 6).
+REFERENCE_RETURNS = {
+    "catch": (-0.66, 1.0),
+    "cartpole": (64.83, 1001.0),
+    "mountain_car": (-1000.0, -102.16),
+}
+
+
+def evaluate(act, env_id: str, seeds: list[int], update: int, num_episodes: int, noise: float):
+    """Plays complete episodes in the real environment, those of all seeds side by side.
+
+    Args:
+      act: maps observations [seeds, episodes, ...] and the time step to actions [seeds, episodes].
+      update: with the seed and the episode it determines the initial states.
+      noise: probability that an action is replaced by a uniformly random one.
+
+    Returns:
+      Undiscounted returns, float64 [seeds, episodes].
+    """
+    shape = (len(seeds), num_episodes)
+    rngs = [np.random.default_rng((s, update, e)) for s in seeds for e in range(num_episodes)]
+    environments = [ENVIRONMENTS[env_id](seed=int(rng.integers(2**31))) for rng in rngs]
+    num_actions = environments[0].action_spec().num_values
+    observations = np.stack([environment.reset().observation for environment in environments])
+    returns = np.zeros(len(environments))
+    playing, t = range(len(environments)), 0
+    while playing:
+        actions = np.asarray(act(observations.reshape(*shape, *observations.shape[1:]), t)).ravel()
+        still_playing = []
+        for i in playing:
+            random_action = noise > 0 and rngs[i].random() < noise
+            action = rngs[i].integers(num_actions) if random_action else actions[i]
+            timestep = environments[i].step(int(action))
+            observations[i] = timestep.observation
+            returns[i] += timestep.reward
+            if not timestep.last():
+                still_playing.append(i)
+        playing, t = still_playing, t + 1
+    return returns.reshape(shape)
+
+
+def normalized_score(env_id: str, mean_return: float) -> float:
+    """0 for the random policy, 1 for the online DQN (the paper's footnote 2)."""
+    random_return, online_return = REFERENCE_RETURNS[env_id]
+    return (mean_return - random_return) / (online_return - random_return)
+
+
+# --- end evaluate ---
+
+
+# --- data (identical in *_bsuite.py) ---
+class Steps(NamedTuple):
+    """Steps of episodes in RLDS form: the last one holds no action and no reward, only zeros."""
+
+    observation: Any  # [..., rows, columns] float32
+    action: Any  # [...] int32
+    reward: Any  # [...] float32, received after the action
+    is_last: Any  # [...] bool
+    is_terminal: Any  # [...] bool
+
+
+def load_dataset(args) -> tuple[Steps, str]:
+    """Loads all steps of the arguments' dataset and describes it; collects it if it is missing."""
+    path = args.dataset
+    if path is None:
+        path = args.data_dir / "bsuite" / f"{args.env_id}-noise{args.noise:g}-seed0.npz"
+        if not path.exists():
+            collect_dataset(path, args)
+    if not path.exists():
+        raise SystemExit(f"There is no dataset at {path}: check --dataset.")
+    try:
+        steps = read_rlds(path) if path.is_dir() else read_npz(path, args.env_id)
+        check_steps(steps, ENVIRONMENTS[args.env_id]())
+    except ImportError:
+        raise SystemExit("A TFDS folder needs tensorflow-datasets and tensorflow.") from None
+    except Exception as error:  # a damaged file can raise almost anything
+        message = f"{path} is not a whole dataset of {args.env_id} ({error})"
+        advice = "give another one" if args.dataset else "delete it to have it collected again"
+        raise SystemExit(f"{message}; {advice}.") from None
+    if args.truncation_as_termination:
+        steps = steps._replace(is_terminal=steps.is_last)
+    episodes, mean = steps.is_last.sum(), steps.reward.sum() / steps.is_last.sum()
+    transitions = len(steps.action) - episodes
+    return steps, f"{episodes} episodes, {transitions} transitions, mean return {mean:.2f}"
+
+
+def collect_dataset(path: Path, args) -> None:
+    """Makes the data as the authors did, with an online DQN (Appendix E)."""
+    collector = Path(__file__).resolve().parent / "benchmark" / "collect_bsuite.py"
+    options = ["--env-id", args.env_id, "--noise", f"{args.noise:g}", "--seed", "0"]
+    options += ["--data-dir", str(path.parent)]
+    if not collector.exists():
+        raise SystemExit(
+            f"There is no dataset at {path}. Give --dataset, or make it in the suite's repository "
+            f"with: python benchmark/collect_bsuite.py {' '.join(options)}"
+        )
+    print(f"There is no dataset at {path} yet: an online DQN collects it now.", flush=True)
+    if subprocess.run([sys.executable, collector, *options]).returncode:
+        raise SystemExit("The data were not collected; the message above says why.")
+
+
+def read_npz(path: Path, env_id: str) -> Steps:
+    """Reads a file of benchmark/collect_bsuite.py; raises if it is something else."""
+    with np.load(path) as file:
+        header = json.loads(str(file["header"]))
+        if (header["schema"], header["env_id"]) != (1, env_id):
+            raise ValueError(f"it says {header['env_id']}, schema {header['schema']}")
+        return cast_steps(Steps(*(file[name] for name in Steps._fields)))
+
+
+def read_rlds(path: Path) -> Steps:
+    """Reads every episode of a prepared TFDS dataset in RLDS form, such as the authors'."""
+    import tensorflow_datasets as tfds  # brings TensorFlow: needed for this format alone
+
+    builder = tfds.builder_from_directory(path)
+    episodes = []
+    for episode in tfds.as_numpy(builder.as_dataset(split="all")):
+        rows = list(episode["steps"])
+        rows = [row | {"is_terminal": row.get("is_terminal", row["is_last"])} for row in rows]
+        episodes.append(Steps(*(np.stack([row[f] for row in rows]) for f in Steps._fields)))
+    return cast_steps(Steps(*map(np.concatenate, zip(*episodes, strict=True))))
+
+
+def cast_steps(steps: Steps) -> Steps:
+    dtypes = (np.float32, np.int32, np.float32, np.bool_, np.bool_)
+    return Steps(*map(np.asarray, steps, dtypes))
+
+
+def check_steps(steps: Steps, environment) -> None:
+    """Raises ValueError where the arrays cannot be complete episodes of the environment."""
+    if len({len(x) for x in steps}) != 1 or not steps.is_last[-1:].any():
+        raise ValueError("its arrays do not hold complete episodes")
+    if steps.observation.shape[1:] != environment.observation_spec().shape:
+        raise ValueError(f"its observations have shape {steps.observation.shape[1:]}")
+    if not (0 <= steps.action).all() or steps.action.max() >= environment.action_spec().num_values:
+        raise ValueError("it has actions that the task has not")
+    if not (np.isfinite(steps.observation).all() and np.isfinite(steps.reward).all()):
+        raise ValueError("it holds numbers that are not finite")
+
+
+def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
+    """Every step of each seed's random p% of the episodes may start a window.
+
+    Returns:
+      The steps' indices [seeds, most of any seed], padded with zeros, and their numbers [seeds].
+    """
+    episode, num_episodes = np.cumsum(is_last) - is_last, int(is_last.sum())
+    num_chosen = int(num_episodes * data_percent / 100)
+    if num_chosen == 0:
+        raise SystemExit(f"--data-percent {data_percent:g} of {num_episodes} episodes leaves none.")
+    chosen = [np.random.default_rng(s).permutation(num_episodes)[:num_chosen] for s in seeds]
+    starts = [np.flatnonzero(np.isin(episode, c)) for c in chosen]
+    num_starts = np.array([len(indices) for indices in starts], np.int32)
+    pad = [np.pad(x, (0, max(num_starts) - len(x))) for x in starts]
+    return np.stack(pad).astype(np.int32), num_starts
+
+
+def sample_windows(key, steps: Steps, starts, num_starts, batch_size: int, length: int) -> Steps:
+    """Draws windows of consecutive steps, [batch_size, length]; they may cross episode ends."""
+    start = starts[jax.random.randint(key, (batch_size,), 0, num_starts)]
+    index = (start[:, None] + jnp.arange(length)) % len(steps.action)
+    return jax.tree.map(lambda x: x[index], steps)
+
+
+# --- end data ---
+
+
+# --- torso (identical in *_bsuite.py) ---
+class MLP(nn.Module):
+    features: tuple[int, ...]
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        for i, width in enumerate(self.features):
+            x = nn.Dense(width, dtype=self.dtype)(nn.relu(x) if i else x)
+        return x
+
+
+# --- end torso ---
+
+
+class CRRNetwork(nn.Module):
+    """One representation for a policy and a critic with the dynamics' layers (Table 4, Fig. 5c)."""
+
+    num_actions: int
+    num_bins: int
+    critic_hidden: int
+    dtype: str
+
+    def setup(self):
+        self.h = MLP((64, 64, 32), self.dtype)
+        self.f = MLP((32,), self.dtype)
+        self.g = MLP((32, self.critic_hidden, 32), self.dtype)
+        head = partial(nn.Dense, kernel_init=nn.initializers.zeros, dtype=jnp.float32)
+        self.policy, self.q = head(self.num_actions), head(self.num_bins)
+
+    def representation(self, observation):
+        """Observations [..., rows, columns] -> states [..., 32]."""
+        return self.h(observation.reshape(*observation.shape[:-2], -1))
+
+    def policy_logits(self, state):
+        """States [..., 32] -> logits [..., actions], float32."""
+        return self.policy(nn.relu(self.f(state)))
+
+    def q_logits(self, state):
+        """States [..., 32] -> logits of Q for every action [..., actions, bins], float32."""
+        shape = (*state.shape[:-1], self.num_actions)
+        action = jnp.broadcast_to(jnp.eye(self.num_actions, dtype=state.dtype), (*shape, shape[-1]))
+        state = jnp.broadcast_to(state[..., None, :], (*shape, state.shape[-1]))
+        return self.q(nn.relu(self.g(jnp.concatenate([state, action], axis=-1))))
+
+    def __call__(self, observation):
+        state = self.representation(observation)
+        return self.policy_logits(state), self.q_logits(state)
+
+
+# --- value transform (identical in rosmo_*.py, muzero_unplugged_*.py, crr_*.py, cql_*.py) ---
+def transform(x):
+    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, where a bracket slipped)."""
+    return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
+
+
+def inverse_transform(y):
+    """The inverse of h, written without the difference of near numbers in its usual form."""
+    u = jnp.abs(y) + 1 + 0.001
+    return jnp.sign(y) * ((2 * u / (1 + jnp.sqrt(1 + 4 * 0.001 * u))) ** 2 - 1)
+
+
+def two_hot(x, num_bins: int):
+    """φ(h(x)): values [...] -> probabilities [..., bins] of the two integers nearest to h(x)."""
+    limit = (num_bins - 1) // 2
+    y = jnp.clip(transform(x), -limit, limit)
+    return jnp.maximum(0, 1 - jnp.abs(y[..., None] - (jnp.arange(num_bins) - limit)))
+
+
+def to_scalar(logits):
+    """Logits [..., bins] -> values [...], the expectation mapped back through h."""
+    num_bins = logits.shape[-1]
+    support = jnp.arange(num_bins) - (num_bins - 1) // 2
+    return inverse_transform(jnp.sum(jax.nn.softmax(logits) * support, axis=-1))
+
+
+# --- end value transform ---
+
+
+# --- cross entropy (identical in crr_*.py and cql_*.py) ---
+def cross_entropy(target, logits):
+    """-Σ target log softmax(logits) over the last axis."""
+    return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
+
+
+# --- end cross entropy ---
+
+
+def regression_weight(advantage, args: Args):
+    """Weight of log π(a|s) for logged actions with advantages [B], at most 20."""
+    if args.weight == "binary":
+        return jnp.where(advantage > 0, 1.0, 0.0)
+    return jnp.exp(jnp.minimum(advantage / args.beta, math.log(20)))
+
+
+def crr_loss(params, target_params, batch: Steps, key, network: CRRNetwork, args: Args):
+    """The critic's and the policy's loss on transitions, windows of two steps.
+
+    Returns:
+      Their sum and a dictionary of scalars to log.
+    """
+    action, moving = batch.action[:, 0], ~batch.is_last[:, 0]  # [B]
+    observation, next_observation = jnp.moveaxis(batch.observation, 1, 0)
+    logged = action[:, None, None]
+
+    # y = r + γ Σ π'(a'|s') Q'(s', a'), with the target network's policy and critic.
+    state = network.apply(target_params, next_observation, method="representation")
+    policy = jax.nn.softmax(network.apply(target_params, state, method="policy_logits"))
+    q = to_scalar(network.apply(target_params, state, method="q_logits"))
+    bootstrap = jnp.where(batch.is_terminal[:, 1], 0.0, jnp.sum(policy * q, axis=-1))
+    y = jax.lax.stop_gradient(batch.reward[:, 0] + args.discount * bootstrap)  # [B]
+
+    state = network.apply(params, observation, method="representation")
+    q_logits = network.apply(params, state, method="q_logits")  # [B, actions, bins]
+    q_logits_logged = jnp.take_along_axis(q_logits, logged, axis=1)[:, 0]
+    critic_loss = cross_entropy(two_hot(y, args.num_bins), q_logits_logged)
+
+    # A = Q(s, a) - V(s), V the mean of Q under π.
+    logits = network.apply(params, state, method="policy_logits")
+    log_policy = jax.nn.log_softmax(logits)
+    q = jax.lax.stop_gradient(to_scalar(q_logits))  # [B, actions]
+    if args.num_action_samples is None:
+        value = jnp.sum(jax.lax.stop_gradient(jnp.exp(log_policy)) * q, axis=-1)
+    else:
+        samples = jax.random.categorical(key, logits, shape=(args.num_action_samples, len(action)))
+        value = jnp.mean(jnp.take_along_axis(q, samples.T, axis=-1), axis=-1)
+    q_logged = jnp.take_along_axis(q, logged[..., 0], axis=-1)[:, 0]
+    advantage = q_logged - value
+    weight = regression_weight(advantage, args)  # [B]
+    log_prob = jnp.take_along_axis(log_policy, logged[..., 0], axis=-1)[:, 0]
+    policy_loss = -weight * log_prob
+
+    losses = {
+        "losses/critic": jnp.mean(critic_loss * moving),
+        "losses/policy": jnp.mean(policy_loss * moving),
+    }
+    total = sum(losses.values())
+    metrics = losses | {
+        "losses/total": total,
+        "charts/q": jnp.mean(q_logged * moving),
+        "charts/q_target": jnp.mean(y * moving),
+        "charts/advantage": jnp.mean(advantage * moving),
+        "charts/weight": jnp.mean(weight * moving),
+        "charts/weight_p95": jnp.percentile(weight, 95),
+        "charts/policy_entropy": -jnp.mean(jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1)),
+    }
+    return total, metrics
+
+
+class TrainState(NamedTuple):
+    params: Any
+    target_params: Any
+    opt_state: Any
+    step: Any  # int32, updates done
+
+
+def make_network(num_actions: int, args: Args) -> CRRNetwork:
+    return CRRNetwork(num_actions, args.num_bins, args.critic_hidden, args.dtype)
+
+
+# --- optimizer (identical in *_atari.py and *_bsuite.py) ---
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    learning_rate = optax.warmup_exponential_decay_schedule(
+        0.0, args.learning_rate, 1_000, 100_000, args.learning_rate_decay, staircase=True
+    )
+    is_weight = partial(jax.tree.map, lambda x: x.ndim > 1)
+    adamw = optax.adamw(learning_rate, weight_decay=args.weight_decay, mask=is_weight)
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adamw)
+
+
+# --- end optimizer ---
+
+
+def init_state(key, network: CRRNetwork, observation, args: Args) -> TrainState:
+    params = network.init(key, observation)
+    return TrainState(params, params, make_optimizer(args).init(params), jnp.int32(0))
+
+
+def make_train(network: CRRNetwork, mesh, args: Args):
+    """Returns train(num_updates, state, key, steps, starts, num_starts) -> (state, metrics).
+
+    Every argument but num_updates and steps has a leading axis for the seeds; so have the
+    metrics, [seeds, num_updates]. The batches are shared out to the devices of the mesh.
+    """
+    optimizer, by_device = make_optimizer(args), NamedSharding(mesh, PartitionSpec("data"))
+
+    def update(state: TrainState, key, steps: Steps, starts, num_starts):
+        # The key belongs to the seed and the step, so that a resumed run draws the same batches.
+        batch_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
+        batch = sample_windows(batch_key, steps, starts, num_starts, args.batch_size, 2)
+        batch = jax.lax.with_sharding_constraint(batch, by_device)
+        gradient, metrics = jax.grad(crr_loss, has_aux=True)(
+            state.params, state.target_params, batch, loss_key, network, args
+        )
+        metrics["charts/grad_norm"] = optax.global_norm(gradient)
+        delta, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params, step = optax.apply_updates(state.params, delta), state.step + 1
+        target_params = optax.periodic_update(
+            params, state.target_params, step, args.target_update_every
+        )
+        return TrainState(params, target_params, opt_state, step), metrics
+
+    def train_seed(num_updates, state, *data):
+        return jax.lax.scan(lambda s, _: update(s, *data), state, length=num_updates)
+
+    def train(num_updates, *state_and_data):
+        seed_axes = (0, 0, None, 0, 0)
+        return jax.vmap(partial(train_seed, num_updates), seed_axes)(*state_and_data)
+
+    return jax.jit(train, static_argnums=0)
+
+
+def act(greedy: bool, network: CRRNetwork, args: Args, params, observation, key):
+    """Actions [E] for observations [E, ...], sampled from π or its most probable ones."""
+    state = network.apply(params, observation, method="representation")
+    logits = network.apply(params, state, method="policy_logits")
+    return jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(key, logits)
+
+
+# --- run folder (identical in *_atari.py and *_bsuite.py) ---
+# Arguments that change no number of a run, and those that do not name its folder.
+NOT_COMPARED = (
+    "run_dir overwrite compilation_cache capture_video track wandb_project_name wandb_entity "
+    "data_dir tfds_dir rlu_prefix loader_threads"
+)
+NOT_NAMED = (
+    f"{NOT_COMPARED} env_id seed num_seeds total_updates log_every checkpoint_every eval_every "
+    "eval_episodes final_eval_episodes"
+)
+
+
+class Run:
+    """The folder of a run: config.json, metrics.jsonl, checkpoints/ and learning_curve.png.
+
+    The same command finds its folder again and goes on from the last checkpoint in it.
+    """
+
+    def __init__(self, args, seeds: list[int], source: str = ""):
+        """Finds the folder, whose name ends with the source of the data if that needs telling.
+
+        Ends the program if the folder holds something else; writes nothing.
+        """
+        self.args, self.seeds, self.stopping, self.wandb = args, seeds, False, None
+        self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
+        fields = [f for f in dataclasses.fields(args) if f.name not in NOT_NAMED.split()]
+        changed = {f.name: v for f in fields if (v := getattr(args, f.name)) != f.default}
+        values = {k: v.name if isinstance(v, Path) else v for k, v in changed.items()}
+        variant = "".join(f"-{k.replace('_', '-')}={v}" for k, v in values.items()) + source
+        name = f"seed{seeds[0]}" if len(seeds) == 1 else f"seeds{seeds[0]}-{seeds[-1]}"
+        self.dir = args.run_dir or Path("runs", Path(__file__).stem, args.env_id + variant, name)
+        self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
+        if not (self.dir / "config.json").exists():
+            if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+                raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
+            return
+        config = json.loads((self.dir / "config.json").read_text())
+        if config.get("script") != Path(__file__).name:
+            raise SystemExit(f"{self.dir} is not a run of this script; give another --run-dir.")
+        if args.overwrite:
+            return
+        now, before = self.config["args"], config["args"]
+        pairs = [(k, before.get(k), now.get(k)) for k in before | now]
+        changes = [f"{k} {a} -> {b}" for k, a, b in pairs if a != b and k not in NOT_COMPARED]
+        # A longer run begins as the shorter one did, so it may go on from there.
+        shorter = before["total_updates"]
+        if shorter < args.total_updates and shorter % args.eval_every == 0:
+            changes = [change for change in changes if not change.startswith("total_updates")]
+        if changes:
+            message = f"{self.dir} holds a run with other arguments ({', '.join(changes)})"
+            raise SystemExit(f"{message}; give another --run-dir, or --overwrite to delete it.")
+        self.config = config | self.config
+
+    def start(self, state, data, **facts):
+        """Opens the folder; returns (update, state), those of the last checkpoint if any.
+
+        data: what the run learns from; a run does not go on with other data.
+        """
+        data = json.loads(json.dumps(data))
+        if self.config.setdefault("data", data) != data:
+            message = f"{self.dir} holds a run on other data than these arguments give now"
+            raise SystemExit(f"{message}; give another --run-dir, or --overwrite to delete it.")
+        git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        if shutil.which("git"):
+            here = Path(__file__).resolve().parent
+            commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
+            facts["commit"] = commit.strip() or None
+        facts["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        facts["versions"] = {p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")}
+        self.config["starts"] = [*self.config.get("starts", []), facts]
+        self.config["script"] = Path(__file__).name
+        self.config.setdefault("wandb_id", f"{time.time_ns():x}")
+        try:
+            if self.args.overwrite and self.writes and self.dir.exists():
+                shutil.rmtree(self.dir)
+            (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            if self.writes:
+                (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
+                (self.dir / "config.tmp").replace(self.dir / "config.json")
+        except OSError as error:
+            message = f"The folder {self.dir} cannot be written ({error.strerror})"
+            raise SystemExit(f"{message}; give another --run-dir.") from None
+        best = {"get_metric_fn": lambda metrics: metrics["score"], "n": 1}
+        best = BestN(**best, keep_checkpoints_without_metrics=False)
+        keep = AnyPreservationPolicy([LatestN(2), best])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, cleanup_tmp_directories=True
+        )
+        self.checkpoints = ocp.CheckpointManager(
+            self.dir.resolve() / "checkpoints", options=options
+        )
+        update, wall_time = self.checkpoints.latest_step() or 0, 0.0
+        if update:
+            items = {"state": ocp.args.StandardRestore(state), "extra": ocp.args.JsonRestore()}
+            saved = self.checkpoints.restore(update, args=ocp.args.Composite(**items))
+            state, wall_time = saved.state, saved.extra["wall_time"]
+            print(f"Going on from update {update:,} in {self.dir}.", flush=True)
+        if self.writes:
+            lines = [x for x in self.lines() if x["update"] <= update and "final/returns" not in x]
+            (self.dir / "metrics.tmp").write_text("".join(json.dumps(x) + "\n" for x in lines))
+            (self.dir / "metrics.tmp").replace(self.dir / "metrics.jsonl")
+        self.metrics = (self.dir / "metrics.jsonl").open("a") if self.writes else io.StringIO()
+        self.started = time.monotonic() - wall_time
+        if self.args.track and self.writes:
+            import wandb
+
+            project, entity = self.args.wandb_project_name, self.args.wandb_entity
+            same = {"id": self.config["wandb_id"], "resume": "allow", "dir": self.dir}
+            self.wandb = wandb.init(project=project, entity=entity, config=self.config, **same)
+        signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGTERM, self.interrupt)
+        return update, state
+
+    def interrupt(self, *_) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        print("\nStopping at the next checkpoint; Ctrl-C again stops now.", file=sys.stderr)
+
+    def lines(self) -> list[dict]:
+        """The metrics written so far, but for a last line that a kill cut short."""
+        path = self.dir / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def is_finished(self) -> bool:
+        final = [x for x in self.lines() if "final/returns" in x]
+        done = len(final) == len(self.seeds) and final[0]["update"] == self.args.total_updates
+        return done and not self.args.overwrite
+
+    def log(self, update: int, seed: int, values: dict) -> None:
+        """Appends one line to metrics.jsonl; a loss that is not finite ends the program."""
+        values = {name: np.asarray(value).tolist() for name, value in values.items()}
+        line = {"update": update, "seed": seed, "wall_time": time.monotonic() - self.started}
+        self.metrics.write(json.dumps(line | values) + "\n")
+        self.metrics.flush()
+        if self.wandb:
+            prefix = f"seed{seed}/" if len(self.seeds) > 1 else ""
+            self.wandb.log({prefix + name: value for name, value in values.items()}, step=update)
+        self.check_loss(update, values.get("losses/total", 0.0))
+
+    def check_loss(self, update: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            self.close()
+            message = f"The loss is {loss} by update {update:,}; the last checkpoint is kept"
+            raise SystemExit(f"{message}. Try a lower --learning-rate.")
+
+    def save(self, update: int, state, score: float | None) -> None:
+        """Writes a checkpoint in the background; the last two and the best score are kept."""
+        metrics = None if score is None else {"score": score}
+        extra = {"wall_time": time.monotonic() - self.started}
+        items = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave(extra)}
+        self.checkpoints.save(update, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def exit(self, update: int) -> None:
+        self.close()
+        print(f"Stopped at update {update:,}; the same command goes on.", file=sys.stderr)
+        raise SystemExit(130)
+
+    def plot(self, references: dict[str, float]) -> None:
+        """Draws learning_curve.png: the evaluations' mean returns, each seed's and their mean."""
+        from matplotlib.figure import Figure  # without pyplot's global state
+
+        lines = [line for line in self.lines() if "eval/return_mean" in line]
+        returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
+        updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
+        n = 1 + len(updates) // 25  # evaluations in the moving average
+        curves = np.transpose([np.convolve(row, np.ones(n) / n, "valid") for row in returns])
+        axes = (figure := Figure((7, 4.5), layout="constrained")).subplots()
+        axes.plot(updates[n - 1 :], curves, color="C0", alpha=0.25, linewidth=1)
+        axes.plot(updates[n - 1 :], curves.mean(axis=1), label=f"mean of {len(self.seeds)} seed(s)")
+        for i, (name, value) in enumerate(references.items()):
+            axes.axhline(value, color=f"C{i + 1}", linestyle="--", linewidth=1, label=name)
+        title = f"{Path(__file__).stem} on {self.args.env_id}"
+        axes.set(xlabel="updates", ylabel=f"return, mean of {n} evaluation(s)", title=title)
+        axes.legend()
+        figure.savefig(self.dir / "learning_curve.png", dpi=120)
+
+    def close(self) -> None:
+        self.checkpoints.close()  # waits for those that are still being written
+        self.metrics.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+# --- end run folder ---
+
+
+def check_args(args: Args) -> None:
+    """Ends the program with one sentence if an argument is out of its range."""
+    for name, value in vars(args).items():
+        if type(value) is int and value < (least := 0 if name == "seed" else 1):
+            raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
+    if args.beta <= 0:
+        raise SystemExit(f"--beta is {args.beta:g}; give more than 0.")
+    if not 0 <= args.noise <= 1:
+        raise SystemExit(f"--noise is {args.noise:g}; give a probability from 0 to 1.")
+    if not 0 < args.data_percent <= 100:
+        raise SystemExit(f"--data-percent is {args.data_percent:g}; give more than 0, at most 100.")
+    if args.eval_every % args.log_every or args.checkpoint_every % args.eval_every:
+        raise SystemExit(
+            f"--checkpoint-every {args.checkpoint_every} must be a multiple of --eval-every "
+            f"{args.eval_every}, and that one of --log-every {args.log_every}."
+        )
+    if args.batch_size % jax.device_count():
+        raise SystemExit(
+            f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices; "
+            "give a multiple."
+        )
+
+
+def main(args: Args) -> None:
+    check_args(args)
+    seeds = list(range(args.seed, args.seed + args.num_seeds))
+    run = Run(args, seeds)
+    if run.is_finished():
+        print(f"This run is finished: see {run.dir}, or give --overwrite to start again.")
+        return
+    if args.compilation_cache:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    steps, source = load_dataset(args)
+    mean_return = steps.reward.sum() / steps.is_last.sum()
+    starts, num_starts = window_starts(steps.is_last, args.data_percent, seeds)
+    print(f"Data: {args.dataset or args.data_dir}: {source}.", flush=True)
+
+    network = make_network(ENVIRONMENTS[args.env_id]().action_spec().num_values, args)
+    keys = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in seeds])
+    init_keys, train_keys, act_keys = keys.T
+    init = jax.jit(init_state, static_argnums=(1, 3))
+    states = [init(key, network, steps.observation[0], args) for key in init_keys]
+    update, states = run.start(jax.tree.map(lambda *x: jnp.stack(x), *states), source)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    states, *data = jax.device_put((states, train_keys, steps, starts, num_starts), replicated)
+    train = make_train(network, mesh, args)
+
+    @partial(jax.jit, static_argnums=0)
+    def act_seeds(greedy, params, observation, update, t):
+        keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, update), t))(
+            act_keys
+        )
+        return jax.vmap(partial(act, greedy, network, args))(params, observation, keys)
+
+    def play(num_episodes: int, greedy: bool) -> np.ndarray:  # [seeds, episodes]
+        policy = lambda observation, t: act_seeds(greedy, states.params, observation, update, t)  # noqa: E731
+        noise = args.noise if args.eval_noise else 0.0
+        return evaluate(policy, args.env_id, seeds, update, num_episodes, noise)
+
+    bar = tqdm(total=args.total_updates, initial=update, disable=not sys.stderr.isatty())
+    while update < args.total_updates:
+        num_updates = min(args.eval_every, args.total_updates - update)
+        states, metrics = train(num_updates, states, *data)
+        metrics = jax.device_get(metrics)  # each [seeds, num_updates]
+        for first in range(0, num_updates, args.log_every):
+            window = {name: x[:, first : first + args.log_every] for name, x in metrics.items()}
+            end = update + min(first + args.log_every, num_updates)
+            for i, seed in enumerate(seeds):
+                run.log(end, seed, {name: x[i].mean() for name, x in window.items()})
+        update += num_updates
+        returns = play(args.eval_episodes, args.eval_greedy)
+        for seed, row in zip(seeds, returns, strict=True):
+            run.log(update, seed, {"eval/return_mean": row.mean(), "eval/returns": row})
+        status = f"loss {metrics['losses/total'].mean():.3f}, return {returns.mean():.2f}"
+        bar.set_postfix_str(status)
+        bar.update(num_updates)
+        if bar.disable:
+            print(f"update {update:,}: {status}", flush=True)
+        if run.stopping or update % args.checkpoint_every == 0 or update == args.total_updates:
+            run.save(update, states, returns.mean())
+        if run.stopping:
+            run.exit(update)
+    bar.close()
+
+    sampled = play(args.final_eval_episodes, greedy=False)
+    greedy = play(args.final_eval_episodes, greedy=True)
+    for i, seed in enumerate(seeds):
+        score = normalized_score(args.env_id, sampled[i].mean())
+        means = {"return_mean": sampled[i].mean(), "return_mean_greedy": greedy[i].mean()}
+        final = means | {"returns": sampled[i], "returns_greedy": greedy[i]}
+        final["normalized_score"] = score
+        run.log(update, seed, {f"final/{name}": value for name, value in final.items()})
+    random_return, online_return = REFERENCE_RETURNS[args.env_id]
+    references = {"random policy (Table 6)": random_return, "online DQN (Table 6)": online_return}
+    run.plot({"data": mean_return} | references)
+    run.close()
+    means = sampled.mean(axis=1)
+    print(
+        f"Final return of {len(seeds)} seeds: {means.mean():.3f} (std {means.std():.3f}, lowest "
+        f"{means.min():.3f}), greedy {greedy.mean():.3f}; see {run.dir}."
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        raise SystemExit(130) from None

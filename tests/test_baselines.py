@@ -1,0 +1,267 @@
+"""The losses of behavior cloning, CRR and CQL against naive loops and known answers."""
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import logsumexp, softmax
+
+import bc_bsuite as bc
+import cql_bsuite as cql
+import crr_bsuite as crr
+import rosmo_bsuite as rosmo
+
+NAMES = ("bc", "crr", "cql")
+OBSERVATION = jnp.zeros((10, 5))
+
+
+def random_params(network, seed: int):
+    """Parameters with heads that are not zero."""
+    params = network.init(jax.random.key(seed), OBSERVATION)
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    return tree.unflatten([x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
+
+
+def random_batch(batch_size: int = 32):
+    rng = np.random.default_rng(0)
+    is_last = rng.random((batch_size, 2)) < 0.3
+    return rosmo.Steps(
+        rng.normal(size=(batch_size, 2, 10, 5)).astype(np.float32),
+        rng.integers(0, 3, (batch_size, 2)).astype(np.int32),
+        rng.normal(size=(batch_size, 2)).astype(np.float32) * ~is_last,
+        is_last,
+        is_last & (rng.random((batch_size, 2)) < 0.5),
+    )
+
+
+def two_hot_cross_entropy(value: float, logits) -> float:
+    """-Σ φ(h(value)) log softmax(logits), in plain numbers."""
+    y = math.copysign(math.sqrt(abs(value) + 1) - 1, value) + 0.001 * value
+    low = math.floor(y)
+    log_probs = logits - logsumexp(logits)
+    return -((low + 1 - y) * log_probs[low + 9] + (y - low) * log_probs[low + 10])
+
+
+def test_behavior_cloning_against_a_loop():
+    args = bc.Args()
+    network = bc.make_network(3, args)
+    params, batch = random_params(network, 0), random_batch()
+    loss, metrics = jax.jit(partial(bc.bc_loss, network=network, args=args))(params, batch)
+    expected, hits = 0.0, 0
+    for i in range(32):
+        if not batch.is_last[i, 0]:
+            logits = np.array(network.apply(params, batch.observation[i, 0]), float)
+            expected -= math.log(softmax(logits)[batch.action[i, 0]]) / 32
+            hits += logits.argmax() == batch.action[i, 0]
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert metrics["charts/accuracy"] == pytest.approx(hits / 32)
+
+
+@pytest.mark.parametrize("weight", ["exp", "binary"])
+def test_crr_against_a_loop(weight):
+    args = crr.Args(weight=weight, beta=0.5, discount=0.9)
+    network = crr.make_network(3, args)
+    params, target_params, batch = (
+        random_params(network, 0),
+        random_params(network, 1),
+        random_batch(),
+    )
+    loss = jax.jit(partial(crr.crr_loss, network=network, args=args))
+    total, metrics = loss(params, target_params, batch, jax.random.key(0))
+
+    def predict(params, observation):
+        policy_logits, q_logits = network.apply(params, observation)
+        return np.array(policy_logits, float), np.array(q_logits, float)
+
+    critic_loss, policy_loss, weights = 0.0, 0.0, []
+    for i in range(32):
+        action = batch.action[i, 0]
+        logits, q_logits = predict(params, batch.observation[i, 0])
+        next_logits, next_q_logits = predict(target_params, batch.observation[i, 1])
+        next_value = softmax(next_logits) @ np.array(crr.to_scalar(jnp.array(next_q_logits)))
+        y = batch.reward[i, 0] + 0.9 * next_value * (not batch.is_terminal[i, 1])
+        q = np.array(crr.to_scalar(jnp.array(q_logits)))
+        advantage = q[action] - softmax(logits) @ q
+        w = min(math.exp(advantage / 0.5), 20) if weight == "exp" else float(advantage > 0)
+        if not batch.is_last[i, 0]:
+            critic_loss += two_hot_cross_entropy(y, q_logits[action]) / 32
+            policy_loss -= w * math.log(softmax(logits)[action]) / 32
+            weights.append(w)
+    assert metrics["losses/critic"] == pytest.approx(critic_loss, rel=1e-4)
+    assert metrics["losses/policy"] == pytest.approx(policy_loss, rel=1e-4)
+    assert total == pytest.approx(critic_loss + policy_loss, rel=1e-4)
+    assert metrics["charts/weight"] == pytest.approx(sum(weights) / 32, rel=1e-4)
+
+
+def test_crr_weights_have_one_axis_are_capped_and_gate_in_binary_form():
+    advantage = jnp.array([-1000.0, -1.0, 0.0, 1.0, 3.0, 1000.0])
+    weight = crr.regression_weight(advantage, crr.Args())
+    assert weight.shape == (6,)
+    np.testing.assert_allclose(weight, [0, math.exp(-1), 1, math.e, 20, 20], rtol=1e-5)
+    weight = crr.regression_weight(advantage, crr.Args(weight="binary"))
+    assert weight.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_crr_value_from_samples_approaches_the_exact_one():
+    network = crr.make_network(3, crr.Args())
+    params, batch = random_params(network, 0), random_batch()
+    inputs = params, random_params(network, 1), batch, jax.random.key(0)
+    advantages = []
+    for num_action_samples in (None, 4000):
+        args = crr.Args(num_action_samples=num_action_samples)
+        loss = jax.jit(partial(crr.crr_loss, network=network, args=args))
+        advantages.append(float(loss(*inputs)[1]["charts/advantage"]))
+    assert advantages[1] == pytest.approx(advantages[0], abs=0.02)
+
+
+def test_the_weight_of_crr_carries_no_gradient_and_the_critic_sees_no_policy_loss():
+    network = crr.make_network(3, crr.Args())
+    params, target_params, batch = (
+        random_params(network, 0),
+        random_params(network, 1),
+        random_batch(),
+    )
+
+    def policy_loss(params):
+        inputs = params, target_params, batch, jax.random.key(0), network, crr.Args()
+        return crr.crr_loss(*inputs)[1]["losses/policy"]
+
+    gradient = jax.jit(jax.grad(policy_loss))(params)["params"]
+    for name in ("g", "q"):
+        assert all(not np.any(x) for x in jax.tree.leaves(gradient[name]))
+    for name in ("h", "f", "policy"):
+        assert any(np.any(x) for x in jax.tree.leaves(gradient[name]))
+
+
+def test_cql_against_a_loop():
+    args = cql.Args(cql_alpha=0.7, discount=0.9)
+    network = cql.make_network(3, args)
+    params, target_params, batch = (
+        random_params(network, 0),
+        random_params(network, 1),
+        random_batch(),
+    )
+    loss = jax.jit(partial(cql.cql_loss, network=network, args=args))
+    total, metrics = loss(params, target_params, batch)
+    td_loss, penalty = 0.0, 0.0
+    for i in range(32):
+        action = batch.action[i, 0]
+        logits = np.array(network.apply(params, batch.observation[i, 0]), float)
+        q = np.array(cql.to_scalar(jnp.array(logits)))
+        next_q = cql.to_scalar(network.apply(target_params, batch.observation[i, 1]))
+        y = batch.reward[i, 0] + 0.9 * float(next_q.max()) * (not batch.is_terminal[i, 1])
+        if not batch.is_last[i, 0]:
+            td_loss += two_hot_cross_entropy(y, logits[action]) / 32
+            penalty += 0.7 * (logsumexp(q) - q[action]) / 32
+    assert metrics["losses/td"] == pytest.approx(td_loss, rel=1e-4)
+    assert metrics["losses/conservative"] == pytest.approx(penalty, rel=1e-3)
+    assert total == pytest.approx(td_loss + penalty, rel=1e-3)
+
+
+def test_conservative_gap_has_the_value_and_the_gradient_computed_by_hand():
+    q = jnp.array([[2.0, 2.0, 2.0], [0.0, math.log(2.0), math.log(5.0)]])
+    action = jnp.array([1, 1])
+    gap = cql.conservative_gap(q, action)
+    np.testing.assert_allclose(gap, [math.log(3), math.log(8) - math.log(2)], rtol=1e-6)
+    gradient = jax.grad(lambda q: cql.conservative_gap(q, action).sum())(q)
+    # softmax(q) - 1[a]: actions that were not logged are pushed down, too.
+    expected = [[1 / 3, 1 / 3 - 1, 1 / 3], [1 / 8, 2 / 8 - 1, 5 / 8]]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+
+
+def two_state_problem():
+    """Random play: action 1 earns 1 in the first state, action 2 earns 2 in the second.
+
+    Each right action is drawn half of the time, so that imitation finds it as well.
+    """
+    rng = np.random.default_rng(0)
+    state = np.tile([0, 1, 2], 1000)
+    action = np.where(rng.random(3000) < 0.25, state + 1, rng.integers(0, 3, 3000)) % 3
+    reward = 1.0 * ((state == 0) & (action == 1)) + 2.0 * ((state == 1) & (action == 2))
+    observation = np.eye(3, dtype=np.float32)[state][:, None]
+    last = state == 2
+    return rosmo.Steps(observation, action.astype(np.int32), reward.astype(np.float32), last, last)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_known_problem(name):
+    """Cloning imitates the data's policy; CRR and CQL improve on it."""
+    script = importlib.import_module(f"{name}_bsuite")
+    steps = two_state_problem()
+    args = script.Args(num_seeds=1, learning_rate=3e-3, batch_size=64)
+    if name == "cql":  # so that the bootstrap moves within the test
+        args = dataclasses.replace(args, target_update_every=100, cql_alpha=0.1)
+    network = script.make_network(3, args)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(script.AxisType.Auto,))
+    starts, num_starts = script.window_starts(steps.is_last, 100.0, [0])
+    state = script.init_state(jax.random.key(0), network, steps.observation[0], args)
+    states, key = jax.tree.map(lambda x: x[None], state), jax.random.key(1)[None]
+    states, metrics = script.make_train(network, mesh, args)(
+        1500, states, key, steps, starts, num_starts
+    )
+    params = jax.tree.map(lambda x: x[0], states.params)
+    observation = jnp.repeat(steps.observation[:2], 3000, axis=0)
+    actions = script.act(False, network, args, params, observation, jax.random.key(0))
+    chosen = np.array(actions).reshape(2, 3000)
+    right = np.mean(chosen == [[1], [2]], axis=1)
+    greedy = script.act(True, network, args, params, steps.observation[:2], jax.random.key(0))
+    assert greedy.tolist() == [1, 2]
+    if name == "bc":
+        np.testing.assert_allclose(right, 0.5, atol=0.08)
+    else:
+        assert (right > 0.6).all()
+    assert np.isfinite(metrics["losses/total"]).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_on_atari_is_that_of_bsuite_but_for_observations_and_clipping(name):
+    ours, theirs = (
+        inspect.getsource(getattr(importlib.import_module(f"{name}_{domain}"), f"{name}_loss"))
+        for domain in ("atari", "bsuite")
+    )
+    changed = [x for x in difflib.ndiff(theirs.splitlines(), ours.splitlines()) if x[0] in "+-"]
+    words = ("observation", "stack_frames", "batch: ", "reward")
+    assert 0 < len(changed) <= 8
+    assert [x for x in changed if not any(word in x for word in words)] == []
+
+
+def shapes(tree) -> list:
+    return [x.shape for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_methods_have_the_representation_of_rosmo(name):
+    def representation(module, observation, *action):
+        args = module.Args(channels=8) if "atari" in module.__name__ else module.Args()
+        network = module.make_network(3, args)
+        params = jax.eval_shape(network.init, jax.random.key(0), observation, *action)["params"]
+        names = [k for k in params if k in ("h", "Representation_0")]
+        return shapes(params[names[0] if names else "MLP_1"])
+
+    for domain, observation in (
+        ("bsuite", OBSERVATION),
+        ("atari", jnp.zeros((84, 84, 4), jnp.uint8)),
+    ):
+        ours = importlib.import_module(f"{name}_{domain}")
+        theirs = importlib.import_module(f"rosmo_{domain}")
+        expected = representation(theirs, observation, jnp.int32(0))
+        assert len(expected) > 5
+        assert representation(ours, observation) == expected
+
+
+def test_cql_acts_at_random_with_the_probability_of_eval_epsilon():
+    args = cql.Args(eval_epsilon=0.3)
+    network = cql.make_network(3, args)
+    params, observation = random_params(network, 0), jnp.zeros((5000, 10, 5))
+    best = cql.act(True, network, args, params, observation, jax.random.key(0))
+    assert len(set(best.tolist())) == 1
+    actions = cql.act(False, network, args, params, observation, jax.random.key(0))
+    assert np.mean(np.array(actions) != best) == pytest.approx(0.2, abs=0.02)  # 0.3 · 2/3
