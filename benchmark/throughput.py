@@ -4,6 +4,8 @@
     python benchmark/throughput.py rosmo_bsuite --num-seeds 5
     python benchmark/throughput.py rosmo_atari --batch-size 8 --updates 5
     python benchmark/throughput.py rosmo_atari --store data/atari/Pong-dqn-200k
+    python benchmark/throughput.py rosmo_bsuite muzero_unplugged_bsuite    # side by side
+    python benchmark/throughput.py loader --store data/atari/Pong-dqn-200k # throughput_loader.py
 
 The step is the script's own, with the metrics that it logs: on BSuite on made-up data of the size
 of the cartpole dataset, on Atari on the batches of a store or, without one, on one made-up batch.
@@ -198,4 +200,9 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    if sys.argv[1:2] == ["loader"]:
+        import throughput_loader
+
+        throughput_loader.main(tyro.cli(throughput_loader.Args, args=sys.argv[2:]))
+    else:
+        main(tyro.cli(Args, description=__doc__))

@@ -1,20 +1,22 @@
 """Runs of the Atari scripts as a user starts them: artefacts, resume, several devices."""
 
+import importlib
 import json
 import re
 import signal
 import socket
 import time
+from functools import partial
 
 import cv2
 import numpy as np
 import pytest
+import tyro
 from conftest import ROOT
 
 import rosmo_atari
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari.py"))
-every_script = pytest.mark.parametrize("atari", SCRIPTS, indirect=True)
 TINY = "--env-id Pong --channels 4 --batch-size 4 --log-every 2 --eval-every 4 "
 TINY += "--checkpoint-every 4 --total-updates 8 --eval-episodes 1 --final-eval-episodes 1"
 TINY = TINY.split()
@@ -47,30 +49,21 @@ def lines(folder) -> list[dict]:
 
 
 @pytest.fixture
-def atari(request, script, store):
-    """Starts a script, rosmo_atari.py for what all share, on the small store."""
-    name = getattr(request, "param", "rosmo_atari.py")
+def atari(script, store):
+    """Starts rosmo_atari.py on the small store: atari("--seed", 1)."""
 
     def start(*arguments, wait=True, **environment):
-        options = [*TINY, *LESS[name], "--dataset", store, *arguments]
-        return script(name, *options, wait=wait, **environment)
+        options = [*TINY, *LESS["rosmo_atari.py"], "--dataset", store, *arguments]
+        return script("rosmo_atari.py", *options, wait=wait, **environment)
 
     return start
 
 
-@every_script
-def test_a_run_leaves_all_its_artefacts(atari, tmp_path):
-    result = atari("--capture-video")
-    assert result.returncode == 0, result.stderr
-    (folder,) = tmp_path.glob("runs/*/Pong-*/seed0")
+def check_artefacts(folder) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["data"]["source"] == "dqn"
     assert config["starts"][0]["rom"] == rosmo_atari.rom_digest("Pong")
     assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
-    video, num_frames = cv2.VideoCapture(str(folder / "video.mp4")), 0
-    while video.read()[0]:
-        num_frames += 1
-    assert num_frames > 700  # no game of Pong is shorter
     written = lines(folder)
     assert [x["update"] for x in written if "losses/total" in x] == [2, 4, 6, 8]
     assert [x["update"] for x in written if "eval/returns" in x] == [4, 8]
@@ -82,10 +75,44 @@ def test_a_run_leaves_all_its_artefacts(atari, tmp_path):
     page = (ROOT / "docs" / f"{config['script'].rsplit('_', 1)[0]}.md").read_text()
     documented = set(re.findall(r"^\| `(\w+/\w+)`", page, re.MULTILINE))
     assert {name for line in written for name in line if "/" in name} | set(SPEED[1:]) == documented
+
+
+def test_a_run_leaves_all_its_artefacts(atari, tmp_path):
+    result = atari("--capture-video")
+    assert result.returncode == 0, result.stderr
+    (folder,) = tmp_path.glob("runs/*/Pong-*/seed0")
+    check_artefacts(folder)
+    video, num_frames = cv2.VideoCapture(str(folder / "video.mp4")), 0
+    while video.read()[0]:
+        num_frames += 1
+    assert num_frames > 700  # no game of Pong is shorter
     assert "This run is finished" in atari("--capture-video").stdout
 
 
-@every_script
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "rosmo_atari.py"])
+def test_the_siblings_leave_the_same_and_go_on_exactly(
+    name, store, cache_dir, tmp_path, monkeypatch
+):
+    """In this process and with short games, which is quicker; the rest is as in rosmo_atari.py."""
+    module = importlib.import_module(name.removesuffix(".py"))
+    short = partial(module.evaluate, max_num_frames_per_episode=400)
+    monkeypatch.setattr(module, "evaluate", short)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(folder: str, total_updates: int) -> None:
+        options = ["--run-dir", tmp_path / folder, "--total-updates", total_updates]
+        options = [*TINY, *LESS[name], "--dataset", store, *options]
+        module.main(tyro.cli(module.Args, args=[str(option) for option in options]))
+
+    run("whole", 8)
+    run("stopped", 4)
+    run("stopped", 8)
+    for folder in ("whole", "stopped"):
+        check_artefacts(tmp_path / folder)
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
 def test_kill_and_resume_give_the_numbers_of_a_whole_run(atari, tmp_path):
     longer = ["--total-updates", 40, "--eval-every", 40]
     whole = atari("--run-dir", "whole", *longer)

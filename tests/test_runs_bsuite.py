@@ -1,5 +1,6 @@
 """Runs of the BSuite scripts as a user starts them: artefacts, resume, bad input."""
 
+import importlib
 import json
 import re
 import signal
@@ -7,10 +8,10 @@ import time
 
 import numpy as np
 import pytest
+import tyro
 from conftest import ROOT, write_catch_dataset
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*_bsuite.py"))
-every_script = pytest.mark.parametrize("bsuite", SCRIPTS, indirect=True)
 TINY = "--env-id catch --num-seeds 2 --batch-size 16 --log-every 10 "
 TINY += "--eval-every 20 --checkpoint-every 40 --total-updates 120 --final-eval-episodes 3"
 TINY = TINY.split()
@@ -23,25 +24,18 @@ def lines(folder) -> list[dict]:
 
 
 @pytest.fixture
-def bsuite(request, script, catch_dataset):
-    """Starts a script, rosmo_bsuite.py for what all share, on the small dataset."""
-    name = getattr(request, "param", "rosmo_bsuite.py")
+def bsuite(script, catch_dataset):
+    """Starts rosmo_bsuite.py on the small dataset: bsuite("--seed", 1)."""
 
     def start(*arguments, wait=True, **environment):
         options = [*TINY, "--dataset", catch_dataset, *arguments]
-        return script(name, *options, wait=wait, **environment)
+        return script("rosmo_bsuite.py", *options, wait=wait, **environment)
 
-    start.plain = lambda *arguments: script(name, *arguments)
+    start.plain = lambda *arguments: script("rosmo_bsuite.py", *arguments)
     return start
 
 
-@every_script
-def test_a_run_leaves_all_its_artefacts_and_is_not_run_twice(bsuite, tmp_path):
-    result = bsuite("--learning-rate", 0.001)
-    assert result.returncode == 0, result.stderr
-    (folder,) = tmp_path.glob("runs/*/catch-dataset=*/seeds0-1")
-    assert "learning-rate=0.001" in str(folder)
-    assert "see runs/" in result.stdout
+def check_artefacts(folder) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["args"]["total_updates"] == 120
     assert config["starts"][0]["versions"]["jax"]
@@ -62,13 +56,44 @@ def test_a_run_leaves_all_its_artefacts_and_is_not_run_twice(bsuite, tmp_path):
     page = (ROOT / "docs" / f"{algorithm}.md").read_text()
     documented = set(re.findall(r"^\| `(\w+/\w+)` \| (?!Atari:)", page, re.MULTILINE))
     assert {name for line in written for name in line if "/" in name} == documented
+
+
+def test_a_run_leaves_all_its_artefacts_and_is_not_run_twice(bsuite, tmp_path):
+    result = bsuite("--learning-rate", 0.001)
+    assert result.returncode == 0, result.stderr
+    assert "see runs/" in result.stdout
+    (folder,) = tmp_path.glob("runs/*/catch-dataset=*/seeds0-1")
+    assert "learning-rate=0.001" in str(folder)
+    check_artefacts(folder)
+    written = lines(folder)
     again = bsuite("--learning-rate", 0.001)
     assert again.returncode == 0
     assert "This run is finished" in again.stdout
     assert lines(folder) == written
 
 
-@every_script
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "rosmo_bsuite.py"])
+def test_the_siblings_leave_the_same_and_go_on_exactly(
+    name, catch_dataset, cache_dir, tmp_path, monkeypatch
+):
+    """In this process, which is quicker. Their run folders are rosmo_bsuite.py's to the byte."""
+    module = importlib.import_module(name.removesuffix(".py"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(folder: str, total_updates: int) -> None:
+        options = ["--run-dir", tmp_path / folder, "--total-updates", total_updates]
+        options = [*TINY, "--dataset", catch_dataset, *options]
+        module.main(tyro.cli(module.Args, args=[str(option) for option in options]))
+
+    run("whole", 120)
+    run("stopped", 40)
+    run("stopped", 120)
+    for folder in ("whole", "stopped"):
+        check_artefacts(tmp_path / folder)
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
 def test_kill_and_resume_give_the_numbers_of_a_whole_run(bsuite, tmp_path):
     longer = ["--total-updates", 2000, "--checkpoint-every", 200]
     whole = bsuite("--run-dir", "whole", *longer)
