@@ -15,8 +15,7 @@ the policy (Fig. 5b).
     python bc_bsuite.py --env-id cartpole --data-percent 10  # a tenth of the episodes
 
 Where the paper is silent this file does the following.
-1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
-   a terminal one is not bootstrapped, a truncated one is (--truncation-as-termination: it is not).
+1. Batches are single steps drawn with replacement; a last step has no action and counts as zero.
 2. The optimiser is ROSMO's: AdamW, a warm-up of 1,000 updates, a tenth of the learning rate every
    100,000 updates, weight decay on weight matrices only.
 """

@@ -18,7 +18,7 @@ Where the paper is silent this file does the following.
 1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
    a terminal one is not bootstrapped, a truncated one is (--truncation-as-termination: it is not).
 2. The loss of Q is the cross entropy with the two-hot target, for which the official code has a sum
-   of quantile losses. α therefore does not carry over: it was chosen by a sweep (docs/cql.md).
+   of quantile losses. A cross entropy is flatter, so that the official α need not suit it.
 3. The target network is copied every 2,000 updates and γ is 0.99 (official code).
 4. The final evaluation's two policies are ε-greedy with ε = 0.001 (official code) and greedy.
 5. The optimiser is ROSMO's: AdamW, a warm-up of 1,000 updates, a tenth of the learning rate every

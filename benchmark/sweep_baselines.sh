@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The open values of CRR and CQL on catch; the scripts' defaults come from here.
+# The open values of CRR and CQL, compared on catch.
 #   bash benchmark/sweep_baselines.sh --total-updates 20000
 # Finished runs are skipped and stopped ones go on.
 set -euo pipefail

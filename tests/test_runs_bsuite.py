@@ -287,7 +287,8 @@ def test_a_copied_script_names_the_command_that_makes_its_data(tmp_path):
 
 def test_a_tfds_folder_holds_the_same_steps(catch_dataset, tmp_path):
     """RLDS through TFDS's own writer and reader, as in the authors' released data."""
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     import rosmo_bsuite
 
     args = rosmo_bsuite.Args(dataset=catch_dataset)
