@@ -265,3 +265,20 @@ def test_cql_acts_at_random_with_the_probability_of_eval_epsilon():
     assert len(set(best.tolist())) == 1
     actions = cql.act(False, network, args, params, observation, jax.random.key(0))
     assert np.mean(np.array(actions) != best) == pytest.approx(0.2, abs=0.02)  # 0.3 · 2/3
+
+
+@pytest.mark.parametrize("domain", ["bsuite", "atari"])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("bc", {"batch_size": 0}, "--batch-size is 0; give at least 1"),
+        ("crr", {"beta": 0.0}, "--beta is 0; give more than 0"),
+        ("crr", {"num_action_samples": 0}, "--num-action-samples is 0; give at least 1"),
+        ("cql", {"cql_alpha": -1.0}, "--cql-alpha must be at least 0"),
+        ("cql", {"eval_epsilon": 2.0}, "--eval-epsilon from 0 to 1"),
+    ],
+)
+def test_bad_arguments_give_one_sentence(domain, name, change, message):
+    module = importlib.import_module(f"{name}_{domain}")
+    with pytest.raises(SystemExit, match=message):
+        module.check_args(module.Args(**change))

@@ -107,9 +107,7 @@ def search(nodes, noise: float = 0.0, **change):
     return run(jnp.array(nodes, jnp.float32)[..., None])
 
 
-@pytest.mark.parametrize(
-    ("num_simulations", "max_depth"), [(1, None), (4, None), (20, None), (20, 2)]
-)
+@pytest.mark.parametrize(("num_simulations", "max_depth"), [(4, None), (20, None), (20, 2)])
 def test_visits_and_root_values_against_a_naive_search(num_simulations, max_depth):
     nodes = np.arange(12).reshape(4, 3)
     options = {"num_simulations": num_simulations, "max_depth": max_depth}
@@ -301,3 +299,19 @@ def test_learns_a_known_problem_from_random_data():
     actions = muzero.act(True, NETWORK, args, params, observation[:2], jax.random.key(0))
     assert actions.tolist() == [1, 2]
     assert np.isfinite(metrics["losses/total"]).all()
+
+
+@pytest.mark.parametrize("module", [muzero, muzero_atari])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_simulations": 0}, "--num-simulations is 0; give at least 1"),
+        ({"max_depth": 0}, "--max-depth is 0; give at least 1"),
+        ({"dirichlet_fraction": 1.5}, "--dirichlet-fraction is 1.5; give a share from 0 to 1"),
+        ({"eval_dirichlet_fraction": -0.5}, "--eval-dirichlet-fraction is -0.5"),
+        ({"mpo_temperature": 0.0}, "--mpo-temperature is 0; give more than 0"),
+    ],
+)
+def test_bad_arguments_give_one_sentence(module, change, message):
+    with pytest.raises(SystemExit, match=message):
+        module.check_args(module.Args(**change))
