@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fig. 2(b) and Fig. 10: widths of the dynamics function at 10% of the data, on the three tasks.
+# Fig. 2(b): widths of the dynamics function at 10% of the data, on the three tasks.
 #   bash benchmark/figure2b.sh [--total-updates 50000]
 # Finished runs are skipped and stopped ones go on.
 set -euo pipefail
@@ -12,4 +12,4 @@ for width in 1024 32 256 128 512; do
         done
     done
 done
-python benchmark/report.py figure2b figure10 "$@"
+python benchmark/report.py figure2b "$@"

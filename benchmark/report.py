@@ -262,23 +262,21 @@ def write_page(name: str, item: Item, cells: dict, estimates: dict, args: Args) 
         writer.writerows(rows)
 
     lines = [f"# {item.title}", ""]
-    if item.form == "aggregate":
-        text = {k: f"{m:.3f} [{low:.3f}, {high:.3f}]" for k, (m, low, high) in estimates.items()}
-        caption = "IQM of the normalised score over seeds and tasks, 95% stratified bootstrap."
-    else:
-        runs = {k: run for k, run in cells.items() if run}
-        text = {k: f"{run.final.mean():.3f} ± {run.final.std():.3f}" for k, run in runs.items()}
-        caption = "Mean and standard deviation over seeds of the final mean return, 100 episodes."
-    for task in [None] if item.form == "aggregate" else item.tasks:
-        head = "IQM" if task is None else task
+    runs = {k: run for k, run in cells.items() if run}
+    text = {k: f"{run.final.mean():.3f} ± {run.final.std():.3f}" for k, run in runs.items()}
+    text |= {
+        (*k, "IQM"): f"{m:.3f} [{low:.3f}, {high:.3f}]" for k, (m, low, high) in estimates.items()
+    }
+    for head in (*(["IQM"] if item.form == "aggregate" else []), *item.tasks):
         lines += ["| " + " | ".join([head, *map(item.label, item.values)]) + " |"]
         lines += ["|" + "---|" * (1 + len(item.values))]
         for method in item.methods:
-            keys = [
-                (method, value) if task is None else (method, value, task) for value in item.values
-            ]
-            lines += ["| " + " | ".join([method, *(text.get(key, "") for key in keys)]) + " |"]
+            row = [text.get((method, value, head), "") for value in item.values]
+            lines += ["| " + " | ".join([method, *row]) + " |"]
         lines += [""]
+    caption = "Mean and standard deviation over seeds of the final mean return, 100 episodes."
+    if item.form == "aggregate":
+        caption += " IQM of the normalised score over seeds and tasks, 95% stratified bootstrap."
     lines += [caption, ""]
     if item.claim:
         lines += [f"The paper's claim: {item.claim}", ""]
