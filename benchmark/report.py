@@ -92,6 +92,20 @@ ITEMS = {
         claim="MuZero Unplugged fails at few simulations and with many and deep ones; limiting "
         "the depth helps.",
     ),
+    "atari_small": Item(
+        "Five methods on Breakout, small",
+        *("curves", "env_id", ("Breakout",), ("Atari",)),
+        methods={k: (v.replace("bsuite", "atari"), a) for k, (v, a) in FIVE.items()},
+        common=(
+            ("dataset", Path("data/atari/Breakout-dqn-60k")),
+            ("channels", 16),
+            ("batch_size", 16),
+            ("eval_episodes", 5),
+            ("final_eval_episodes", 20),
+        ),
+        claim="On Breakout at the paper's size: ROSMO 441, CQL 418, MuZero Unplugged 390, CRR 219, "
+        "BC 85 (Table 8).",
+    ),
     "sweep_crr": Item(
         "CRR's β on catch",
         *("table", "beta", (0.1, 0.3, 1.0, 3.0), TASKS[:1]),
@@ -117,7 +131,8 @@ class Args:
     total_updates: int = 200_000
     """updates of the runs that count"""
     runs: tuple[Path, ...] = (Path("runs"), Path("benchmark/results"))
-    """folders that hold runs; of several runs of a cell the one with most seeds counts"""
+    """folders that hold runs; of two runs of a cell with a seed in common the one with more seeds
+    counts"""
     out: Path = Path("benchmark/results")
     """folder of the results"""
 
@@ -125,6 +140,7 @@ class Args:
 class Run(NamedTuple):
     folder: Path
     config: dict
+    seeds: np.ndarray  # [seeds]
     final: np.ndarray  # [seeds], mean return of the final evaluation
     score: np.ndarray  # [seeds], normalised
     updates: np.ndarray  # [evaluations]
@@ -132,13 +148,11 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run | None:
-    """Reads the folder of a run on BSuite; None if it is something else or not finished."""
+    """Reads the folder of a run; None if it is not finished."""
     config = json.loads((folder / "config.json").read_text())
-    if not config["script"].endswith("_bsuite.py"):
-        return None
     lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
     final = {x["seed"]: x for x in lines if "final/returns" in x}
-    first, count = config["args"]["seed"], config["args"]["num_seeds"]
+    first, count = config["args"]["seed"], config["args"].get("num_seeds", 1)
     seeds = range(first, first + count)
     if set(final) != set(seeds) or final[first]["update"] != config["args"]["total_updates"]:
         return None
@@ -146,6 +160,7 @@ def read_run(folder: Path) -> Run | None:
     return Run(
         folder,
         config,
+        np.array(seeds),
         np.array([final[s]["final/return_mean"] for s in seeds]),
         np.array([final[s]["final/normalized_score"] for s in seeds]),
         np.array([x["update"] for x in curves[0]]),
@@ -160,20 +175,27 @@ def read_runs(folders: tuple[Path, ...]) -> list[Run]:
 
 
 def find_run(runs: list[Run], script: str, arguments: dict) -> Run | None:
-    """The first run of a script with these arguments, and the defaults otherwise."""
+    """The runs of a script with these arguments and else its defaults, their seeds put together."""
     module = importlib.import_module(script)
     irrelevant = {
         *module.NOT_COMPARED.split(),
         *"seed num_seeds log_every checkpoint_every".split(),
     }
     wanted = json.loads(json.dumps(dataclasses.asdict(module.Args(**arguments)), default=str))
+    found = None
     for run in runs:
         args = run.config["args"]
-        if run.config["script"] == f"{script}.py" and all(
-            args.get(k) == v for k, v in wanted.items() if k not in irrelevant
+        if run.config["script"] != f"{script}.py" or any(
+            args.get(k) != v for k, v in wanted.items() if k not in irrelevant
         ):
-            return run
-    return None
+            continue
+        if found is None:
+            found = run
+        elif not set(run.seeds) & set(found.seeds):
+            arrays = ("seeds", "final", "score", "returns")
+            both = {k: np.concatenate([getattr(found, k), getattr(run, k)]) for k in arrays}
+            found = found._replace(**both)
+    return found
 
 
 def find_cells(item: Item, runs: list[Run], total_updates: int) -> dict[tuple, Run | None]:
@@ -200,7 +222,8 @@ def interquartile_means(item: Item, cells: dict) -> dict[tuple, tuple[float, flo
         for value in item.values:
             column = [cells[method, value, task] for task in item.tasks]
             if None not in column:
-                scores[method, value] = np.stack([run.score for run in column], axis=1)
+                count = min(len(run.seeds) for run in column)
+                scores[method, value] = np.stack([run.score[:count] for run in column], axis=1)
     if not scores:
         return {}
     aggregate = lambda x: np.array([metrics.aggregate_iqm(x)])  # noqa: E731
@@ -253,8 +276,8 @@ def write_page(name: str, item: Item, cells: dict, estimates: dict, args: Args) 
     for (method, value, task), run in cells.items():
         if run:
             rows += [
-                (method, value, task, run.config["args"]["seed"] + i, final, score)
-                for i, (final, score) in enumerate(zip(run.final, run.score, strict=True))
+                (method, value, task, seed, final, score)
+                for seed, final, score in zip(run.seeds, run.final, run.score, strict=True)
             ]
     with (args.out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -267,7 +290,7 @@ def write_page(name: str, item: Item, cells: dict, estimates: dict, args: Args) 
     text |= {
         (*k, "IQM"): f"{m:.3f} [{low:.3f}, {high:.3f}]" for k, (m, low, high) in estimates.items()
     }
-    for head in (*(["IQM"] if item.form == "aggregate" else []), *item.tasks):
+    for head in (*(["IQM"] if estimates else []), *item.tasks):
         lines += ["| " + " | ".join([head, *map(item.label, item.values)]) + " |"]
         lines += ["|" + "---|" * (1 + len(item.values))]
         for method in item.methods:
@@ -275,7 +298,7 @@ def write_page(name: str, item: Item, cells: dict, estimates: dict, args: Args) 
             lines += ["| " + " | ".join([method, *row]) + " |"]
         lines += [""]
     caption = "Mean and standard deviation over seeds of the final mean return, 100 episodes."
-    if item.form == "aggregate":
+    if estimates:
         caption += " IQM of the normalised score over seeds and tasks, 95% stratified bootstrap."
     lines += [caption, ""]
     if item.claim:
@@ -292,11 +315,15 @@ def write_page(name: str, item: Item, cells: dict, estimates: dict, args: Args) 
     ]
     for (method, value, task), run in cells.items():
         if run:
-            a, start = run.config["args"], run.config["starts"][0]
+            a, start, data = run.config["args"], run.config["starts"][0], run.config["data"]
+            if not isinstance(data, str):  # the facts of an Atari store
+                data = "{env_id}-{source}, {num_episodes:,} episodes, {num_steps:,} steps".format(
+                    **data
+                )
             lines.append(
-                f"| {method} | {task}, {item.label(value)} | {a['num_seeds']} | "
+                f"| {method} | {task}, {item.label(value)} | {len(run.seeds)} | "
                 f"{a['total_updates']:,} | {(start.get('commit') or 'unknown')[:7]} | "
-                f"{start['device']} | {run.config['data']} |"
+                f"{start['device']} | {data} |"
             )
     command = f"python benchmark/report.py {name} --total-updates {args.total_updates}"
     lines += ["", f"Made by `{command}`."]
@@ -314,7 +341,7 @@ def main(args: Args) -> None:
         if not any(cells.values()):
             where = ", ".join(map(str, args.runs))
             raise SystemExit(f"No run of {name} with {args.total_updates:,} updates in {where}.")
-        estimates = interquartile_means(item, cells) if item.form == "aggregate" else {}
+        estimates = interquartile_means(item, cells) if item.form != "table" else {}
         if item.form == "aggregate":
             draw_aggregate(item, estimates, args.out / f"{name}.png")
         elif item.form == "curves":

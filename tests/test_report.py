@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import tyro
 from conftest import ROOT
 
 import report
@@ -18,15 +19,16 @@ UPDATES = 2000
 
 def write_run(folder, script, returns, scores, finished=True, **arguments):
     """A run of two evaluations whose seeds ended with these returns and normalised scores."""
-    args = importlib.import_module(script).Args(
-        **arguments, num_seeds=len(returns), total_updates=UPDATES, log_every=1000
-    )
+    counts = {"total_updates": UPDATES, "log_every": 1000}
+    if script.endswith("bsuite"):
+        counts["num_seeds"] = len(returns)
+    args = importlib.import_module(script).Args(**(counts | arguments))
     config = {"args": dataclasses.asdict(args), "script": f"{script}.py", "data": "made up"}
     config["starts"] = [{"commit": "0123456789abcdef", "device": "1 x cpu"}]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, default=str))
     lines = []
-    for seed, (value, score) in enumerate(zip(returns, scores, strict=True)):
+    for seed, (value, score) in enumerate(zip(returns, scores, strict=True), args.seed):
         for update in (1000, 2000):
             lines.append({"update": update, "seed": seed, "eval/return_mean": value - 1})
         final = {"final/returns": [value], "final/return_mean": value}
@@ -88,6 +90,16 @@ def test_of_two_runs_of_a_cell_the_one_with_more_seeds_counts(tmp_path):
     assert (out / "figure9.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_runs_with_other_seeds_are_put_together(tmp_path):
+    for folder, seed, score in (("a", 0, 1.0), ("b", 2, 3.0), ("c", 0, 9.0), ("d", 1, 2.0)):
+        write_run(tmp_path / "runs" / folder, "rosmo_bsuite", [score], [score], seed=seed)
+    out = make(tmp_path, "table1")
+    assert "| ROSMO | 2.000 ± 0.816 |" in (out / "table1.md").read_text()
+    with (out / "table1.csv").open() as file:
+        rows = {int(row["seed"]): float(row["return"]) for row in csv.DictReader(file)}
+    assert rows == {0: 1.0, 1: 2.0, 2: 3.0}
+
+
 def test_without_a_run_it_says_so(tmp_path):
     with pytest.raises(SystemExit, match=r"No run of figure2c with 2,000 updates in .*runs"):
         make(tmp_path, "figure2c")
@@ -103,19 +115,13 @@ def test_shell_scripts_start_runs_that_their_report_finds(tmp_path, name):
     command = ["bash", str(ROOT / "benchmark" / name), "--total-updates", str(UPDATES)]
     subprocess.run(command, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
     *commands, last = (tmp_path / "commands").read_text().splitlines()
-    commands = [line for line in commands if not line.startswith("benchmark/report.py")]
+    commands = [line for line in commands if not line.startswith("benchmark/")]
     for i, line in enumerate(commands):
         script, *options = line.split()
-        flags = dict(zip(options[::2], options[1::2], strict=True))
         module = importlib.import_module(script.removesuffix(".py"))
-        types = {field.name: type(field.default) for field in dataclasses.fields(module.Args)}
-        arguments = {k[2:].replace("-", "_"): v for k, v in flags.items()}
-        for given in ("log_every", "total_updates"):
-            del arguments[given]
-        arguments = {
-            k: int(v) if types[k] is type(None) else types[k](v) for k, v in arguments.items()
-        }
-        write_run(tmp_path / "runs" / str(i), module.__name__, [1.0], [1.0], **arguments)
+        args = tyro.cli(module.Args, args=options)
+        scores = [1.0] * getattr(args, "num_seeds", 1)
+        write_run(tmp_path / "runs" / str(i), module.__name__, scores, scores, **vars(args))
     script, *items = last.split()[:-2]
     assert script == "benchmark/report.py"
     out = make(tmp_path, *items)
