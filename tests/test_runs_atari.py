@@ -17,7 +17,8 @@ from conftest import ROOT
 import rosmo_atari
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari.py"))
-TINY = "--env-id Pong --channels 4 --batch-size 4 --log-every 2 --eval-every 4 "
+# The episodes of Asterix are the shortest of all games whose scores are known.
+TINY = "--env-id Asterix --channels 4 --batch-size 4 --log-every 2 --eval-every 4 "
 TINY += "--checkpoint-every 4 --total-updates 8 --eval-episodes 1 --final-eval-episodes 1"
 TINY = TINY.split()
 BINS = ["--num-bins", 21]
@@ -30,13 +31,13 @@ SPEED = ("wall_time", "charts/updates_per_second", "charts/data_wait")
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
     """Five short episodes of random frames in the native format."""
-    path, rng = tmp_path_factory.mktemp("store") / "Pong-dqn-test", np.random.default_rng(0)
-    meta = {"env_id": "Pong", "source": "dqn", "percent": 100.0, "num_actions": 6}
-    meta |= {"steps_per_checkpoint": 100, "rom_sha256": rosmo_atari.rom_digest("Pong")}
+    path, rng = tmp_path_factory.mktemp("store") / "Asterix-dqn-test", np.random.default_rng(0)
+    meta = {"env_id": "Asterix", "source": "dqn", "percent": 100.0, "num_actions": 9}
+    meta |= {"steps_per_checkpoint": 100, "rom_sha256": rosmo_atari.rom_digest("Asterix")}
     with rosmo_atari.write_store(path, meta) as writer:
         for i in range(5):
             frames = rng.integers(0, 256, (30 + i, 84, 84), dtype=np.uint8)
-            action = rng.integers(0, 6, len(frames))
+            action = rng.integers(0, 9, len(frames))
             reward = rng.normal(size=len(frames)).astype(np.float32)
             writer.add(frames, action, reward, i % 2 == 0, i // 2, i, float(reward.sum()))
     return path
@@ -62,15 +63,15 @@ def atari(script, store):
 def check_artefacts(folder) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["data"]["source"] == "dqn"
-    assert config["starts"][0]["rom"] == rosmo_atari.rom_digest("Pong")
+    assert config["starts"][0]["rom"] == rosmo_atari.rom_digest("Asterix")
     assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
     written = lines(folder)
     assert [x["update"] for x in written if "losses/total" in x] == [2, 4, 6, 8]
     assert [x["update"] for x in written if "eval/returns" in x] == [4, 8]
     final = written[-1]
-    assert -21 <= final["final/return_mean"] <= 21
+    assert 0 <= final["final/return_mean"] < 3000
     assert final["final/normalized_score"] == pytest.approx(
-        rosmo_atari.normalized_score("Pong", final["final/return_mean"])
+        rosmo_atari.normalized_score("Asterix", final["final/return_mean"])
     )
     page = (ROOT / "docs" / f"{config['script'].rsplit('_', 1)[0]}.md").read_text()
     documented = set(re.findall(r"^\| `(\w+/\w+)`", page, re.MULTILINE))
@@ -80,12 +81,12 @@ def check_artefacts(folder) -> None:
 def test_a_run_leaves_all_its_artefacts(atari, tmp_path):
     result = atari("--capture-video")
     assert result.returncode == 0, result.stderr
-    (folder,) = tmp_path.glob("runs/*/Pong-*/seed0")
+    (folder,) = tmp_path.glob("runs/*/Asterix-*/seed0")
     check_artefacts(folder)
     video, num_frames = cv2.VideoCapture(str(folder / "video.mp4")), 0
     while video.read()[0]:
         num_frames += 1
-    assert num_frames > 700  # no game of Pong is shorter
+    assert num_frames > 100
     assert "This run is finished" in atari("--capture-video").stdout
 
 
