@@ -125,7 +125,7 @@ class Args:
     """discount factor γ"""
     weight: Literal["exp", "binary"] = "exp"
     """weight of a logged action, min(exp(A/β), 20) or 1[A > 0]"""
-    beta: float = 1.0
+    beta: float = 0.3
     """β, temperature of the exponential weight"""
     num_action_samples: int | None = None
     """actions sampled from π for V [default: the exact mean over all]"""

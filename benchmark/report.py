@@ -112,9 +112,10 @@ ITEMS = {
         methods={"exp": ("crr_bsuite", {})},
     ),
     "sweep_crr_weight": Item(
-        "CRR's weight on catch",
+        "CRR's weight on catch, β = 1",
         *("table", "weight", ("exp", "binary"), TASKS[:1]),
         methods={"CRR": ("crr_bsuite", {})},
+        common=(("beta", 1.0),),
     ),
     "sweep_cql": Item(
         "CQL's α and learning rate on catch",

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 for beta in 0.1 0.3 1 3; do
     python crr_bsuite.py --env-id catch --beta $beta --log-every 1000 "$@"
 done
-python crr_bsuite.py --env-id catch --weight binary --log-every 1000 "$@"
+python crr_bsuite.py --env-id catch --beta 1 --weight binary --log-every 1000 "$@"
 for rate in 7e-4 5e-5; do
     for alpha in 0.01 0.05 0.1 0.5 1 4; do
         python cql_bsuite.py --env-id catch --cql-alpha $alpha --learning-rate $rate \
