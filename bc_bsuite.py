@@ -348,7 +348,7 @@ def make_network(num_actions: int, args: Args) -> BCNetwork:
     return BCNetwork(num_actions, args.dtype)
 
 
-# --- optimizer (identical in *_atari.py and *_bsuite.py) ---
+# --- optimizer (identical in rosmo_*.py, muzero_unplugged_*.py, bc_*.py and c*_*.py) ---
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     learning_rate = optax.warmup_exponential_decay_schedule(
         0.0, args.learning_rate, 1_000, 100_000, args.learning_rate_decay, staircase=True

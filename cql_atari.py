@@ -688,6 +688,7 @@ class Head(nn.Module):
 # --- end torso ---
 
 
+# --- CQL network (identical in cql_atari.py and combo_atari.py) ---
 class CQLNetwork(nn.Module):
     """The representation and the prediction function with a head for Q (D.2.1, Fig. 5d)."""
 
@@ -706,7 +707,16 @@ class CQLNetwork(nn.Module):
         return x.reshape(*x.shape[:-1], self.num_actions, self.num_bins)
 
 
-# --- value transform (identical in rosmo_*.py, muzero_unplugged_*.py, crr_*.py, cql_*.py) ---
+def make_network(num_actions: int, args: Args) -> CQLNetwork:
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
+    return CQLNetwork(num_actions, args.num_bins, args.channels, jnp.dtype(dtype))
+
+
+# --- end CQL network ---
+
+
+# --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
 def transform(x):
     """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, where a bracket slipped)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
@@ -735,7 +745,7 @@ def to_scalar(logits):
 # --- end value transform ---
 
 
-# --- cross entropy (identical in crr_*.py and cql_*.py) ---
+# --- cross entropy (identical in crr_*.py, cql_*.py and combo_atari.py) ---
 def cross_entropy(target, logits):
     """-Σ target log softmax(logits) over the last axis."""
     return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
@@ -744,7 +754,7 @@ def cross_entropy(target, logits):
 # --- end cross entropy ---
 
 
-# --- conservative penalty (identical in cql_*.py) ---
+# --- conservative penalty (identical in cql_*.py and combo_atari.py) ---
 def conservative_gap(q, action):
     """log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
     return jax.nn.logsumexp(q, axis=-1) - jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
@@ -808,13 +818,7 @@ class TrainState(NamedTuple):
     sums: Any  # of the metrics since the last multiple of log_every
 
 
-def make_network(num_actions: int, args: Args) -> CQLNetwork:
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
-    return CQLNetwork(num_actions, args.num_bins, args.channels, jnp.dtype(dtype))
-
-
-# --- optimizer (identical in *_atari.py and *_bsuite.py) ---
+# --- optimizer (identical in rosmo_*.py, muzero_unplugged_*.py, bc_*.py and c*_*.py) ---
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     learning_rate = optax.warmup_exponential_decay_schedule(
         0.0, args.learning_rate, 1_000, 100_000, args.learning_rate_decay, staircase=True

@@ -339,7 +339,7 @@ class CQLNetwork(nn.Module):
         return x.reshape(*x.shape[:-1], self.num_actions, self.num_bins)
 
 
-# --- value transform (identical in rosmo_*.py, muzero_unplugged_*.py, crr_*.py, cql_*.py) ---
+# --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
 def transform(x):
     """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, where a bracket slipped)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
@@ -368,7 +368,7 @@ def to_scalar(logits):
 # --- end value transform ---
 
 
-# --- cross entropy (identical in crr_*.py and cql_*.py) ---
+# --- cross entropy (identical in crr_*.py, cql_*.py and combo_atari.py) ---
 def cross_entropy(target, logits):
     """-Σ target log softmax(logits) over the last axis."""
     return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
@@ -377,7 +377,7 @@ def cross_entropy(target, logits):
 # --- end cross entropy ---
 
 
-# --- conservative penalty (identical in cql_*.py) ---
+# --- conservative penalty (identical in cql_*.py and combo_atari.py) ---
 def conservative_gap(q, action):
     """log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
     return jax.nn.logsumexp(q, axis=-1) - jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
@@ -431,7 +431,7 @@ def make_network(num_actions: int, args: Args) -> CQLNetwork:
     return CQLNetwork(num_actions, args.num_bins, args.dtype)
 
 
-# --- optimizer (identical in *_atari.py and *_bsuite.py) ---
+# --- optimizer (identical in rosmo_*.py, muzero_unplugged_*.py, bc_*.py and c*_*.py) ---
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     learning_rate = optax.warmup_exponential_decay_schedule(
         0.0, args.learning_rate, 1_000, 100_000, args.learning_rate_decay, staircase=True

@@ -362,7 +362,7 @@ class CRRNetwork(nn.Module):
         return self.policy_logits(state), self.q_logits(state)
 
 
-# --- value transform (identical in rosmo_*.py, muzero_unplugged_*.py, crr_*.py, cql_*.py) ---
+# --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
 def transform(x):
     """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, where a bracket slipped)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
@@ -391,7 +391,7 @@ def to_scalar(logits):
 # --- end value transform ---
 
 
-# --- cross entropy (identical in crr_*.py and cql_*.py) ---
+# --- cross entropy (identical in crr_*.py, cql_*.py and combo_atari.py) ---
 def cross_entropy(target, logits):
     """-Σ target log softmax(logits) over the last axis."""
     return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
@@ -472,7 +472,7 @@ def make_network(num_actions: int, args: Args) -> CRRNetwork:
     return CRRNetwork(num_actions, args.num_bins, args.critic_hidden, args.dtype)
 
 
-# --- optimizer (identical in *_atari.py and *_bsuite.py) ---
+# --- optimizer (identical in rosmo_*.py, muzero_unplugged_*.py, bc_*.py and c*_*.py) ---
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     learning_rate = optax.warmup_exponential_decay_schedule(
         0.0, args.learning_rate, 1_000, 100_000, args.learning_rate_decay, staircase=True

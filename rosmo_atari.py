@@ -770,7 +770,7 @@ class MuZeroNetwork(nn.Module):
 # --- end network ---
 
 
-# --- value transform (identical in rosmo_*.py, muzero_unplugged_*.py, crr_*.py, cql_*.py) ---
+# --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
 def transform(x):
     """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, where a bracket slipped)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
@@ -974,7 +974,7 @@ def make_network(num_actions: int, args: Args) -> MuZeroNetwork:
     return MuZeroNetwork(num_actions, args.num_bins, args.channels, jnp.dtype(dtype))
 
 
-# --- optimizer (identical in *_atari.py and *_bsuite.py) ---
+# --- optimizer (identical in rosmo_*.py, muzero_unplugged_*.py, bc_*.py and c*_*.py) ---
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     learning_rate = optax.warmup_exponential_decay_schedule(
         0.0, args.learning_rate, 1_000, 100_000, args.learning_rate_decay, staircase=True

@@ -53,6 +53,23 @@ def catch_dataset(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def toy_store(tmp_path_factory):
+    """Every pixel of a frame is 40 (a + 1), a the last action, 0 at first; r_t = a_t / 4."""
+    import morel_atari as morel
+
+    path, rng = tmp_path_factory.mktemp("store") / "Pong-dqn-toy", np.random.default_rng(0)
+    meta = {"env_id": "Pong", "source": "dqn", "percent": 100.0, "num_actions": 6}
+    meta |= {"steps_per_checkpoint": 100, "rom_sha256": morel.rom_digest("Pong")}
+    with morel.write_store(path, meta) as writer:
+        for i in range(8):
+            action = rng.integers(0, 6, 25 + i)
+            shade = np.concatenate([[0], 40 * (action[:-1] + 1)]).astype(np.uint8)
+            frames = np.broadcast_to(shade[:, None, None], (len(action), 84, 84))
+            writer.add(frames, action, action / 4, i % 2 == 0, 0, i, float(action.sum() / 4))
+    return morel.open_store(path, "Pong")
+
+
+@pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory) -> Path:
     """One folder of compiled programs for all workers, so that each program is compiled once."""
     return tmp_path_factory.getbasetemp().parent / "compilation-cache"

@@ -11,7 +11,10 @@ SCRIPTS = sorted(path.name for path in (*ROOT.glob("*_atari.py"), *ROOT.glob("*_
 BSUITE = [name for name in SCRIPTS if name.endswith("_bsuite.py")]
 ATARI = [name for name in SCRIPTS if name.endswith("_atari.py")]
 MUZERO = [name for name in SCRIPTS if name.startswith(("rosmo", "muzero_unplugged"))]
-CATEGORICAL = sorted(MUZERO + [name for name in SCRIPTS if name.startswith(("crr", "cql"))])
+CATEGORICAL = sorted(
+    MUZERO + [name for name in SCRIPTS if name.startswith(("crr", "cql", "combo"))]
+)
+MODEL_BASED = [name for name in SCRIPTS if name.startswith(("morel", "combo"))]
 
 # Which scripts must hold which block.
 MANIFEST = {
@@ -26,12 +29,16 @@ MANIFEST = {
     "windows": MUZERO,
     "policy targets": [name for name in SCRIPTS if name.startswith("rosmo")],
     "search": [name for name in SCRIPTS if name.startswith("muzero_unplugged")],
-    "cross entropy": [name for name in SCRIPTS if name.startswith(("crr", "cql"))],
-    "conservative penalty": [name for name in SCRIPTS if name.startswith("cql")],
-    "optimizer": SCRIPTS,
+    "cross entropy": [name for name in SCRIPTS if name.startswith(("crr", "cql", "combo"))],
+    "conservative penalty": [name for name in SCRIPTS if name.startswith(("cql", "combo"))],
+    "CQL network": ["cql_atari.py", "combo_atari.py"],
+    "optimizer": [name for name in SCRIPTS if not name.startswith("morel")],
     "torso": {"bsuite": BSUITE, "atari": ATARI},
     "environment": [*ATARI, "benchmark/collect_atari.py"],
     "store writer": [*ATARI, "benchmark/collect_atari.py"],
+    "world model": MODEL_BASED,
+    "world model data": MODEL_BASED,
+    "world model training": MODEL_BASED,
 }
 
 

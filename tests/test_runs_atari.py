@@ -25,6 +25,13 @@ BINS = ["--num-bins", 21]
 LESS = {name: [*BINS, "--unroll-steps", 1, "--td-steps", 1] for name in SCRIPTS}
 LESS["muzero_unplugged_atari.py"] += ["--num-simulations", 2]
 LESS |= {"bc_atari.py": [], "crr_atari.py": BINS, "cql_atari.py": BINS}
+WORLD_MODEL = "--members 2 --deter 16 --hidden 16 --latents 4 --classes 4 --depth 2"
+WORLD_MODEL += " --head-units 16 --model-length 6 --model-batch-size 2 --model-updates 2"
+WORLD_MODEL += " --model-eval-every 2 --model-eval-batches 8 --heldout-percent 30"
+IMAGINED = "--rollout-length 4 --minibatches 2 --epochs 1 --horizon 3 --starts 2 --halt-batches 1"
+LESS["morel_atari.py"] = [*WORLD_MODEL.split(), *IMAGINED.split()]
+ROLLOUTS = "--rollout-every 3 --rollout-starts 4 --rollout-length 3 --rollout-generations 2"
+LESS["combo_atari.py"] = [*BINS, *WORLD_MODEL.split(), *ROLLOUTS.split()]
 SPEED = ("wall_time", "charts/updates_per_second", "charts/data_wait")
 
 
@@ -73,6 +80,8 @@ def check_artefacts(folder) -> None:
     assert final["final/normalized_score"] == pytest.approx(
         rosmo_atari.normalized_score("Asterix", final["final/return_mean"])
     )
+    if config["script"] == "morel_atari.py":  # its page has the world model's metrics as well
+        written += lines(folder.with_name(f"{folder.name}-world-model"))
     page = (ROOT / "docs" / f"{config['script'].rsplit('_', 1)[0]}.md").read_text()
     documented = set(re.findall(r"^\| `(\w+/\w+)`", page, re.MULTILINE))
     assert {name for line in written for name in line if "/" in name} | set(SPEED[1:]) == documented

@@ -1,0 +1,444 @@
+"""combo_atari.py: rollouts of the world model, the mix, the loss, its runs."""
+
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import signal
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tyro
+from scipy.special import logsumexp, softmax
+
+import combo_atari as combo
+import cql_atari as cql
+
+SIZES = "--members 2 --deter 16 --hidden 16 --latents 4 --classes 4 --depth 2 --head-units 16"
+ROLLOUTS = "--rollout-every 3 --rollout-starts 8 --rollout-length 6 --rollout-generations 2"
+TINY = f"--env-id Pong {SIZES} {ROLLOUTS} --rollout-warm-up 5 --channels 4 --num-bins 21"
+TINY += " --batch-size 4 --log-every 2 --eval-every 4 --checkpoint-every 2 --total-updates 10"
+TINY += " --eval-episodes 1 --final-eval-episodes 1 --heldout-percent 30 --model-length 6"
+TINY += " --model-batch-size 2 --model-eval-every 2 --model-updates 2 --model-eval-batches 1"
+ARGS = tyro.cli(combo.Args, args=TINY.split())
+NETWORK, MODEL = combo.make_network(6, ARGS), combo.make_world_model(6, ARGS)
+PREDICT = partial(combo.add_rollouts, network=NETWORK, world_model=MODEL, args=ARGS)
+# Of 20 transitions the last 8 come from the model.
+LOSS_ARGS = {
+    push_up: dataclasses.replace(
+        ARGS, batch_size=20, model_share=0.4, cql_alpha=0.7, discount=0.9, push_up=push_up
+    )
+    for push_up in ("real", "mix")
+}
+LOSS = {
+    push_up: jax.jit(partial(combo.combo_loss, network=NETWORK, args=args))
+    for push_up, args in LOSS_ARGS.items()
+}
+SPEED = ("wall_time", "charts/updates_per_second", "charts/data_wait")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Eight short episodes of random frames."""
+    path, rng = tmp_path_factory.mktemp("store") / "Pong-dqn-test", np.random.default_rng(0)
+    meta = {"env_id": "Pong", "source": "dqn", "percent": 100.0, "num_actions": 6}
+    meta |= {"steps_per_checkpoint": 100, "rom_sha256": combo.rom_digest("Pong")}
+    with combo.write_store(path, meta) as writer:
+        for i in range(8):
+            frames = rng.integers(0, 256, (4 + i, 84, 84), dtype=np.uint8)
+            action, reward = rng.integers(0, 6, len(frames)), rng.normal(size=len(frames))
+            writer.add(frames, action, reward, i % 2 == 0, 0, i, float(reward.sum()))
+    return combo.open_store(path, "Pong")
+
+
+def noisy(params, seed: int):
+    """Parameters with heads that are not zero."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    return tree.unflatten([x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
+
+
+@pytest.fixture(scope="module")
+def q_params():
+    hurry = {"xla_backend_optimization_level": 0}  # it runs once
+    init = jax.jit(NETWORK.init, compiler_options=hurry)
+    params = init(jax.random.key(0), jnp.zeros((84, 84, 4), jnp.uint8))
+    return noisy(params, 0), noisy(params, 1)
+
+
+@pytest.fixture(scope="module")
+def members():
+    """Two members that say of every step: reward 0.25 or -0.5, and never terminal."""
+    members = combo.init_members(jax.random.key(1), MODEL, 2)
+    for name, bias in (("reward_head", (0.25, -0.5)), ("terminal_head", (-9.0, -9.0))):
+        layer = members["params"][name]["Dense_0"]
+        layer |= {"kernel": 0 * layer["kernel"], "bias": np.array(bias, np.float32)[:, None]}
+    return members
+
+
+def with_ends(members, bias: float = -24.0):
+    """The same, but the logit of terminal depends on the state."""
+    heads = members["params"]
+    kernel = 5 * jax.random.normal(jax.random.key(2), (2, 16, 1))
+    layer = {"kernel": kernel, "bias": np.full((2, 1), bias, np.float32)}
+    return {"params": heads | {"terminal_head": heads["terminal_head"] | {"Dense_0": layer}}}
+
+
+@pytest.fixture(scope="module")
+def rollouts(store, q_params, members):
+    """Two generations of members whose rollouts do end."""
+    ring, members = combo.empty_rollouts(ARGS), with_ends(members)
+    for generation in range(2):
+        key = jax.random.fold_in(jax.random.key(3), generation)
+        starts = combo.load_starts(store, generation, ARGS)
+        ring, masked = PREDICT(ring, starts, generation, False, q_params[0], members, key)
+        np.testing.assert_allclose(masked, 1 - np.mean(ring.counts[generation]), atol=1e-6)
+    return ring
+
+
+def test_nothing_counts_after_a_predicted_end(rollouts, store):
+    ends = 0
+    for g, n, e in np.ndindex(2, 4, 2):
+        running = not combo.load_starts(store, g, ARGS).is_last[n, e]
+        for t in range(6):
+            assert rollouts.counts[g, n, e, t] == running
+            ends += running and rollouts.terminal[g, n, e, t]
+            running &= not rollouts.terminal[g, n, e, t]
+    assert 0 < ends < 16
+    assert 0 < np.sum(rollouts.counts) < rollouts.counts.size
+
+
+def test_every_transition_of_a_rollout_comes_from_one_member(store, q_params, members):
+    ring, key = combo.empty_rollouts(ARGS), jax.random.key(0)
+    starts = combo.load_starts(store, 0, ARGS)
+    assert starts.windows.frame.shape == (4, 2, 5, 84, 84)
+    ring, _ = PREDICT(ring, starts, 0, False, q_params[0], members, key)
+    np.testing.assert_allclose(ring.reward[0, :, 0], 0.25, rtol=1e-6)
+    np.testing.assert_allclose(ring.reward[0, :, 1], -0.5, rtol=1e-6)
+    assert not np.any(ring.counts[1])  # no second generation yet
+    swapped = jax.tree.map(lambda x: x[::-1], members)
+    other, _ = PREDICT(combo.empty_rollouts(ARGS), starts, 0, False, q_params[0], swapped, key)
+    np.testing.assert_allclose(other.reward[0, :, 0], -0.5, rtol=1e-6)
+    assert np.mean(other.frames[0, :, :, 4:] != ring.frames[0, :, :, 4:]) > 0.5
+
+
+def test_a_generation_is_that_of_its_actions_whatever_q_is(rollouts, store, q_params, members):
+    """What a run that goes on relies upon."""
+    members, key = with_ends(members), jax.random.fold_in(jax.random.key(3), 1)
+    starts = combo.load_starts(store, 1, ARGS)
+    ring = combo.empty_rollouts(ARGS)._replace(action=rollouts.action + 0)
+    replayed, _ = PREDICT(ring, starts, 1, True, q_params[1], members, key)
+    ring = combo.empty_rollouts(ARGS)._replace(action=rollouts.action + 0)
+    anew, _ = PREDICT(ring, starts, 1, False, q_params[1], members, key)
+    for ours, theirs in zip(replayed, rollouts, strict=True):
+        np.testing.assert_array_equal(ours[1], theirs[1])
+    assert np.any(anew.action[1] != rollouts.action[1])
+
+
+def test_a_rollout_against_a_loop(rollouts, store, q_params, members):
+    """Warm-up, Q's actions on stacks of frames, predictions: one step after the other."""
+    members, starts = with_ends(members), combo.load_starts(store, 0, ARGS)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(3), 0), 2)
+    filter_states = jax.jit(partial(combo.observe, MODEL))
+    imagine = jax.jit(partial(combo.imagine, MODEL))
+    decode = jax.jit(partial(MODEL.apply, method="decode"))
+    read = jax.jit(lambda params, x: combo.to_scalar(NETWORK.apply(params, x)))
+    greedy = 0
+    for e in range(2):
+        member = jax.tree.map(lambda x: x[e], members)  # noqa: B023
+        windows = jax.tree.map(lambda x: x[:, e], starts.windows)  # noqa: B023
+        filter_key, key = jax.random.split(keys[e])
+        states, *_ = filter_states(member, windows, filter_key)
+        state = jax.tree.map(lambda x: x[:, -1], states)
+        for t, step_key in enumerate(jax.random.split(key, 6)):
+            frames = np.array(rollouts.frames[0, :, e, t : t + 4])  # [N, 4, 84, 84]
+            best = np.argmax(read(q_params[0], np.moveaxis(frames, 1, -1)), axis=-1)
+            action = rollouts.action[0, :, e, t]
+            greedy += np.sum(best == action)
+            _, latent_key = jax.random.split(step_key)
+            state = imagine(member, state, action, latent_key)
+            image, reward, logit = decode(member, state)
+            frame = np.clip(np.round((np.array(image) + 0.5) * 255), 0, 255)
+            difference = np.abs(frame - rollouts.frames[0, :, e, 4 + t])
+            assert difference.max() <= 1  # a rounding
+            np.testing.assert_allclose(reward, rollouts.reward[0, :, e, t], atol=1e-5)
+            np.testing.assert_array_equal(logit > 0, rollouts.terminal[0, :, e, t])
+    assert 40 <= greedy <= 48  # ε = 0.05
+
+
+def test_a_rollout_starts_with_the_stack_of_its_logged_frame(rollouts, store):
+    """Zeros stand for frames from before the episode, as in the environment."""
+    lengths = store.episodes["length"]
+    begins = np.cumsum(lengths) - lengths
+    everything = combo.read_frames(store, np.arange(store.num_steps))
+    short = 0
+    for g in range(2):
+        rng = np.random.default_rng((ARGS.seed, 2**31 + g))
+        last = (rng.integers(store.num_steps, size=8) + 5) % store.num_steps
+        for i, position in enumerate(last):
+            begin = begins[begins <= position].max()
+            stack = [
+                everything[p] if p >= begin else np.zeros((84, 84), np.uint8)
+                for p in range(position - 3, position + 1)
+            ]
+            np.testing.assert_array_equal(rollouts.frames[g, i // 2, i % 2, :4], np.stack(stack))
+            short += position - 3 < begin
+    assert 0 < short < 16
+
+
+def test_epsilon_greedy_is_random_with_its_probability():
+    q = jnp.tile(jnp.array([0.0, 2.0, 1.0]), (5000, 1))
+    actions = combo.epsilon_greedy(q, jax.random.key(0), 0.3)
+    assert np.mean(np.array(actions) != 1) == pytest.approx(0.2, abs=0.02)  # 0.3 · 2/3
+    assert set(combo.epsilon_greedy(q, jax.random.key(0), 0.0).tolist()) == {1}
+
+
+def test_the_mix_has_its_share_and_its_model_part_is_what_was_predicted(rollouts, store):
+    """Against a search of every drawn transition in the rollouts; all are drawn alike."""
+    args = dataclasses.replace(ARGS, batch_size=400, model_share=0.75)
+    real = combo.sample_batch(store, 0, 0, 100, 2)
+    batch = jax.jit(partial(combo.mix_batch, args=args))(real, rollouts, jax.random.key(0))
+    assert batch.action.shape == (400, 2)
+    for ours, logged in zip(batch, real, strict=True):
+        assert ours.dtype == logged.dtype
+        np.testing.assert_array_equal(ours[:100], logged)
+    transitions = {}
+    for g, n, e, t in np.ndindex(rollouts.counts.shape):
+        if rollouts.counts[g, n, e, t]:
+            frames = np.array(rollouts.frames[g, n, e, t : t + 5])
+            transitions[frames.tobytes()] = (g, n, e, t)
+    drawn = []
+    for i in range(100, 400):
+        index = transitions[np.array(batch.frames[i]).tobytes()]
+        drawn.append(index)
+        assert batch.action[i, 0] == rollouts.action[index]
+        assert batch.reward[i, 0] == rollouts.reward[index]
+        assert batch.is_terminal[i, 1] == rollouts.terminal[index]
+        assert not batch.is_last[i, 0]
+    assert np.any(batch.is_terminal[100:, 1])
+    assert len(set(drawn)) > 0.9 * len(transitions)
+    now, after = (np.array(combo.stack_frames(batch.frames, batch.history, t)) for t in (0, 1))
+    for i, (g, n, e, t) in enumerate(drawn, start=100):
+        for k in range(4):  # stacks, newest frame last
+            np.testing.assert_array_equal(now[i, ..., k], rollouts.frames[g, n, e, t + k])
+            np.testing.assert_array_equal(after[i, ..., k], rollouts.frames[g, n, e, t + 1 + k])
+
+
+def test_rollouts_that_do_not_count_are_last_steps(store):
+    real = combo.sample_batch(store, 0, 0, 2, 2)
+    batch = combo.mix_batch(real, combo.empty_rollouts(ARGS), jax.random.key(0), ARGS)
+    assert np.all(batch.is_last[2:, 0])
+
+
+def two_hot_cross_entropy(value: float, logits) -> float:
+    """-Σ φ(h(value)) log softmax(logits), in plain numbers."""
+    y = math.copysign(math.sqrt(abs(value) + 1) - 1, value) + 0.001 * value
+    low = math.floor(y)
+    log_probs = logits - logsumexp(logits)
+    return -((low + 1 - y) * log_probs[low + 10] + (y - low) * log_probs[low + 11])
+
+
+def to_value(logits) -> np.ndarray:
+    y = softmax(logits, axis=-1) @ (np.arange(21) - 10)
+    u = np.abs(y) + 1.001
+    return np.sign(y) * ((2 * u / (1 + np.sqrt(1 + 0.004 * u))) ** 2 - 1)
+
+
+@pytest.fixture(scope="module")
+def batch(store, rollouts) -> combo.Batch:
+    """A mix in which the model ends some rollouts, and some are cut at the horizon."""
+    real = combo.sample_batch(store, 0, 1, 12, 2)
+    mix = jax.jit(partial(combo.mix_batch, args=LOSS_ARGS["real"]))
+    return mix(real, rollouts, jax.random.key(0))
+
+
+@pytest.mark.parametrize("push_up", ["real", "mix"])
+def test_the_loss_against_a_loop(push_up, batch, rollouts, q_params):
+    """An end is not bootstrapped, the horizon of a rollout is."""
+    total, metrics = LOSS[push_up](*q_params, batch)
+    ends, last = np.array(batch.is_terminal[12:, 1]), np.array(rollouts.frames[:, :, :, -1])
+    at_horizon = [np.any(np.all(last == x[-1], axis=(-2, -1))) for x in batch.frames[12:]]
+    assert 0 < np.sum(ends) < 8
+    assert np.any(at_horizon & ~ends)
+    observation = [combo.stack_frames(batch.frames, batch.history, t) for t in (0, 1)]
+    apply = jax.jit(NETWORK.apply)
+    logits = np.array(apply(q_params[0], observation[0]), float)
+    next_q = to_value(np.array(apply(q_params[1], observation[1]), float)).max(axis=-1)
+    q = to_value(logits)
+    td_loss = down = up = 0.0
+    values, rewards = ({True: [], False: []} for _ in range(2))
+    for i in range(20):
+        is_real, action = i < 12, int(batch.action[i, 0])
+        if batch.is_last[i, 0]:
+            assert is_real
+            continue
+        reward = float(np.clip(batch.reward[i, 0], -1, 1))
+        y = reward if batch.is_terminal[i, 1] else reward + 0.9 * next_q[i]
+        td_loss += two_hot_cross_entropy(y, logits[i, action]) / 20
+        down += logsumexp(q[i]) / 20
+        if push_up == "mix":
+            up += q[i, action] / 20
+        elif is_real:
+            up += q[i, action] / 12
+        values[is_real].append(q[i, action])
+        rewards[is_real].append(reward)
+    assert np.abs(next_q[12:]).min() > 0.01  # so that a bootstrap shows
+    assert metrics["losses/td"] == pytest.approx(td_loss, rel=1e-4)
+    assert metrics["losses/conservative"] == pytest.approx(0.7 * (down - up), rel=1e-3)
+    assert total == pytest.approx(td_loss + 0.7 * (down - up), rel=1e-3)
+    counted = len(values[True]) + len(values[False])
+    assert metrics["charts/model_share"] == pytest.approx(8 / counted)
+    for name, is_real in (("real", True), ("model", False)):
+        assert metrics[f"charts/q_{name}"] == pytest.approx(np.mean(values[is_real]), rel=1e-3)
+        assert metrics[f"charts/reward_{name}"] == pytest.approx(np.mean(rewards[is_real]))
+
+
+def constant_q(params, values):
+    """Parameters whose Q is `values`, one for each action, in every state."""
+    head = dict(params["params"]["Head_0"])
+    name = max(head, key=lambda n: head[n]["bias"].size if "bias" in head[n] else 0)
+    logits = 60 * combo.two_hot(jnp.array(values), 21)  # one of them has nearly all the weight
+    zero = jax.tree.map(jnp.zeros_like, head[name])
+    head[name] = zero | {"bias": logits.ravel()}
+    return {"params": params["params"] | {"Head_0": head}}
+
+
+@pytest.mark.parametrize(("push_up", "pushed"), [("real", 0), ("mix", 5 / 20)])
+def test_the_penalty_has_the_value_computed_by_hand(push_up, pushed, q_params):
+    """Q(s, 0) = v, else 0, in every state; 5 of 20 transitions have action 0, all predicted.
+
+    So Σ exp Q = exp v + 5, and the mean Q of the actions is 0 on data and v/4 on the mix.
+    """
+    v = float(combo.inverse_transform(jnp.float32(1.0)))  # 3.0 but for ε
+    params = constant_q(q_params[0], [v, 0, 0, 0, 0, 0])
+    action = np.array([[1, 2, 3, 4] * 3 + [0] * 5 + [5] * 3, [0] * 20], np.int32).T
+    frames, none = np.zeros((20, 5, 84, 84), np.uint8), np.zeros((20, 2), bool)
+    reward, history = np.zeros((20, 2), np.float32), np.full((20, 2), 3, np.uint8)
+    batch = combo.Batch(frames, history, action, reward, none, none, none)
+    _, metrics = LOSS[push_up](params, params, batch)
+    expected = 0.7 * (math.log(math.exp(v) + 5) - pushed * v)
+    assert metrics["losses/conservative"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["charts/q_real"] == pytest.approx(0, abs=1e-4)
+    assert metrics["charts/q_model"] == pytest.approx(v * 5 / 8, rel=1e-4)
+
+
+def test_with_push_up_mix_the_loss_is_that_of_cql(batch, q_params):
+    args = cql.Args(num_bins=21, channels=4, cql_alpha=0.7, discount=0.9)
+    loss = jax.jit(partial(cql.cql_loss, network=cql.make_network(6, args), args=args))
+    expected, theirs = loss(*q_params, batch)
+    ours, metrics = LOSS["mix"](*q_params, batch)
+    assert ours == pytest.approx(float(expected), rel=1e-6)
+    for name, value in theirs.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
+    sources = (inspect.getsource(x).splitlines() for x in (cql.cql_loss, combo.combo_loss))
+    removed = [x[2:] for x in difflib.ndiff(*sources) if x[0] == "-"]
+    words = ("def ", '"""', "conservative", "q_logged = ", "}")
+    assert [x for x in removed if not any(word in x for word in words)] == []
+
+
+def test_the_gradient_reaches_every_parameter(batch, q_params):
+    gradient, _ = jax.jit(jax.grad(LOSS["real"], has_aux=True))(*q_params, batch)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+def lines(folder) -> list[dict]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
+
+
+@pytest.fixture
+def run(store, cache_dir, tmp_path, monkeypatch):
+    """Runs main in this process, with short games: run("folder", "--seed", 1)."""
+    short = partial(combo.evaluate, max_num_frames_per_episode=400)
+    monkeypatch.setattr(combo, "evaluate", short)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
+
+    def start(folder, *arguments):
+        options = [*TINY.split(), "--dataset", store.path, "--run-dir", tmp_path / folder]
+        options = [str(option) for option in (*options, *arguments)]
+        combo.main(tyro.cli(combo.Args, args=options))
+
+    return start
+
+
+@pytest.fixture
+def world_model(members, tmp_path):
+    """A folder as train_world_model leaves it; test_runs_atari.py runs both phases."""
+    folder = tmp_path / "world-model"
+    folder.mkdir()
+    args = json.dumps({"args": dataclasses.asdict(ARGS)}, default=str)
+    (folder / "config.json").write_text(args)
+    with combo.ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "members", with_ends(members))
+    return folder
+
+
+def test_kill_and_resume_give_the_numbers_of_a_whole_run(run, script, store, world_model, tmp_path):
+    """Killed between two generations of rollouts."""
+    longer = ["--total-updates", 40, "--eval-every", 40, "--checkpoint-every", 8]
+    longer += ["--rollout-every", 5, "--world-model", world_model]
+    run("whole", *longer)
+    whole = lines(tmp_path / "whole")
+    losses = [x for x in whole if "losses/total" in x]
+    assert [x["update"] for x in losses] == list(range(2, 41, 2))
+    assert all(0.3 < x["charts/model_share"] < 0.9 for x in losses)
+    assert len({x["charts/masked"] for x in losses}) > 5
+    options = [*TINY.split(), "--dataset", store.path, "--run-dir", "killed", *longer]
+    process = script("combo_atari.py", *options, wait=False)
+    while not (tmp_path / "killed" / "checkpoints" / "8").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert len(lines(tmp_path / "killed")) < len(losses)
+    run("killed", *longer)
+    assert len(json.loads((tmp_path / "killed" / "config.json").read_text())["starts"]) == 2
+    assert lines(tmp_path / "killed") == whole
+
+
+def test_a_world_model_that_does_not_fit_is_refused_with_one_sentence(run, world_model, tmp_path):
+    with pytest.raises(SystemExit, match="a world model with depth 2: give the same"):
+        run("run", "--world-model", world_model, "--depth", 3)
+    with pytest.raises(SystemExit, match="There is no trained world model in"):
+        run("run", "--world-model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rollout_length": 0}, "--rollout-length is 0; give at least 1"),
+        ({"rollout_starts": 6}, "--rollout-starts 6 must be a multiple of --members 4"),
+        ({"model_share": 1.0}, "--model-share 1.0 of --batch-size 512 leaves no logged"),
+        ({"model_share": 0.0}, "cql_atari.py is COMBO without"),
+        ({"rollout_epsilon": 2.0}, "--rollout-epsilon from 0 to 1"),
+        ({"cql_alpha": -1.0}, "--cql-alpha must be at least 0"),
+        ({"heldout_percent": 100.0}, "--heldout-percent is 100"),
+        ({"kl_balance": -1.0}, "--kl-balance must be from 0 to 1"),
+        ({"eval_every": 300}, "--eval-every 300 must be a multiple of --log-every 200"),
+    ],
+)
+def test_bad_arguments_give_one_sentence(change, message):
+    with pytest.raises(SystemExit, match=message):
+        combo.check_args(combo.Args(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 12}, "--batch-size times --model-share is 6, which cannot be shared by 4"),
+        ({"rollout_starts": 8}, "--rollout-starts / --members is 2, which cannot be shared by 4"),
+        ({"model_batch_size": 6}, "--model-batch-size is 6, which cannot be shared by 4 devices"),
+    ],
+)
+def test_what_several_devices_cannot_share_is_named(change, message, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    combo.check_args(combo.Args())
+    with pytest.raises(SystemExit, match=message):
+        combo.check_args(combo.Args(**change))

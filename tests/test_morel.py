@@ -1,0 +1,496 @@
+"""Policy of morel_atari.py: discrepancy, pessimistic MDP, PPO, runs."""
+
+import dataclasses
+import json
+import signal
+from functools import partial
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import tyro
+
+import morel_atari as morel
+import test_runs_atari
+
+TINY = "--env-id Pong --members 3 --deter 8 --hidden 8 --latents 3 --classes 3 --depth 1"
+TINY += " --head-units 8 --rollout-length 4 --minibatches 2 --epochs 2 --horizon 3 --warm-up 5"
+ARGS = tyro.cli(morel.Args, args=TINY.split())
+NETWORK = morel.make_world_model(6, ARGS)
+STEP = jax.jit(partial(morel.imagined_step, NETWORK, args=ARGS))
+START = jax.jit(partial(morel.start_episodes, NETWORK))
+HURRY = {"xla_backend_optimization_level": 0}  # quick to compile
+
+
+class Linear(nn.Module):
+    """A policy that sees the mean intensity of each of its four frames."""
+
+    @nn.compact
+    def __call__(self, observation):
+        x = jnp.mean(observation / 255, axis=(-3, -2))
+        return nn.Dense(3)(x), nn.Dense(1)(x)[..., 0]
+
+
+@pytest.fixture(scope="module")
+def members():
+    return morel.init_members(jax.random.key(0), NETWORK, 3)
+
+
+@pytest.fixture(scope="module")
+def env(members):
+    """Four episodes after four frames, of which the last game began with the third."""
+    rng = np.random.default_rng(0)
+    is_first = np.zeros((4, 5), bool)
+    is_first[3, 3] = True
+    windows = morel.Windows(
+        rng.integers(0, 256, (4, 5, 84, 84), dtype=np.uint8),
+        np.where(is_first, -1, rng.integers(0, 6, (4, 5))).astype(np.int32),
+        *(np.zeros((4, 5), np.float32), is_first, np.zeros((4, 5), bool)),
+    )
+    env = START(members, windows, jnp.array([0, 1, 2, 1]))
+    for b, t in np.ndindex(4, 4):
+        expected = windows.frame[b, t + 1] * (b != 3 or t >= 2)
+        np.testing.assert_array_equal(env.frames[b, ..., t], expected)
+    return env
+
+
+def member_of(tree, i: int):
+    """The leaves' i-th elements."""
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def naive_discrepancy(image, reward, block: int) -> float:
+    """Images [E, 84, 84], rewards [E]."""
+    distances = []
+    for i in range(len(reward)):
+        for j in range(i):
+            for row in range(0, 84, block):
+                for column in range(0, 84, block):
+                    x, y = (
+                        np.append(
+                            image[m, row : row + block, column : column + block].ravel() / block,
+                            reward[m],
+                        )
+                        for m in (i, j)
+                    )
+                    distances.append(np.linalg.norm(x - y))
+    return max(distances)
+
+
+@pytest.mark.parametrize("block", [84, 7])
+def test_discrepancy_against_a_naive_loop(block):
+    rng = np.random.default_rng(0)
+    image, reward = rng.normal(size=(3, 4, 84, 84)), rng.normal(size=(3, 4)) / 5
+    image[1:, 0, :7, :7] += 3  # a difference in one block
+    expected = [naive_discrepancy(image[:, b], reward[:, b], block) for b in range(4)]
+    np.testing.assert_allclose(morel.discrepancy(image, reward, block), expected, rtol=1e-5)
+    same = np.repeat(image[:1], 3, axis=0), np.repeat(reward[:1], 3, axis=0)
+    assert (morel.discrepancy(*same, block) == 0).all()
+    assert (morel.discrepancy(image, same[1], block) > 0).all()
+    assert (morel.discrepancy(same[0], reward, block) > 0).all()
+
+
+def test_identical_members_have_no_discrepancy_and_different_ones_do(members, env):
+    action = jnp.arange(4)
+    assert (STEP(members, env, action, jnp.inf)[1].discrepancy > 1e-4).all()
+    same = jax.tree.map(lambda x: jnp.repeat(x[:1], 3, axis=0), members)
+    state = jax.tree.map(lambda x: jnp.repeat(x[:, :1], 3, axis=1), env.state)
+    outcome = STEP(same, env._replace(state=state), action, jnp.inf)[1]
+    np.testing.assert_allclose(outcome.discrepancy, 0, atol=1e-6)
+
+
+@partial(jax.jit, compiler_options=HURRY)
+def alone(params, state, action, frame):
+    """One member of one episode, with the scalar inputs of a step: it predicts, and it filters."""
+    predicted = morel.imagine(NETWORK, params, state, action)
+    no, first = jnp.zeros((1, 1), bool), partial(jax.tree.map, lambda x: x[None])
+    window = morel.Windows(frame[None, None], action[None, None], no, no, no)
+    filtered, *_ = morel.observe(NETWORK, params, window, state=first(state))
+    decoded = NETWORK.apply(params, predicted, method="decode")
+    return predicted, decoded, jax.tree.map(lambda x: x[0, 0], filtered)
+
+
+def test_the_episodes_member_decides_and_the_others_filter_its_frame(members, env):
+    action = jnp.array([5, 0, 3, 2])
+    after, outcome = STEP(members, env, action, jnp.inf)
+    np.testing.assert_array_equal(after.member, env.member)
+    np.testing.assert_array_equal(after.frames[..., :3], env.frames[..., 1:])
+    np.testing.assert_allclose(after.reward_sum, outcome.reward, atol=1e-6)
+    assert after.steps.tolist() == [1] * 4
+    assert not outcome.halted.any()
+    changed = 0
+    for b in range(4):
+        for i in range(3):
+            params, before = member_of(members, i), member_of(member_of(env.state, b), i)
+            state, decoded, filtered = alone(params, before, action[b], after.frames[b, ..., 3])
+            if i == env.member[b]:
+                frame = np.asarray(morel.to_frame(decoded.image), int)
+                assert np.abs(after.frames[b, ..., 3].astype(int) - frame).max() <= 1  # rounding
+                assert outcome.reward[b] == pytest.approx(float(decoded.reward), abs=1e-5)
+                assert outcome.terminated[b] == (decoded.terminal_logit > 0)
+            else:
+                changed += int((filtered.latent != state.latent).sum())
+                state = filtered
+            np.testing.assert_allclose(after.state.deter[b, i], state.deter, atol=1e-5)
+            np.testing.assert_array_equal(after.state.latent[b, i], state.latent)
+    assert changed  # what a member would predict is not what it sees
+
+
+def test_a_halt_costs_the_penalty_and_terminates_and_the_horizon_only_ends(members, env):
+    params = members["params"] | {  # p(terminal) < 1/2
+        "terminal_head": jax.tree.map(lambda x: -jnp.abs(x), members["params"]["terminal_head"])
+    }
+    params["terminal_head"]["Dense_0"]["bias"] -= 10
+    env = env._replace(steps=jnp.array([0, 2, 2, 0]), reward_sum=jnp.ones(4))
+    action = jnp.zeros(4, jnp.int32)
+    after, free = STEP({"params": params}, env, action, jnp.inf)
+    assert free.terminated.tolist() == free.halted.tolist() == [False] * 4
+    assert free.ended.tolist() == [False, True, True, False]
+    np.testing.assert_allclose(after.reward_sum, 1 + free.reward, rtol=1e-6)
+    threshold = np.sort(free.discrepancy)[1]
+    after, outcome = STEP({"params": params}, env, action, threshold)
+    halted = np.asarray(free.discrepancy) > threshold
+    assert halted.sum() == 2
+    np.testing.assert_array_equal(outcome.halted, halted)
+    np.testing.assert_array_equal(outcome.terminated, halted)
+    np.testing.assert_array_equal(outcome.ended, halted | free.ended)
+    np.testing.assert_array_equal(outcome.reward, np.where(halted, -10, free.reward))
+    np.testing.assert_allclose(after.reward_sum, 1 + outcome.reward, rtol=1e-6)
+
+
+def random_steps(batch_size: int = 3, length: int = 20) -> morel.Transitions:
+    rng = np.random.default_rng(0)
+    shape = (batch_size, length)
+    value, reward, next_value = rng.normal(size=(3, *shape))
+    terminated = rng.random(shape) < 0.15
+    ended = terminated | (rng.random(shape) < 0.15)
+    next_value[:, :-1] = np.where(ended, next_value, np.roll(value, -1, 1))[:, :-1]
+    frames = rng.integers(0, 256, (*shape, 84, 84, 4), dtype=np.uint8)
+    action = rng.integers(0, 3, shape)
+    return morel.Transitions(
+        *(frames, action, np.log(rng.random(shape)), value, reward, terminated, ended, next_value)
+    )
+
+
+def test_advantages_against_a_naive_sum():
+    steps, gamma, decay = random_steps(), ARGS.discount, ARGS.discount * ARGS.gae_lambda
+    result = morel.advantages(jax.tree.map(jnp.asarray, steps), ARGS)
+    for b, t in np.ndindex(*steps.reward.shape):
+        expected = 0.0
+        for k in range(t, steps.reward.shape[1]):
+            bootstrap = 0 if steps.terminated[b, k] else gamma * steps.next_value[b, k]
+            delta = steps.reward[b, k] + bootstrap - steps.value[b, k]
+            expected += decay ** (k - t) * delta
+            if steps.ended[b, k]:
+                break
+        assert result[b, t] == pytest.approx(expected, abs=1e-4)
+        if steps.terminated[b, t]:  # not bootstrapped
+            assert result[b, t] == pytest.approx(steps.reward[b, t] - steps.value[b, t], abs=1e-5)
+    cut_off = steps.ended & ~steps.terminated
+    delta = steps.reward + gamma * steps.next_value - steps.value
+    assert cut_off.any()
+    assert steps.terminated.any()
+    np.testing.assert_allclose(result[cut_off], delta[cut_off], atol=1e-5)
+
+
+def counting_step(lengths):
+    """Episodes b of lengths[b] steps; the frames after step t are t, the reward is t."""
+
+    def step(env, action):
+        steps = env.steps + 1
+        frames = jnp.broadcast_to(steps[:, None, None, None], env.frames.shape).astype(jnp.uint8)
+        reward, ended = steps.astype(jnp.float32), steps >= lengths
+        env = env._replace(frames=frames, steps=steps, reward_sum=env.reward_sum + reward)
+        halted = ended & (jnp.arange(len(steps)) == 0)
+        return env, morel.Outcome(reward, halted, halted, ended, reward)
+
+    return step
+
+
+def empty_episodes(*shape: int, frame: int = 0) -> morel.Imagined:
+    zeros = jnp.zeros(shape, jnp.int32)
+    frames = jnp.full((*shape, 84, 84, 4), frame, jnp.uint8)
+    return morel.Imagined(zeros, frames, zeros, zeros, jnp.zeros(shape))
+
+
+def test_a_rollout_goes_through_the_starts_and_bootstraps_with_the_true_next_frame():
+    args = dataclasses.replace(ARGS, rollout_length=9)
+    policy = SimpleNamespace(  # the value is the frame's intensity
+        apply=lambda params, frames: (
+            params * frames[..., 0, 0, :3].astype(jnp.float32) / 50,
+            frames[..., 0, 0, 0].astype(jnp.float32),
+        )
+    )
+    starts = empty_episodes(2, 2)
+    numbers = jnp.array([[100, 110], [120, 130]])
+    frames = jnp.broadcast_to(numbers[..., None, None, None], starts.frames.shape)
+    starts = starts._replace(frames=frames.astype(jnp.uint8), member=numbers)
+    params = jnp.array([1.0, 2.0, 3.0])
+    env, steps, metrics = morel.rollout(
+        *(params, empty_episodes(2), starts, jax.random.key(0)),
+        *(counting_step(jnp.array([2, 5])), policy, args),
+    )
+    before = [[0, 1, 100, 1, 110, 1, 100, 1, 110], [0, 1, 2, 3, 4, 120, 1, 2, 3]]
+    after = [[1, 2, 1, 2, 1, 2, 1, 2, 1], [1, 2, 3, 4, 5, 1, 2, 3, 4]]
+    np.testing.assert_array_equal(steps.frames[..., 0, 0, 0], before)
+    np.testing.assert_array_equal(steps.value, before)
+    np.testing.assert_array_equal(steps.reward, after)
+    np.testing.assert_array_equal(steps.next_value, after)
+    np.testing.assert_array_equal(
+        np.argwhere(steps.ended), [[0, 1], [0, 3], [0, 5], [0, 7], [1, 4]]
+    )
+    np.testing.assert_array_equal(steps.terminated[0], steps.ended[0])
+    assert not steps.terminated[1].any()
+    logits = params * np.array(before)[..., None] / 50
+    expected = np.take_along_axis(jax.nn.log_softmax(logits), np.array(steps.action)[..., None], -1)
+    np.testing.assert_allclose(steps.log_prob, expected[..., 0], atol=1e-5)
+    assert env.member.tolist() == [110, 120]  # an episode keeps its start's
+    assert env.steps.tolist() == [1, 4]
+    sums = {"episodes": 5, "halt_rate": 4, "episode_length": 13, "episode_return": 4 * 3 + 15}
+    sums["discrepancy"] = np.mean(after)
+    assert metrics == pytest.approx({f"charts/{k}": v for k, v in sums.items()})
+    sums = dict.fromkeys(morel.METRICS, 6.0) | metrics
+    means = morel.mean_metrics(sums, dataclasses.replace(args, log_every=2))
+    assert means["charts/episode_length"] == pytest.approx(13 / 5)
+    assert means["charts/episodes"] == 2.5
+    assert means["losses/total"] == 3
+    none = morel.mean_metrics(sums | {"charts/episodes": 0.0}, args)
+    assert not set(morel.EPISODE_METRICS) & set(none)
+
+
+def test_the_loss_of_ppo_against_a_naive_loop():
+    steps, policy = random_steps(), Linear()
+    rng = np.random.default_rng(1)
+    advantage = rng.normal(2, 3, size=steps.reward.shape)
+    params = policy.init(jax.random.key(0), steps.frames)
+    logits, value = map(np.array, policy.apply(params, steps.frames))
+    probs = np.array(jax.nn.softmax(logits))
+    chosen = np.take_along_axis(probs, steps.action[..., None], -1)[..., 0]
+    steps = steps._replace(log_prob=np.log(chosen) + rng.normal(0, 0.15, chosen.shape))
+    total, metrics = morel.ppo_loss(params, steps, advantage, policy, ARGS)
+    sums = dict.fromkeys(("policy", "value", "entropy", "kl", "clipped"), 0.0)
+    normalised = (advantage - advantage.mean()) / advantage.std()
+    for index in np.ndindex(*advantage.shape):
+        ratio = chosen[index] / np.exp(steps.log_prob[index])
+        worst = min(ratio * normalised[index], np.clip(ratio, 0.9, 1.1) * normalised[index])
+        sums["policy"] -= worst
+        sums["value"] += (value[index] - steps.value[index] - advantage[index]) ** 2 / 2
+        sums["entropy"] -= (probs[index] * np.log(probs[index])).sum()
+        sums["kl"] += ratio - 1 - np.log(ratio)
+        sums["clipped"] += abs(ratio - 1) > 0.1
+    means = {name: x / advantage.size for name, x in sums.items()}
+    assert 0.1 < means["clipped"] < 0.9
+    expected = means["policy"] + 0.5 * means["value"] - 0.01 * means["entropy"]
+    assert float(total) == pytest.approx(expected, rel=1e-4)
+    assert metrics == pytest.approx(
+        {
+            "losses/policy": means["policy"],
+            "losses/value": means["value"],
+            "losses/total": expected,
+            "charts/entropy": means["entropy"],
+            "charts/approx_kl": means["kl"],
+            "charts/clip_fraction": means["clipped"],
+        },
+        rel=1e-3,
+        abs=1e-5,
+    )
+
+
+def test_the_gradient_reaches_every_parameter_of_the_policy():
+    policy = morel.PolicyNetwork(3, 2, jnp.float32)
+    steps = jax.tree.map(lambda x: jnp.asarray(x[:, :2]), random_steps())
+    init = jax.jit(policy.init_with_output, compiler_options=HURRY)
+    (logits, value), params = init(jax.random.key(0), steps.frames)
+    assert logits.shape == (3, 2, 3)
+    assert not logits.any()  # uniform at first
+    assert value.shape == (3, 2)
+    keys = iter(jax.random.split(jax.random.key(1), 1000))
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+    loss = partial(morel.ppo_loss, policy=policy, args=dataclasses.replace(ARGS, clip_ratio=100.0))
+    gradient = jax.jit(jax.grad(loss, has_aux=True), compiler_options=HURRY)
+    gradient, _ = gradient(params, steps, steps.reward)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_ppo_learns_which_action_a_frame_asks_for():
+    """One step per episode; the reward is 1 for the action that the frame's intensity tells."""
+    args = dataclasses.replace(ARGS, rollout_length=16, learning_rate=0.1, anneal_updates=40)
+    policy, optimizer = Linear(), morel.make_optimizer(args)
+
+    def step(env, action):
+        reward = (action == env.frames[:, 0, 0, 0] // 100).astype(jnp.float32)
+        ended = jnp.ones(8, bool)
+        return env, morel.Outcome(reward, ~ended, ended, ended, reward)
+
+    frames = 100 * np.random.default_rng(0).integers(0, 3, (8, 5))
+    starts = empty_episodes(8, 5)
+    frames = np.broadcast_to(frames[..., None, None, None], starts.frames.shape)
+    starts = starts._replace(frames=jnp.asarray(frames, jnp.uint8))
+    params = policy.init(jax.random.key(0), starts.frames)
+    opt_state, env = optimizer.init(params), jax.tree.map(lambda x: x[:, 0], starts)
+    update = jax.jit(partial(morel.ppo_update, step=step, policy=policy, args=args))
+    rewards = []
+    for i in range(40):
+        params, opt_state, env, metrics = update(params, opt_state, env, starts, jax.random.key(i))
+        rewards.append(float(metrics["charts/discrepancy"]))  # which this step sets to the reward
+    assert rewards[0] < 0.6
+    assert np.mean(rewards[-5:]) > 0.9
+
+
+def test_a_minibatch_has_as_many_steps_of_each_episode_and_an_epoch_each_once(monkeypatch):
+    seen = []
+
+    def loss(params, steps, advantage, policy, args):
+        jax.debug.callback(lambda x: seen.append(np.array(x)), steps.reward, ordered=True)
+        return jnp.sum(params["x"]), dict.fromkeys(("losses/total",), jnp.float32(0))
+
+    monkeypatch.setattr(morel, "ppo_loss", loss)
+    policy = SimpleNamespace(
+        apply=lambda _, x: (jnp.zeros((*x.shape[:-3], 3)), x[..., 0, 0, 0] * 0.0)
+    )
+    params = {"x": jnp.zeros(1)}
+    opt_state = morel.make_optimizer(ARGS).init(params)
+    starts, step = empty_episodes(2, 2), counting_step(jnp.array([99, 99]))
+    morel.ppo_update(
+        params, opt_state, empty_episodes(2), starts, jax.random.key(0), step, policy, ARGS
+    )
+    jax.effects_barrier()
+    assert [x.shape for x in seen] == [(2, 2)] * 4
+    for epoch in (seen[:2], seen[2:]):
+        steps = np.concatenate(epoch, axis=1)
+        np.testing.assert_array_equal(np.sort(steps, axis=1), [[1, 2, 3, 4]] * 2)
+    assert not all((x == y).all() for x, y in zip(seen[:2], seen[2:], strict=True))
+
+
+def test_the_learning_rate_falls_to_zero():
+    optimizer, params = morel.make_optimizer(ARGS), {"x": jnp.ones(2)}
+    state, sizes = optimizer.init(params), []
+    for _ in range(2):
+        delta, state = optimizer.update({"x": jnp.array([3.0, -4.0])}, state, params)
+        sizes.append(float(optax.global_norm(delta)))
+        state = optax.tree.set(state, count=jnp.int32(ARGS.anneal_updates * 2 * 2))
+    assert sizes[0] == pytest.approx(2.5e-4 * np.sqrt(2), rel=1e-2)
+    assert sizes[1] == 0
+
+
+def test_starts_are_half_first_frames_and_end_where_the_logged_actions_go_on(toy_store):
+    count, firsts, ends = 200, 0, 0
+    windows, actions = morel.sample_starts(toy_store, (0, 1), count, slice(0, count), ARGS)
+    assert windows.frame.shape == (count, 5, 84, 84)
+    shades = windows.frame[:, :, 0, 0]
+    for i in range(count):
+        for t in range(5):
+            first = windows.is_first[i, t]
+            assert (windows.action[i, t] == -1) == first
+            assert shades[i, t] == (0 if first else 40 * (windows.action[i, t] + 1))
+        firsts += windows.is_first[i, -1]
+        ends += actions[i, -1] == -1
+        assert (np.diff(actions[i] == -1) >= 0).all()
+    assert 0.4 < firsts / count < 0.65
+    assert 0 < ends < 50
+    part, _ = morel.sample_starts(toy_store, (0, 1), count, slice(50, 60), ARGS)
+    np.testing.assert_array_equal(part.frame, windows.frame[50:60])
+    later, _ = morel.sample_starts(toy_store, (0, 2), count, slice(0, count), ARGS)
+    assert (later.frame != windows.frame).any()
+    # The logged action at a start is the one before the next frame.
+    begin = np.cumsum(toy_store.episodes["length"])[:-1]
+    logged = {tuple(toy_store.steps["action"][b : b + 3].tolist()) for b in (0, *begin)}
+    for i in np.flatnonzero(windows.is_first[:, -1]):
+        assert tuple(actions[i].tolist()) in logged
+
+
+def test_replays_go_through_the_steps_of_the_pessimistic_mdp(members, toy_store):
+    windows, actions = morel.sample_starts(toy_store, (0, 0), 4, slice(0, 4), ARGS)
+    actions[2, 1:] = -1
+    disc, running = morel.replay(members, windows, actions, NETWORK, ARGS)
+    env, alive = START(members, windows, jnp.array([0, 1, 2, 0])), np.ones(4, bool)
+    for t in range(3):
+        env, outcome = STEP(members, env, actions[:, t], jnp.inf)
+        np.testing.assert_allclose(disc[:, t], outcome.discrepancy, rtol=1e-4)
+        np.testing.assert_array_equal(running[:, t], alive & (actions[:, t] >= 0))
+        alive &= ~np.asarray(outcome.terminated)
+
+
+def test_the_threshold_is_the_quantile_of_running_steps():
+    disc = np.arange(20.0).reshape(4, 5)
+    running = np.ones((4, 5), bool)
+    running[3, 2:] = False  # 17 to 19
+    threshold = morel.halt_threshold((disc, running), 0.75)
+    assert threshold == np.quantile(np.arange(17), 0.75) == 12
+    assert morel.halt_rate((disc, running), threshold) == 0.5
+    assert morel.halt_rate((disc, running), 16.5) == 0
+
+
+def lines(folder) -> list[dict]:
+    speed = ("wall_time", "charts/updates_per_second", "charts/data_wait")
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k not in speed} for row in rows]
+
+
+def test_one_ctrl_c_stops_the_second_phase_which_goes_on_exactly(
+    toy_store, cache_dir, tmp_path, monkeypatch, capsys
+):
+    """With the sizes of test_runs_atari.py, so that each program is compiled once for both."""
+    model, handlers = tmp_path / "model", {}
+    options = [*test_runs_atari.TINY, *test_runs_atari.LESS["morel_atari.py"]]
+    options += ["--dataset", toy_store.path, "--world-model", model]
+
+    def parse(*more):
+        return tyro.cli(morel.Args, args=[str(option) for option in (*options, *more)])
+
+    network = morel.make_world_model(6, parse())
+    with ocp.StandardCheckpointer() as checkpointer:
+        members = morel.init_members(jax.random.key(0), network, parse().members)
+        checkpointer.save(model / "members", members)
+    config = {"args": json.loads(json.dumps(dataclasses.asdict(parse()), default=str))}
+    (model / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
+    monkeypatch.setattr(morel, "evaluate", lambda *_: [1.0])
+
+    def run(name: str):
+        morel.main(parse("--run-dir", tmp_path / name))
+        return lines(tmp_path / name)
+
+    whole = run("whole")
+    rates = [whole[0][f"charts/halt_rate_{name}"] for name in ("logged", "random")]
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert (tmp_path / "whole" / "discrepancy.png").read_bytes()[:4] == b"\x89PNG"
+
+    draw = morel.draw_discrepancies
+    with monkeypatch.context() as patch:
+        interrupt = lambda *x: (draw(*x), handlers[signal.SIGINT](signal.SIGINT, None))  # noqa: E731
+        patch.setattr(morel, "draw_discrepancies", interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            run("stopped")
+    assert stopped.value.code == 130
+    assert "Stopped at update 1; the same command goes on." in capsys.readouterr().err
+    assert run("stopped") == whole
+    assert "Going on from update 1" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "stopped"}
+    run("stopped")
+    assert "This run is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"members": 1}, "--members is 1; give at least 2"),
+        ({"warm_up": 3}, "--warm-up is 3; give at least 4"),
+        ({"halt_quantile": 1.0}, "--halt-quantile is 1.0"),
+        ({"discount": 1.1}, "--discount and --gae-lambda must be"),
+        ({"total_updates": 2000}, "--total-updates 2000 is more than --anneal-updates 1250"),
+        ({"eval_every": 15}, "--eval-every 15 must be a multiple of --log-every 10"),
+        ({"minibatches": 5}, "--rollout-length 128 must be a multiple of --minibatches 5"),
+        ({"horizon": 0}, "--horizon is 0; give at least 1"),
+    ],
+)
+def test_bad_arguments_give_one_sentence(change, message):
+    with pytest.raises(SystemExit, match=message):
+        morel.check_args(morel.Args(**change))

@@ -1,0 +1,358 @@
+"""The world model of morel_atari.py: its maths, its data, learning on real frames, its runs."""
+
+import dataclasses
+import json
+import signal
+import time
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tyro
+from scipy.special import softmax
+
+import morel_atari as morel
+
+SIZES = "--members 2 --deter 16 --hidden 16 --latents 4 --classes 4 --depth 2 --head-units 16"
+TINY = f"--env-id Pong {SIZES} --model-length 6 --model-batch-size 2 --log-every 2"
+TINY += " --model-eval-every 4 --model-updates 12 --model-eval-batches 1 --heldout-percent 30"
+ARGS = tyro.cli(morel.Args, args=TINY.split())
+NETWORK = morel.make_world_model(6, ARGS)
+OBSERVE = jax.jit(partial(morel.observe, NETWORK))
+SPEED = ("wall_time", "charts/updates_per_second", "charts/data_wait")
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Of the first member."""
+    members = morel.init_members(jax.random.key(0), NETWORK, 2)
+    first, second = (jax.tree.map(lambda x: x[i], members) for i in range(2))  # noqa: B023
+    kernel = lambda x: x["params"]["encoder"]["Conv_0"]["kernel"]  # noqa: E731
+    assert np.abs(kernel(first) - kernel(second)).max() > 0.01
+    return first
+
+
+@pytest.fixture(scope="module")
+def store(toy_store):
+    return toy_store
+
+
+def random_windows(batch_size: int = 3, length: int = 5, seed: int = 0) -> morel.Windows:
+    rng = np.random.default_rng(seed)
+    shape = (batch_size, length)
+    return morel.Windows(
+        rng.integers(0, 256, (*shape, 84, 84), dtype=np.uint8),
+        rng.integers(0, 6, shape).astype(np.int32),
+        rng.normal(size=shape).astype(np.float32),
+        np.zeros(shape, bool),
+        rng.random(shape) < 0.3,
+    )
+
+
+def naive_kl(p_logits, q_logits):
+    p, q = softmax(p_logits, axis=-1), softmax(q_logits, axis=-1)
+    return np.sum(p * np.log(p / q))
+
+
+def test_the_prior_gets_eight_tenths_of_the_gradient_of_the_kl():
+    rng = np.random.default_rng(0)
+    posterior, prior = rng.normal(size=(2, 3, 4))
+    kl = partial(morel.balanced_kl, balance=0.8)
+    assert kl(posterior, prior) == pytest.approx(naive_kl(posterior, prior), rel=1e-4)
+    gradients = jax.grad(kl, argnums=(0, 1))(jnp.array(posterior), jnp.array(prior))
+    for i, share in enumerate((0.2, 0.8)):
+        for index in np.ndindex(3, 4):
+            ends = []
+            for step in (1e-5, -1e-5):
+                logits = [posterior.copy(), prior.copy()]
+                logits[i][index] += step
+                ends.append(naive_kl(*logits))
+            expected = share * (ends[0] - ends[1]) / 2e-5
+            assert gradients[i][index] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("with_key", [False, True])
+def test_a_latent_is_one_hot_and_its_gradient_that_of_the_probabilities(with_key):
+    rng = np.random.default_rng(0)
+    logits, weight = jnp.array(rng.normal(size=(5, 4, 6))), rng.normal(size=(5, 4, 6))
+    key = jax.random.key(0) if with_key else None
+    latent = morel.draw_latent(logits, key)
+    assert set(np.unique(latent)) == {0, 1}
+    assert (latent.sum(axis=-1) == 1).all()
+    assert (np.argmax(latent, -1) == np.argmax(logits, -1)).all() != with_key
+    gradient = jax.grad(lambda x: jnp.sum(morel.draw_latent(x, key) * weight))(logits)
+    expected = jax.grad(lambda x: jnp.sum(jax.nn.softmax(x) * weight))(logits)
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+    assert np.abs(gradient).max() > 0.01
+
+
+def test_upsampling_is_a_transposed_convolution():
+    x = np.random.default_rng(0).normal(size=(2, 7, 7, 3)).astype(np.float32)
+    ours, theirs = morel.Upsample(5, None), nn.ConvTranspose(5, (6, 6), (2, 2), padding="VALID")
+    params = ours.init(jax.random.key(0), x)["params"]["Conv_0"]
+    kernel = np.asarray(params["kernel"]).reshape(3, 3, 3, 2, 2, 5)  # i, j, C, row, column, C'
+    transposed = np.zeros((6, 6, 3, 5), np.float32)
+    for i, j, row, column in np.ndindex(3, 3, 2, 2):
+        transposed[1 + 2 * i - row, 1 + 2 * j - column] = kernel[i, j, :, row, column]
+    expected = theirs.apply({"params": {"kernel": transposed, "bias": np.zeros(5)}}, x)
+    assert expected.shape == (2, 18, 18, 5)
+    np.testing.assert_allclose(ours.apply({"params": {"Conv_0": params}}, x), expected, atol=1e-5)
+
+
+def test_frames_survive_the_way_to_images_and_back():
+    frames = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(morel.to_frame(morel.to_image(frames)), frames)
+    assert morel.to_frame(jnp.array([-2.0, 2.0])).tolist() == [0, 255]
+
+
+def test_windows_hold_the_action_and_the_reward_before_each_frame(store):
+    firsts = terminals = 0
+    for step in range(20):
+        batch = morel.sample_batch(store, 0, step, 4, 7)
+        windows = morel.model_windows(batch, clip_rewards=False)
+        assert windows.frame.shape == (4, 6, 84, 84)
+        for b, t in np.ndindex(4, 6):
+            frame, action = windows.frame[b, t], windows.action[b, t]
+            assert (frame == frame[0, 0]).all()
+            if windows.is_first[b, t]:
+                assert (frame[0, 0], action, windows.reward[b, t]) == (0, -1, 0)
+            else:
+                assert frame[0, 0] == 40 * (action + 1)
+                assert windows.reward[b, t] == action / 4
+            firsts += windows.is_first[b, t]
+            terminals += windows.terminal[b, t]
+            if windows.terminal[b, t] and t + 1 < 6:
+                assert windows.is_first[b, t + 1]
+        np.testing.assert_array_equal(windows.frame[:, :-1], batch.frames[:, 4:-1])
+        clipped = morel.model_windows(batch, clip_rewards=True)
+        np.testing.assert_array_equal(clipped.reward, np.minimum(windows.reward, 1))
+    assert firsts > terminals > 0
+
+
+def test_held_out_episodes_are_not_learned_from(store):
+    learn, heldout = morel.split_store(store, 30, seed=0)
+    sets = [{*x.episodes["id"].tolist()} for x in (learn, heldout)]
+    assert [len(ids) for ids in sets] == [6, 2]
+    assert sets[0] | sets[1] == set(range(8))
+    assert {*morel.split_store(store, 30, seed=1)[1].episodes["id"].tolist()} != sets[1]
+    for part in (learn, heldout):
+        starts = np.cumsum(store.episodes["length"]) - store.episodes["length"]
+        expected = np.concatenate(
+            [np.arange(starts[i], starts[i] + 25 + i) for i in part.episodes["id"]]
+        )
+        position = np.arange(part.num_steps)
+        episode = np.searchsorted(part.ends, position, side="right")
+        np.testing.assert_array_equal(position + part.shifts[episode], expected)
+    with pytest.raises(SystemExit, match="cannot be held out"):
+        morel.split_store(store, 99, seed=0)
+
+
+def test_shapes_and_types_at_the_default_sizes():
+    network = morel.make_world_model(9, morel.Args(dtype="bfloat16"))
+    frame = jnp.zeros((84, 84), jnp.uint8)
+    params = jax.eval_shape(
+        network.init, jax.random.key(0), morel.empty_state(network), jnp.int32(0), frame
+    )
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    windows = random_windows(2, 3)
+    outputs = jax.eval_shape(
+        lambda p: morel.observe(network, p, windows, jax.random.key(0)), params
+    )
+    state, prior, posterior = outputs
+    assert state.deter.shape == (2, 3, 1024)
+    assert prior.shape == posterior.shape == state.latent.shape == (2, 3, 32, 32)
+    decoded = jax.eval_shape(lambda p, s: network.apply(p, s, method="decode"), params, state)
+    assert [x.shape for x in decoded] == [(2, 3, 84, 84), (2, 3), (2, 3)]
+    assert {x.dtype for x in (*decoded, prior, posterior)} == {jnp.dtype("float32")}
+    assert params["params"]["encoder"]["Conv_3"]["kernel"].shape == (4, 4, 192, 384)
+    assert params["params"]["embedding_input"]["kernel"].shape == (3 * 3 * 384, 1000)
+    assert params["params"]["decoder"]["Dense_0"]["kernel"].shape == (2048, 1536)
+
+
+def test_the_prior_goes_on_from_a_filtered_state_as_the_filter_does(params):
+    windows = random_windows()
+    states, prior, _ = OBSERVE(params, windows)
+    before = jax.tree.map(lambda x: x[:, :-1], states)
+    after = morel.imagine(NETWORK, params, before, windows.action[:, 1:])
+    np.testing.assert_allclose(after.deter, states.deter[:, 1:], atol=1e-5)
+    np.testing.assert_array_equal(np.argmax(after.latent, -1), np.argmax(prior[:, 1:], -1))
+    other = morel.imagine(NETWORK, params, before, (windows.action[:, 1:] + 1) % 6)
+    assert np.abs(other.deter - after.deter).max() > 1e-3
+
+
+def test_filtering_goes_on_from_a_state_and_starts_afresh_at_a_first_frame(params):
+    windows = random_windows()
+    head, tail = (jax.tree.map(lambda x: x[:, part], windows) for part in (slice(2), slice(2, 5)))  # noqa: B023
+    whole, *_ = OBSERVE(params, windows)
+    middle = jax.tree.map(lambda x: x[:, -1], OBSERVE(params, head)[0])
+    going_on, *_ = OBSERVE(params, tail, state=middle)
+    np.testing.assert_allclose(going_on.deter, whole.deter[:, 2:], atol=1e-5)
+
+    is_first, action = windows.is_first.copy(), windows.action.copy()
+    is_first[1, 2], action[1, 2] = True, -1  # a new episode in the second window only
+    reset, *_ = OBSERVE(params, windows._replace(is_first=is_first, action=action))
+    alone = tail._replace(action=action[:, 2:])
+    afresh, *_ = OBSERVE(params, alone)
+    np.testing.assert_allclose(reset.deter[1, 2:], afresh.deter[1], atol=1e-5)
+    np.testing.assert_allclose(reset.deter[::2], whole.deter[::2], atol=1e-5)
+    assert np.abs(reset.deter[1, 2:] - whole.deter[1, 2:]).max() > 1e-3
+
+
+def test_the_loss_against_plain_numbers_and_its_gradient_reaches_every_parameter(params):
+    windows, key = random_windows(), jax.random.key(1)
+    loss = partial(morel.world_model_loss, windows=windows, key=key, network=NETWORK, args=ARGS)
+    gradient, losses = jax.jit(jax.grad(loss, has_aux=True))(params)
+    states, prior, posterior = OBSERVE(params, windows, key)
+    image, reward, logit = map(np.array, NETWORK.apply(params, states, method="decode"))
+    real = windows.frame / 255 - 0.5
+    p = 1 / (1 + np.exp(-logit))
+    expected = {
+        "image": 0.5 * ((image - real) ** 2).sum() / 15,
+        "reward": 0.5 * ((reward - windows.reward) ** 2).mean(),
+        "terminal": -np.log(np.where(windows.terminal, p, 1 - p)).mean(),
+        "kl": 0.1 * naive_kl(np.array(posterior), np.array(prior)) / 15,
+    }
+    expected["total"] = sum(expected.values())
+    assert losses == pytest.approx(expected, rel=1e-3)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_training_ends_when_the_held_out_loss_has_stopped_falling():
+    reference, steps = np.array([np.inf, 0]), []
+    for step, loss in enumerate((100, 99.6, 99.4, 99.0, 98.8, 98.0), start=1):
+        reference = morel.last_improvement(reference, loss, step, 0.005)
+        steps.append(int(reference[1]))
+    assert steps == [1, 1, 3, 3, 5, 6]
+
+
+def test_a_small_model_overfits_real_segments_and_beats_copying_the_last_frame():
+    """One-step predictions of the prior; ten segments of random play in the game."""
+    env, rng, length = morel.make_env("Riverraid", 10), np.random.default_rng(0), 4
+    num_actions = int(env.single_action_space.n)
+    observation, _ = env.reset(seed=np.arange(10, dtype=np.int32))
+    frames, actions = [observation[:, -1]], [np.full(10, -1)]
+    for _ in range(60):
+        actions.append(rng.integers(num_actions, size=10))
+        observation, *_ = env.step(actions[-1].astype(np.int32))
+        frames.append(observation[:, -1])
+    frames = np.stack(frames[-length:], axis=1)  # [10, T, 84, 84]
+    actions = np.stack(actions[-length:], axis=1).astype(np.int32)
+    zeros = np.zeros(actions.shape, bool)
+    windows = morel.Windows(frames, actions, zeros.astype(np.float32), zeros, zeros)
+    args = morel.Args(
+        **dict(members=1, deter=32, hidden=32, latents=8, classes=8, depth=6, head_units=16),
+        model_learning_rate=4e-3,
+    )
+    network = morel.make_world_model(num_actions, args)
+    params = morel.init_members(jax.random.key(0), network, 1)
+    opt_state = jax.vmap(morel.model_optimizer(args).init)(params)
+    sums = {name: jnp.float32(0) for name in morel.MODEL_METRICS}
+    state = morel.ModelState(params, opt_state, jnp.int32(0), sums)
+    batch = jax.tree.map(lambda x: x[:, None], windows)
+    for _ in range(175):
+        state, _ = morel.update_world_model(state, batch, jax.random.key(1), network, args)
+
+    @jax.jit
+    def predict(params):
+        states, *_ = morel.observe(network, params, windows)
+        before = jax.tree.map(lambda x: x[:, :-1], states)
+        after = morel.imagine(network, params, before, actions[:, 1:])
+        return network.apply(params, after, method="decode").image
+
+    image = np.array(morel.to_image(frames))
+    error = np.mean((predict(jax.tree.map(lambda x: x[0], state.params)) - image[:, 1:]) ** 2)
+    copy_error = np.mean((image[:, :-1] - image[:, 1:]) ** 2)
+    assert error < copy_error
+
+
+def lines(folder) -> list[dict]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def trained(store, cache_dir, tmp_path_factory):
+    """A world model trained in this process: (its folder, a function that trains in a folder).
+
+    After it nothing catches Ctrl-C.
+    """
+    folder = tmp_path_factory.mktemp("run") / "world-model"
+    handlers, mesh = {}, jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def train(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(signal, "signal", handlers.__setitem__)
+            morel.train_world_model(ARGS, store, NETWORK, mesh, folder)
+
+    train(folder)
+    assert handlers[signal.SIGINT] is signal.default_int_handler
+    return folder, train
+
+
+def test_a_world_model_leaves_its_folder(trained, capsys):
+    model, train = trained
+    assert (model / "world_model.png").read_bytes()[:4] == b"\x89PNG"
+    written = lines(model)
+    assert [x["update"] for x in written if "losses/total" in x] == [2, 4, 6, 8, 10, 12]
+    evaluations = [x for x in written if "heldout/total" in x]
+    assert [x["update"] for x in evaluations] == [4, 8, 12]
+    for name in ("error_1", "error_5", "error_15", "copy_error_1", "copy_error_15"):
+        assert all(x[f"heldout/{name}"] >= 0 for x in evaluations)
+    best = min(evaluations, key=lambda x: x["heldout/total"])
+    assert written[-1]["final/best_update"] == best["update"]
+    assert written[-1]["final/heldout_total"] == best["heldout/total"]
+    assert written[-1]["final/updates"] == 12
+    before = (model / "metrics.jsonl").read_bytes()
+    train(model)  # is finished
+    assert (model / "metrics.jsonl").read_bytes() == before
+
+
+def test_kill_and_resume_give_the_numbers_of_a_whole_run(trained, script, store, tmp_path):
+    whole, train = trained
+    options = [*TINY.split(), "--dataset", store.path, "--run-dir", "killed"]
+    process = script("morel_atari.py", *options, wait=False)
+    model = tmp_path / "killed-world-model"
+    while not (model / "checkpoints" / "4").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (model / "members").exists()
+    train(model)
+    assert len(json.loads((model / "config.json").read_text())["starts"]) == 2
+    assert lines(model) == lines(whole)
+
+
+def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trained, tmp_path):
+    model, _ = trained
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    load = partial(morel.load_world_model, network=NETWORK, sharding=sharding)
+    params = load(model, args=ARGS)
+    assert {x.shape[0] for x in jax.tree.leaves(params)} == {2}
+    (tmp_path / "empty").mkdir()
+    for path, change, message in (
+        (tmp_path / "nowhere", {}, "There is no trained world model in .*nowhere"),
+        (tmp_path / "empty", {}, "There is no trained world model in .*empty"),
+        (model, {"env_id": "Breakout"}, "a world model of Pong, not of Breakout"),
+        (model, {"depth": 4, "members": 1}, "a world model with members 2, depth 2: give"),
+        (model, {"clip_rewards": False}, "a world model with clip_rewards True: give"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            load(path, args=dataclasses.replace(ARGS, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"members": 0}, "--members is 0; give at least 2"),
+        ({"heldout_percent": 0.0}, "--heldout-percent is 0"),
+        ({"kl_balance": 1.5}, "--kl-balance must be from 0 to 1"),
+    ],
+)
+def test_bad_arguments_give_one_sentence(change, message):
+    with pytest.raises(SystemExit, match=message):
+        morel.check_args(morel.Args(**change))
