@@ -281,12 +281,13 @@ def trained(store, cache_dir, tmp_path_factory):
     After it nothing catches Ctrl-C.
     """
     folder = tmp_path_factory.mktemp("run") / "world-model"
-    handlers, mesh = {}, jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    args, handlers = dataclasses.replace(ARGS, dataset=store.path), {}
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def train(folder):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(signal, "signal", handlers.__setitem__)
-            morel.train_world_model(ARGS, store, NETWORK, mesh, folder)
+            morel.train_world_model(args, store, NETWORK, mesh, folder)
 
     train(folder)
     assert handlers[signal.SIGINT] is signal.default_int_handler
