@@ -70,6 +70,23 @@ def toy_store(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def asterix_store(tmp_path_factory) -> Path:
+    """Five short episodes of random frames in the native format."""
+    import rosmo_atari
+
+    path, rng = tmp_path_factory.mktemp("store") / "Asterix-dqn-test", np.random.default_rng(0)
+    meta = {"env_id": "Asterix", "source": "dqn", "percent": 100.0, "num_actions": 9}
+    meta |= {"steps_per_checkpoint": 100, "rom_sha256": rosmo_atari.rom_digest("Asterix")}
+    with rosmo_atari.write_store(path, meta) as writer:
+        for i in range(5):
+            frames = rng.integers(0, 256, (30 + i, 84, 84), dtype=np.uint8)
+            action = rng.integers(0, 9, len(frames))
+            reward = rng.normal(size=len(frames)).astype(np.float32)
+            writer.add(frames, action, reward, i % 2 == 0, i // 2, i, float(reward.sum()))
+    return path
+
+
+@pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory) -> Path:
     """One folder of compiled programs for all workers, so that each program is compiled once."""
     return tmp_path_factory.getbasetemp().parent / "compilation-cache"

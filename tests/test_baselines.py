@@ -103,7 +103,7 @@ def test_crr_against_a_loop(weight):
 
 def test_crr_weights_have_one_axis_are_capped_and_gate_in_binary_form():
     advantage = jnp.array([-1000.0, -1.0, 0.0, 1.0, 3.0, 1000.0])
-    weight = crr.regression_weight(advantage, crr.Args())
+    weight = crr.regression_weight(advantage, crr.Args(beta=1.0))
     assert weight.shape == (6,)
     np.testing.assert_allclose(weight, [0, math.exp(-1), 1, math.e, 20, 20], rtol=1e-5)
     weight = crr.regression_weight(advantage, crr.Args(weight="binary"))

@@ -6,7 +6,6 @@ import inspect
 import json
 import math
 import signal
-import time
 from functools import partial
 
 import jax
@@ -380,27 +379,19 @@ def world_model(members, tmp_path):
     return folder
 
 
-def test_kill_and_resume_give_the_numbers_of_a_whole_run(run, script, store, world_model, tmp_path):
-    """Killed between two generations of rollouts."""
-    longer = ["--total-updates", 40, "--eval-every", 40, "--checkpoint-every", 8]
-    longer += ["--rollout-every", 5, "--world-model", world_model]
-    run("whole", *longer)
+def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(run, world_model, tmp_path):
+    options = ["--eval-every", 8, "--checkpoint-every", 8, "--rollout-every", 5]
+    options += ["--world-model", world_model]
+    run("whole", "--total-updates", 40, *options)
     whole = lines(tmp_path / "whole")
     losses = [x for x in whole if "losses/total" in x]
     assert [x["update"] for x in losses] == list(range(2, 41, 2))
     assert all(0.3 < x["charts/model_share"] < 0.9 for x in losses)
     assert len({x["charts/masked"] for x in losses}) > 5
-    options = [*TINY.split(), "--dataset", store.path, "--run-dir", "killed", *longer]
-    process = script("combo_atari.py", *options, wait=False)
-    while not (tmp_path / "killed" / "checkpoints" / "8").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    assert len(lines(tmp_path / "killed")) < len(losses)
-    run("killed", *longer)
-    assert len(json.loads((tmp_path / "killed" / "config.json").read_text())["starts"]) == 2
-    assert lines(tmp_path / "killed") == whole
+    run("stopped", "--total-updates", 8, *options)
+    assert len(lines(tmp_path / "stopped")) < len(losses)
+    run("stopped", "--total-updates", 40, *options)
+    assert lines(tmp_path / "stopped") == whole
 
 
 def test_a_world_model_that_does_not_fit_is_refused_with_one_sentence(run, world_model, tmp_path):

@@ -434,17 +434,17 @@ def lines(folder) -> list[dict]:
 
 
 def test_one_ctrl_c_stops_the_second_phase_which_goes_on_exactly(
-    toy_store, cache_dir, tmp_path, monkeypatch, capsys
+    asterix_store, cache_dir, tmp_path, monkeypatch, capsys
 ):
     """With the sizes of test_runs_atari.py, so that each program is compiled once for both."""
     model, handlers = tmp_path / "model", {}
     options = [*test_runs_atari.TINY, *test_runs_atari.LESS["morel_atari.py"]]
-    options += ["--dataset", toy_store.path, "--world-model", model]
+    options += ["--dataset", asterix_store, "--world-model", model]
 
     def parse(*more):
         return tyro.cli(morel.Args, args=[str(option) for option in (*options, *more)])
 
-    network = morel.make_world_model(6, parse())
+    network = morel.make_world_model(9, parse())
     with ocp.StandardCheckpointer() as checkpointer:
         members = morel.init_members(jax.random.key(0), network, parse().members)
         checkpointer.save(model / "members", members)

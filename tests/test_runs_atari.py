@@ -9,7 +9,6 @@ import time
 from functools import partial
 
 import cv2
-import numpy as np
 import pytest
 import tyro
 from conftest import ROOT
@@ -35,21 +34,6 @@ LESS["combo_atari.py"] = [*BINS, *WORLD_MODEL.split(), *ROLLOUTS.split()]
 SPEED = ("wall_time", "charts/updates_per_second", "charts/data_wait")
 
 
-@pytest.fixture(scope="session")
-def store(tmp_path_factory):
-    """Five short episodes of random frames in the native format."""
-    path, rng = tmp_path_factory.mktemp("store") / "Asterix-dqn-test", np.random.default_rng(0)
-    meta = {"env_id": "Asterix", "source": "dqn", "percent": 100.0, "num_actions": 9}
-    meta |= {"steps_per_checkpoint": 100, "rom_sha256": rosmo_atari.rom_digest("Asterix")}
-    with rosmo_atari.write_store(path, meta) as writer:
-        for i in range(5):
-            frames = rng.integers(0, 256, (30 + i, 84, 84), dtype=np.uint8)
-            action = rng.integers(0, 9, len(frames))
-            reward = rng.normal(size=len(frames)).astype(np.float32)
-            writer.add(frames, action, reward, i % 2 == 0, i // 2, i, float(reward.sum()))
-    return path
-
-
 def lines(folder) -> list[dict]:
     """The metrics of a run without the time that it took."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
@@ -57,11 +41,11 @@ def lines(folder) -> list[dict]:
 
 
 @pytest.fixture
-def atari(script, store):
+def atari(script, asterix_store):
     """Starts rosmo_atari.py on the small store: atari("--seed", 1)."""
 
     def start(*arguments, wait=True, **environment):
-        options = [*TINY, *LESS["rosmo_atari.py"], "--dataset", store, *arguments]
+        options = [*TINY, *LESS["rosmo_atari.py"], "--dataset", asterix_store, *arguments]
         return script("rosmo_atari.py", *options, wait=wait, **environment)
 
     return start
@@ -101,7 +85,7 @@ def test_a_run_leaves_all_its_artefacts(atari, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "rosmo_atari.py"])
 def test_the_siblings_leave_the_same_and_go_on_exactly(
-    name, store, cache_dir, tmp_path, monkeypatch
+    name, asterix_store, cache_dir, tmp_path, monkeypatch
 ):
     """In this process and with short games, which is quicker; the rest is as in rosmo_atari.py."""
     module = importlib.import_module(name.removesuffix(".py"))
@@ -112,7 +96,7 @@ def test_the_siblings_leave_the_same_and_go_on_exactly(
 
     def run(folder: str, total_updates: int) -> None:
         options = ["--run-dir", tmp_path / folder, "--total-updates", total_updates]
-        options = [*TINY, *LESS[name], "--dataset", store, *options]
+        options = [*TINY, *LESS[name], "--dataset", asterix_store, *options]
         module.main(tyro.cli(module.Args, args=[str(option) for option in options]))
 
     run("whole", 8)
