@@ -20,7 +20,7 @@ latents (DreamerV2: Hafner et al., 2021).
 
 The world model is a run of its own in {run folder}-world-model: config.json, metrics.jsonl,
 checkpoints/, members/ (the trained ensemble) and world_model.png, real frames above open-loop
-predictions. ROSMO's paper gives no details of this baseline: it is our reconstruction.
+predictions. The paper (F.1) names the parts, not their sizes: the rest is our reconstruction.
 1. Frames stay 84 x 84; the decoder's kernels are 7, 6, 6, 6 for that size, and it predicts the
    difference from a learned image, at first the data's mean. The model sees intensity / 255 - 0.5.
 2. The members differ in their first parameters and in their batches. Each is clipped on its own.
