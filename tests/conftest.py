@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmark"))
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -45,6 +46,13 @@ def write_catch_dataset(path: Path, num_episodes: int, seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, header=np.array(header), **arrays)
     return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Or they would hold gigabytes by the end."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -380,17 +380,17 @@ def world_model(members, tmp_path):
 
 
 def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(run, world_model, tmp_path):
-    options = ["--eval-every", 8, "--checkpoint-every", 8, "--rollout-every", 5]
+    options = ["--eval-every", 8, "--checkpoint-every", 8, "--rollout-every", 3]
     options += ["--world-model", world_model]
-    run("whole", "--total-updates", 40, *options)
+    run("whole", "--total-updates", 24, *options)
     whole = lines(tmp_path / "whole")
     losses = [x for x in whole if "losses/total" in x]
-    assert [x["update"] for x in losses] == list(range(2, 41, 2))
+    assert [x["update"] for x in losses] == list(range(2, 25, 2))
     assert all(0.3 < x["charts/model_share"] < 0.9 for x in losses)
     assert len({x["charts/masked"] for x in losses}) > 5
     run("stopped", "--total-updates", 8, *options)
     assert len(lines(tmp_path / "stopped")) < len(losses)
-    run("stopped", "--total-updates", 40, *options)
+    run("stopped", "--total-updates", 24, *options)
     assert lines(tmp_path / "stopped") == whole
 
 
