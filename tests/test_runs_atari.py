@@ -173,11 +173,16 @@ def test_several_devices_and_several_processes_give_the_numbers_of_one(atari, tm
         (["--learning-rate", "1e30", "--total-updates", "40"], "The loss is"),
     ],
 )
-def test_bad_input_gives_one_sentence(atari, arguments, message):
-    result = atari(*arguments)
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_bad_input_gives_one_sentence(
+    asterix_store, cache_dir, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    options = [*TINY, *LESS["rosmo_atari.py"], "--dataset", asterix_store, *arguments]
+    with pytest.raises(SystemExit, match=message) as end:
+        rosmo_atari.main(tyro.cli(rosmo_atari.Args, args=[str(option) for option in options]))
+    assert isinstance(end.value.code, str)  # goes to stderr, and the exit status is 1
 
 
 def test_a_machine_without_an_accelerator_says_what_the_paper_would_take(capsys):
