@@ -353,14 +353,20 @@ def lines(folder) -> list[dict]:
 
 @pytest.fixture
 def run(store, cache_dir, tmp_path, monkeypatch):
-    """Runs main in this process, with short games: run("folder", "--seed", 1)."""
-    short = partial(combo.evaluate, max_num_frames_per_episode=400)
-    monkeypatch.setattr(combo, "evaluate", short)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    """Runs main in this process, with short games: run("folder", "--seed", 1).
+
+    Runs of the same arguments share their compiled programs. `stop` is Ctrl-C at an evaluation.
+    """
+    short, handlers = partial(combo.evaluate, max_num_frames_per_episode=400), {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
 
-    def start(folder, *arguments):
-        options = [*TINY.split(), "--dataset", store.path, "--run-dir", tmp_path / folder]
+    def start(folder, *arguments, stop=False):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        interrupt = lambda *x: handlers[signal.SIGINT]() or short(*x)  # noqa: E731
+        monkeypatch.setattr(combo, "evaluate", interrupt if stop else short)
+        options = [*TINY.split(), "--dataset", store.path, "--run-dir", "run"]
         options = [str(option) for option in (*options, *arguments)]
         combo.main(tyro.cli(combo.Args, args=options))
 
@@ -381,17 +387,18 @@ def world_model(members, tmp_path):
 
 def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(run, world_model, tmp_path):
     options = ["--eval-every", 8, "--checkpoint-every", 8, "--rollout-every", 3]
-    options += ["--world-model", world_model]
-    run("whole", "--total-updates", 24, *options)
-    whole = lines(tmp_path / "whole")
+    options += ["--total-updates", 24, "--world-model", world_model]
+    run("whole", *options)
+    whole = lines(tmp_path / "whole" / "run")
     losses = [x for x in whole if "losses/total" in x]
     assert [x["update"] for x in losses] == list(range(2, 25, 2))
     assert all(0.3 < x["charts/model_share"] < 0.9 for x in losses)
     assert len({x["charts/masked"] for x in losses}) > 5
-    run("stopped", "--total-updates", 8, *options)
-    assert len(lines(tmp_path / "stopped")) < len(losses)
-    run("stopped", "--total-updates", 24, *options)
-    assert lines(tmp_path / "stopped") == whole
+    with pytest.raises(SystemExit, match="130"):
+        run("stopped", *options, stop=True)
+    assert lines(tmp_path / "stopped" / "run")[-1]["update"] == 8
+    run("stopped", *options)
+    assert lines(tmp_path / "stopped" / "run") == whole
 
 
 def test_a_world_model_that_does_not_fit_is_refused_with_one_sentence(run, world_model, tmp_path):

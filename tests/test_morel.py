@@ -454,14 +454,16 @@ def test_one_ctrl_c_stops_the_second_phase_which_goes_on_exactly(
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
     monkeypatch.setattr(morel, "evaluate", lambda *_: [1.0])
 
-    def run(name: str):
-        morel.main(parse("--run-dir", tmp_path / name))
-        return lines(tmp_path / name)
+    def run(name: str):  # with the same arguments, so that it is compiled once
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        morel.main(parse("--run-dir", "run"))
+        return lines(tmp_path / name / "run")
 
     whole = run("whole")
     rates = [whole[0][f"charts/halt_rate_{name}"] for name in ("logged", "random")]
     assert all(0 <= rate <= 1 for rate in rates)
-    assert (tmp_path / "whole" / "discrepancy.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "whole" / "run" / "discrepancy.png").read_bytes()[:4] == b"\x89PNG"
 
     draw = morel.draw_discrepancies
     with monkeypatch.context() as patch:

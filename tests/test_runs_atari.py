@@ -88,23 +88,30 @@ def test_the_siblings_leave_the_same_and_go_on_exactly(
     name, asterix_store, cache_dir, tmp_path, monkeypatch
 ):
     """In this process and with short games, which is quicker; the rest is as in rosmo_atari.py."""
-    module = importlib.import_module(name.removesuffix(".py"))
-    short = partial(module.evaluate, max_num_frames_per_episode=400)
-    monkeypatch.setattr(module, "evaluate", short)
+    module, handlers = importlib.import_module(name.removesuffix(".py")), {}
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    short = partial(module.evaluate, max_num_frames_per_episode=400)
 
-    def run(folder: str, total_updates: int) -> None:
-        options = ["--run-dir", tmp_path / folder, "--total-updates", total_updates]
-        options = [*TINY, *LESS[name], "--dataset", asterix_store, *options]
+    def short_and_stopped(*arguments):
+        handlers[signal.SIGINT]()
+        return short(*arguments)
+
+    def run(folder: str, evaluate) -> None:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        monkeypatch.setattr(module, "evaluate", evaluate)
+        options = [*TINY, *LESS[name], "--dataset", asterix_store, "--run-dir", "run"]
         module.main(tyro.cli(module.Args, args=[str(option) for option in options]))
 
-    run("whole", 8)
-    run("stopped", 4)
-    run("stopped", 8)
+    run("whole", short)
+    with pytest.raises(SystemExit, match="130"):
+        run("stopped", short_and_stopped)  # by the first evaluation
+    assert [x["update"] for x in lines(tmp_path / "stopped" / "run")] == [2, 4, 4]
+    run("stopped", short)
     for folder in ("whole", "stopped"):
-        check_artefacts(tmp_path / folder)
-    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+        check_artefacts(tmp_path / folder / "run")
+    assert lines(tmp_path / "stopped" / "run") == lines(tmp_path / "whole" / "run")
 
 
 def test_kill_and_resume_give_the_numbers_of_a_whole_run(atari, tmp_path):
