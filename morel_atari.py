@@ -1676,12 +1676,13 @@ def sample_starts(
 ) -> tuple[Windows, np.ndarray]:
     """Windows [N, warm_up] that end where imagined episodes start, `rows` of `count` of them.
 
-    Half of them end with the first frame of an episode, half anywhere. Also the logged actions
-    [N, horizon] that follow, -1 from the end of the episode on.
+    Half of them end with the first frame of an episode, half anywhere but with a last one. Also
+    the logged actions [N, horizon] that follow, -1 from the end of the episode on.
     """
     rng = np.random.default_rng(entropy)
     first = rng.choice(store.ends - store.episodes["length"], count)
     position = np.where(rng.random(count) < 0.5, first, rng.integers(store.num_steps, size=count))
+    position -= np.isin(position, store.ends - 1)  # nothing follows an episode's last frame
 
     def index(offsets):
         offset = (position[rows, None] + offsets) % store.num_steps

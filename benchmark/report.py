@@ -53,6 +53,13 @@ class Item(NamedTuple):
 
 
 NOISES = (0.0, 0.1, 0.3, 0.5)
+SMALL = (
+    ("dataset", Path("data/atari/Breakout-dqn-60k")),
+    ("channels", 16),
+    ("batch_size", 16),
+    ("eval_episodes", 5),
+    ("final_eval_episodes", 20),
+)
 LOW_DATA = (("data_percent", 10.0),)
 ITEMS = {
     "table1": Item(
@@ -96,13 +103,7 @@ ITEMS = {
         "Five methods on Breakout, small",
         *("curves", "env_id", ("Breakout",), ("Atari",)),
         methods={k: (v.replace("bsuite", "atari"), a) for k, (v, a) in FIVE.items()},
-        common=(
-            ("dataset", Path("data/atari/Breakout-dqn-60k")),
-            ("channels", 16),
-            ("batch_size", 16),
-            ("eval_episodes", 5),
-            ("final_eval_episodes", 20),
-        ),
+        common=SMALL,
         claim="On Breakout at the paper's size: ROSMO 441, CQL 418, MuZero Unplugged 390, CRR 219, "
         "BC 85 (Table 8).",
     ),
@@ -121,6 +122,18 @@ ITEMS = {
         "CQL's α and learning rate on catch",
         *("table", "cql_alpha", (0.01, 0.05, 0.1, 0.5, 1.0, 4.0), TASKS[:1]),
         methods={f"{rate:g}": ("cql_bsuite", {"learning_rate": rate}) for rate in (7e-4, 5e-5)},
+    ),
+    "sweep_crr_atari": Item(
+        "CRR's β on Breakout, small",
+        *("curves", "beta", (0.1, 0.3, 1.0), ("Breakout",)),
+        methods={"CRR": ("crr_atari", {})},
+        common=SMALL,
+    ),
+    "sweep_cql_atari": Item(
+        "CQL's α on Breakout, small",
+        *("curves", "cql_alpha", (0.1, 1.0, 4.0), ("Breakout",)),
+        methods={"CQL": ("cql_atari", {})},
+        common=SMALL,
     ),
 }
 
@@ -212,16 +225,18 @@ def find_cells(item: Item, runs: list[Run], total_updates: int) -> dict[tuple, R
     return cells
 
 
-def interquartile_means(item: Item, cells: dict) -> dict[tuple, tuple[float, float, float]]:
+def interquartile_means(
+    item: Item, cells: dict, tasks: tuple[str, ...]
+) -> dict[tuple, tuple[float, float, float]]:
     """IQM over seeds and tasks of the normalised score, with a 95% stratified bootstrap interval.
 
     Returns:
-      (estimate, low, high) by (method, value), where every task has a run.
+      (estimate, low, high) by (method, value), where each of `tasks` has a run.
     """
     scores = {}
     for method in item.methods:
         for value in item.values:
-            column = [cells[method, value, task] for task in item.tasks]
+            column = [cells[method, value, task] for task in tasks]
             if None not in column:
                 count = min(len(run.seeds) for run in column)
                 scores[method, value] = np.stack([run.score[:count] for run in column], axis=1)
@@ -235,18 +250,26 @@ def interquartile_means(item: Item, cells: dict) -> dict[tuple, tuple[float, flo
     return {k: (float(means[k][0]), *map(float, intervals[k][:, 0])) for k in scores}
 
 
-def draw_aggregate(item: Item, estimates: dict, path: Path) -> None:
-    axes = (figure := Figure((6, 4), layout="constrained")).subplots()
-    for method in item.methods:
-        values = [value for value in item.values if (method, value) in estimates]
-        if values:
-            mean, low, high = np.transpose([estimates[method, value] for value in values])
-            positions = [item.values.index(value) for value in values]
-            (line,) = axes.plot(positions, mean, marker="o", label=method)
-            axes.fill_between(positions, low, high, alpha=0.2, color=line.get_color())
-    axes.set_xticks(range(len(item.values)), item.values)
-    axes.set(xlabel=item.parameter, ylabel="IQM of the normalised score", title=item.title)
-    axes.legend()
+def draw_aggregate(item: Item, cells: dict, path: Path) -> None:
+    """One panel for all tasks, where they have been run, and one for each."""
+    groups = {"all tasks": item.tasks} | {task: (task,) for task in item.tasks}
+    panels = {name: interquartile_means(item, cells, tasks) for name, tasks in groups.items()}
+    panels = {name: estimates for name, estimates in panels.items() if estimates}
+    figure = Figure((0.8 + 3.2 * len(panels), 3.6), layout="constrained")
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, estimates) in zip(row, panels.items(), strict=True):
+        for i, method in enumerate(item.methods):
+            values = [value for value in item.values if (method, value) in estimates]
+            if values:
+                mean, low, high = np.transpose([estimates[method, value] for value in values])
+                positions = [item.values.index(value) for value in values]
+                axes.plot(positions, mean, color=f"C{i}", marker="o", label=method)
+                axes.fill_between(positions, low, high, color=f"C{i}", alpha=0.2)
+        axes.set_xticks(range(len(item.values)), item.values)
+        axes.set(xlabel=item.parameter, title=name)
+    row[0].set_ylabel("IQM of the normalised score")
+    row[0].legend()
+    figure.suptitle(item.title)
     figure.savefig(path, dpi=120)
 
 
@@ -298,7 +321,9 @@ def write_page(name: str, item: Item, cells: dict, estimates: dict, args: Args) 
             row = [text.get((method, value, head), "") for value in item.values]
             lines += ["| " + " | ".join([method, *row]) + " |"]
         lines += [""]
-    caption = "Mean and standard deviation over seeds of the final mean return, 100 episodes."
+    counts = sorted({run.config["args"]["final_eval_episodes"] for run in runs.values()})
+    caption = "Mean and standard deviation over seeds of the final mean return, "
+    caption += f"{' or '.join(map(str, counts))} episodes."
     if estimates:
         caption += " IQM of the normalised score over seeds and tasks, 95% stratified bootstrap."
     lines += [caption, ""]
@@ -342,9 +367,9 @@ def main(args: Args) -> None:
         if not any(cells.values()):
             where = ", ".join(map(str, args.runs))
             raise SystemExit(f"No run of {name} with {args.total_updates:,} updates in {where}.")
-        estimates = interquartile_means(item, cells) if item.form != "table" else {}
+        estimates = interquartile_means(item, cells, item.tasks) if item.form != "table" else {}
         if item.form == "aggregate":
-            draw_aggregate(item, estimates, args.out / f"{name}.png")
+            draw_aggregate(item, cells, args.out / f"{name}.png")
         elif item.form == "curves":
             draw_curves(item, cells, args.out / f"{name}.png")
         write_page(name, item, cells, estimates, args)

@@ -391,6 +391,7 @@ def test_starts_are_half_first_frames_and_end_where_the_logged_actions_go_on(toy
             assert shades[i, t] == (0 if first else 40 * (windows.action[i, t] + 1))
         firsts += windows.is_first[i, -1]
         ends += actions[i, -1] == -1
+        assert actions[i, 0] >= 0  # a last frame is no start
         assert (np.diff(actions[i] == -1) >= 0).all()
     assert 0.4 < firsts / count < 0.65
     assert 0 < ends < 50
