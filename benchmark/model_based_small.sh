@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# MOReL and COMBO on a small local dataset of MsPacman, with one world model, sized for a CPU core.
+#   bash benchmark/model_based_small.sh
+# Finished runs are skipped and stopped ones go on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ ! -e data/atari/MsPacman-dqn-60k ]; then
+    python benchmark/collect_atari.py --env-id MsPacman --num-steps 60000 --replay-start 2000 \
+        --epsilon-steps 15000
+fi
+small="--env-id MsPacman --dataset data/atari/MsPacman-dqn-60k --batch-size 16 --members 2"
+small="$small --deter 128 --hidden 128 --latents 16 --classes 16 --depth 12 --head-units 64"
+small="$small --eval-episodes 5 --final-eval-episodes 20"
+python morel_atari.py $small --model-batch-size 8 --model-length 12 --model-learning-rate 1e-3 \
+    --model-updates 2000 --model-eval-every 200 --channels 8 --rollout-length 32 \
+    --total-updates 300 --anneal-updates 300 --halt-batches 8 \
+    --run-dir runs/morel_atari/MsPacman-dqn-60k "$@"
+python combo_atari.py $small --world-model runs/morel_atari/MsPacman-dqn-60k-world-model \
+    --channels 16 --rollout-starts 64 --total-updates 3000 \
+    --run-dir runs/combo_atari/MsPacman-dqn-60k "$@"
