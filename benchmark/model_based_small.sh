@@ -12,8 +12,8 @@ small="--env-id MsPacman --dataset data/atari/MsPacman-dqn-60k --batch-size 16 -
 small="$small --deter 128 --hidden 128 --latents 16 --classes 16 --depth 12 --head-units 64"
 small="$small --eval-episodes 5 --final-eval-episodes 20"
 python morel_atari.py $small --model-batch-size 8 --model-length 12 --model-learning-rate 1e-3 \
-    --model-updates 2000 --model-eval-every 200 --channels 8 --rollout-length 32 \
-    --total-updates 300 --anneal-updates 300 --halt-batches 8 \
+    --model-updates 2000 --model-eval-every 200 --channels 8 --rollout-length 32 --starts 1 \
+    --epochs 2 --learning-rate 1e-3 --total-updates 200 --anneal-updates 200 --halt-batches 8 \
     --run-dir runs/morel_atari/MsPacman-dqn-60k "$@"
 python combo_atari.py $small --world-model runs/morel_atari/MsPacman-dqn-60k-world-model \
     --channels 16 --rollout-starts 64 --total-updates 3000 \
