@@ -1677,7 +1677,7 @@ def combo_loss(params, target_params, batch: Batch, network: CQLNetwork, args: A
         "charts/model_share": jnp.sum(moving & ~is_real) / jnp.sum(moving),
     }
     for name, rows in (("real", moving & is_real), ("model", moving & ~is_real)):
-        for part, values in (("q", q_logged), ("reward", reward[:, 0])):
+        for part, values in (("q", q_logged), ("gap", gap), ("reward", reward[:, 0])):
             metrics[f"charts/{part}_{name}"] = jnp.sum(values * rows) / jnp.maximum(1, rows.sum())
     return total, metrics
 
@@ -1692,6 +1692,8 @@ METRICS = (
     "charts/q_target",
     "charts/q_min",
     "charts/gap",
+    "charts/gap_real",
+    "charts/gap_model",
     "charts/reward_real",
     "charts/reward_model",
     "charts/model_share",
