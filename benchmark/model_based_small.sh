@@ -16,5 +16,6 @@ python morel_atari.py $small --model-batch-size 8 --model-length 12 --model-lear
     --epochs 2 --learning-rate 1e-3 --total-updates 200 --anneal-updates 200 --halt-batches 8 \
     --run-dir runs/morel_atari/MsPacman-dqn-60k "$@"
 python combo_atari.py $small --world-model runs/morel_atari/MsPacman-dqn-60k-world-model \
-    --channels 16 --rollout-starts 64 --total-updates 3000 \
+    --channels 16 --rollout-starts 64 --rollout-epsilon 1 --target-update-every 500 \
+    --total-updates 30000 \
     --run-dir runs/combo_atari/MsPacman-dqn-60k "$@"
