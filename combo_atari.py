@@ -46,6 +46,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import shutil
 import signal
@@ -942,7 +943,8 @@ class Encoder(nn.Module):
 class Upsample(nn.Module):
     """Transposed convolution, kernel 6, stride 2: [..., n, n, C] -> [..., 2n + 4, 2n + 4, C'].
 
-    As a convolution that gives the pixels of 2 x 2 blocks: the same, and faster on a CPU.
+    As a convolution that gives the pixels of 2 x 2 blocks: the same, and faster on a CPU, which
+    also takes a padded input better than a padded convolution, whose gradient is slow.
     """
 
     channels: int
@@ -950,7 +952,8 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(4 * self.channels, (3, 3), padding=2, dtype=self.dtype)(x)
+        x = jnp.pad(x, [*[(0, 0)] * (x.ndim - 3), (2, 2), (2, 2), (0, 0)])
+        x = nn.Conv(4 * self.channels, (3, 3), padding="VALID", dtype=self.dtype)(x)
         *batch, rows, columns, _ = x.shape
         x = x.reshape(*batch, rows, columns, 2, 2, self.channels).swapaxes(-4, -3)
         return x.reshape(*batch, 2 * rows, 2 * columns, self.channels)
@@ -1195,7 +1198,7 @@ MODEL_SIZES = "members deter hidden latents classes depth head_units clip_reward
 
 
 class ModelState(NamedTuple):
-    """Every leaf of `params` and `opt_state` has a first axis for the members."""
+    """Of a member."""
 
     params: Any
     opt_state: Any
@@ -1232,29 +1235,30 @@ def init_members(key, network: WorldModel, num_members: int):
 
 
 @partial(jax.jit, static_argnames=("network", "args"), donate_argnames="state")
-def update_world_model(
+def update_member(
     state: ModelState, windows: Windows, key, network: WorldModel, args: Args
 ) -> tuple[ModelState, jax.Array]:
-    """One update of every member on windows [B, E, T, ...] of its own -> (state, mean loss)."""
+    """One update of a member on windows [B, T] -> (state, loss).
 
-    def update_member(params, opt_state, windows, key):
-        gradient, metrics = jax.grad(world_model_loss, has_aux=True)(
-            params, windows, key, network, args
-        )
-        delta, opt_state = model_optimizer(args).update(gradient, opt_state, params)
-        metrics = {f"losses/{name}": value for name, value in metrics.items()}
-        metrics["charts/grad_norm"] = optax.global_norm(gradient)
-        return optax.apply_updates(params, delta), opt_state, metrics
-
+    The members take turns: side by side in a vmap, which makes grouped convolutions of theirs, a
+    CPU needs three times as long.
+    """
     # The key belongs to the step, so that a resumed run draws the same latents.
-    keys = jax.random.split(jax.random.fold_in(key, state.step), args.members)
-    params, opt_state, metrics = jax.vmap(update_member, in_axes=(0, 0, 1, 0))(
-        state.params, state.opt_state, windows, keys
+    key = jax.random.fold_in(key, state.step)
+    gradient, losses = jax.grad(world_model_loss, has_aux=True)(
+        state.params, windows, key, network, args
     )
-    metrics = {name: jnp.mean(metrics[name]) for name in MODEL_METRICS}
+    delta, opt_state = model_optimizer(args).update(gradient, state.opt_state, state.params)
+    metrics = {f"losses/{name}": value for name, value in losses.items()}
+    metrics["charts/grad_norm"] = optax.global_norm(gradient)
     first = state.step % args.log_every == 0
     sums = {name: jnp.where(first, 0, state.sums[name]) + metrics[name] for name in MODEL_METRICS}
-    return ModelState(params, opt_state, state.step + 1, sums), metrics["losses/total"]
+    params = optax.apply_updates(state.params, delta)
+    return ModelState(params, opt_state, state.step + 1, sums), losses["total"]
+
+
+def mean_of_members(trees: list[dict]) -> dict:
+    return jax.tree.map(lambda *x: np.mean(x, axis=0), *jax.device_get(trees))
 
 
 def predict_frames(network: WorldModel, params, windows: Windows) -> jax.Array:
@@ -1275,26 +1279,25 @@ def predict_frames(network: WorldModel, params, windows: Windows) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("network", "args"))
-def evaluate_world_model(params, windows: Windows, key, network: WorldModel, args: Args):
-    """Held-out losses and prediction errors of all members on the same windows [B, T].
+def evaluate_member(params, windows: Windows, key, network: WorldModel, args: Args):
+    """Held-out losses and prediction errors of a member on windows [B, T].
 
     Returns:
-      Sums over the windows of the members' mean losses; sums over the windows inside one episode
-      (and their number) of the mean squared error of a pixel, for predictions and for copies of
-      the last frame; the first member's predictions, uint8 [B, HORIZON, 84, 84].
+      Sums of the losses over the windows; sums over the windows inside one episode (and their
+      number) of the mean squared error of a pixel, for predictions and for copies of the last
+      frame; the predictions, uint8 [B, HORIZON, 84, 84].
     """
-    keys = jax.random.split(key, args.members)
-    _, losses = jax.vmap(lambda p, k: world_model_loss(p, windows, k, network, args))(params, keys)
-    predicted = jax.vmap(lambda p: predict_frames(network, p, windows))(params)  # [E, B, H, ...]
+    _, losses = world_model_loss(params, windows, key, network, args)
+    predicted = predict_frames(network, params, windows)
     image = to_image(windows.frame[:, : CONTEXT + HORIZON])
     inside = ~jnp.any(windows.is_first[:, 1 : CONTEXT + HORIZON], axis=1)  # [B]
-    error = jnp.mean((predicted - image[:, CONTEXT:]) ** 2, axis=(0, 3, 4))  # [B, H]
+    error = jnp.mean((predicted - image[:, CONTEXT:]) ** 2, axis=(2, 3))  # [B, H]
     copy_error = jnp.mean((image[:, CONTEXT - 1, None] - image[:, CONTEXT:]) ** 2, axis=(2, 3))
-    sums = {f"heldout/{k}": jnp.mean(x) * windows.action.shape[0] for k, x in losses.items()}
+    sums = {f"heldout/{k}": x * windows.action.shape[0] for k, x in losses.items()}
     for name, errors in (("error", error), ("copy_error", copy_error)):
         for step in (1, 5, HORIZON):
             sums[f"heldout/{name}_{step}"] = jnp.sum(errors[:, step - 1] * inside)
-    return sums, jnp.sum(inside), to_frame(predicted[0])
+    return sums, jnp.sum(inside), to_frame(predicted)
 
 
 def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path, count: int = 4) -> None:
@@ -1363,44 +1366,51 @@ def train_world_model(
         return load_world_model(folder, network, replicated, args)
     learn, heldout = split_store(store, args.heldout_percent, args.seed)
     init_key, update_key, eval_key = jax.random.split(jax.random.key(args.seed), 3)
+    update_keys, eval_keys = (jax.random.split(k, args.members) for k in (update_key, eval_key))
 
     params = init_members(init_key, network, args.members)
     # Most of a frame never changes: the decoder starts from the mean of some frames.
     frames = sample_batch(learn, args.seed, 0, 512, 1).frames[:, 3]
     background = np.tile(np.mean(to_image(frames), axis=0).ravel(), (args.members, 1))
     params["params"]["decoder"]["background"] = jnp.asarray(background)
-    opt_state = jax.vmap(model_optimizer(args).init)(params)
-    sums = {name: jnp.float32(0) for name in MODEL_METRICS}
-    state = jax.device_put(ModelState(params, opt_state, jnp.int32(0), sums), replicated)
+    states = []
+    for i in range(args.members):
+        member = jax.tree.map(operator.itemgetter(i), params)
+        sums = {name: jnp.float32(0) for name in MODEL_METRICS}
+        states += [ModelState(member, model_optimizer(args).init(member), jnp.int32(0), sums)]
+    states = jax.device_put(states, replicated)
     reference = np.array([np.inf, 0])  # held-out loss and update of the last improvement
     data = {k: v for k, v in store.meta.items() if k != "crc32"}
-    done, (state, reference) = run.start((state, reference), data, dtype=str(network.dtype))
+    done, (states, reference) = run.start((states, reference), data, dtype=str(network.dtype))
 
     share = args.model_batch_size // jax.process_count()
 
-    def windows(store: Store, step: int, length: int, members: int) -> Windows:
-        """This process's part of windows [B, members, T, ...], number `step` of the store."""
+    def windows(store: Store, step: int, length: int, members: int) -> list[Windows]:
+        """This process's part of windows [B, T] for each member, number `step` of the store."""
         rows = members * share * jax.process_index()
         rows, size = slice(rows, rows + members * share), members * args.model_batch_size
         batch = sample_batch(store, args.seed, step, size, length + 1, rows)
         x = model_windows(batch, args.clip_rewards)
-        return jax.tree.map(lambda x: x.reshape(share, members, *x.shape[1:]), x)
+        return [
+            jax.tree.map(operator.itemgetter(slice(i, None, members)), x) for i in range(members)
+        ]
 
-    def put(windows: Windows) -> Windows:
-        put = partial(jax.make_array_from_process_local_data, by_device)
-        return jax.tree.map(put, windows)
+    def put(tree):
+        return jax.tree.map(partial(jax.make_array_from_process_local_data, by_device), tree)
 
     length = max(args.model_length, CONTEXT + HORIZON)
-    heldout = [windows(heldout, i, length, 1) for i in range(args.model_eval_batches)]
-    heldout = [jax.tree.map(lambda x: x[:, 0], x) for x in heldout]
+    heldout = [windows(heldout, i, length, 1)[0] for i in range(args.model_eval_batches)]
 
     def heldout_metrics() -> dict:
         """Of the parameters now; also draws world_model.png."""
         total, count = Counter(), 0
         for i, x in enumerate(heldout):
-            outputs = evaluate_world_model(state.params, put(x), eval_key, network, args)
-            sums, inside, predicted = multihost_utils.process_allgather(outputs, tiled=True)
-            total.update(sums)
+            x_on_device, outputs = put(x), []
+            for state, key in zip(states, eval_keys, strict=True):
+                y = evaluate_member(state.params, x_on_device, key, network, args)
+                outputs += [multihost_utils.process_allgather(y, tiled=True)]
+            total.update(mean_of_members([sums for sums, *_ in outputs]))
+            _, inside, predicted = outputs[0]
             count += inside
             if i == 0 and run.writes:
                 draw_predictions(x, predicted, folder / "world_model.png")
@@ -1416,21 +1426,23 @@ def train_world_model(
     )
     load = lambda step: put(windows(learn, step, args.model_length, args.members))  # noqa: E731
     batches = load_batches(load, done, args.loader_threads)
-    evaluated, loss, waited = "", None, 0.0
+    evaluated, losses, waited = "", None, 0.0
     window_start, window_first = time.perf_counter(), done
     while done < args.model_updates and done - reference[1] < args.model_patience:
         before = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - before
-        previous_loss = loss
-        state, loss = update_world_model(state, batch, update_key, network, args)
+        previous_losses, losses = losses, [None] * args.members
+        for i, x in enumerate(batch):
+            states[i], losses[i] = update_member(states[i], x, update_keys[i], network, args)
         done += 1
-        jax.block_until_ready(previous_loss)  # so that at most one batch waits on the device
+        jax.block_until_ready(previous_losses)  # so that at most one batch waits on the device
         bar.update()
         if done - window_first == 2 and window_first == 0:
             warn_if_slow(time.perf_counter() - before, args)
         if done % args.log_every == 0:
-            metrics = {k: v / args.log_every for k, v in jax.device_get(state.sums).items()}
+            sums = mean_of_members([state.sums for state in states])
+            metrics = {name: value / args.log_every for name, value in sums.items()}
             seconds = time.perf_counter() - window_start
             metrics["charts/updates_per_second"] = (done - window_first) / seconds
             metrics["charts/data_wait"] = waited / seconds  # share of the time
@@ -1456,8 +1468,8 @@ def train_world_model(
             agreed = done % args.log_every == 0 and multihost_utils.process_allgather(stopping)
             stopping = bool(np.any(agreed))
         if stopping or score is not None:
-            run.check_loss(done, float(loss))
-            run.save(done, (state, reference), score)
+            run.check_loss(done, float(sum(losses)))
+            run.save(done, (states, reference), score)
         if stopping:
             run.exit(done)
         if done % args.log_every == 0 or score is not None:
@@ -1467,9 +1479,9 @@ def train_world_model(
     evaluations = [line for line in run.lines() if "heldout/total" in line]
     best = min(evaluations, key=lambda line: line["heldout/total"])
     run.checkpoints.wait_until_finished()
-    saved = {"state": ocp.args.StandardRestore((state, reference))}
+    saved = {"state": ocp.args.StandardRestore((states, reference))}
     saved = run.checkpoints.restore(best["update"], args=ocp.args.Composite(**saved))
-    params = saved.state[0].params
+    params = jax.tree.map(lambda *x: jnp.stack(x), *(state.params for state in saved.state[0]))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.resolve() / "members", params)
     final = {"final/updates": done, "final/best_update": best["update"]}

@@ -61,6 +61,7 @@ SMALL = (
     ("final_eval_episodes", 20),
 )
 LOW_DATA = (("data_percent", 10.0),)
+BOOTSTRAPS = 2000
 ITEMS = {
     "table1": Item(
         "Table 1: catch, data of a noisy environment",
@@ -245,7 +246,7 @@ def interquartile_means(
     aggregate = lambda x: np.array([metrics.aggregate_iqm(x)])  # noqa: E731
     rng = np.random.RandomState(0)
     means, intervals = library.get_interval_estimates(
-        scores, aggregate, reps=2000, random_state=rng
+        scores, aggregate, reps=BOOTSTRAPS, random_state=rng
     )
     return {k: (float(means[k][0]), *map(float, intervals[k][:, 0])) for k in scores}
 

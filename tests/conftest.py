@@ -55,6 +55,21 @@ def forget_compiled_programs():
         sys.modules["jax"].clear_caches()
 
 
+@pytest.fixture(scope="module")
+def hurry():
+    """Programs are compiled without most of XLA's optimisations, also those of started scripts.
+
+    For tests that run each program a few times, where the optimisations cost more than they save.
+    """
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def catch_dataset(tmp_path_factory) -> Path:
     return write_catch_dataset(tmp_path_factory.mktemp("data") / "catch.npz", num_episodes=100)

@@ -18,6 +18,7 @@ from scipy.special import logsumexp, softmax
 import combo_atari as combo
 import cql_atari as cql
 
+pytestmark = pytest.mark.usefixtures("hurry")
 SIZES = "--members 2 --deter 16 --hidden 16 --latents 4 --classes 4 --depth 2 --head-units 16"
 ROLLOUTS = "--rollout-every 3 --rollout-starts 8 --rollout-length 6 --rollout-generations 2"
 TINY = f"--env-id Pong {SIZES} {ROLLOUTS} --rollout-warm-up 5 --channels 4 --num-bins 21"

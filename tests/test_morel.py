@@ -333,39 +333,52 @@ def test_ppo_learns_which_action_a_frame_asks_for():
     frames = np.broadcast_to(frames[..., None, None, None], starts.frames.shape)
     starts = starts._replace(frames=jnp.asarray(frames, jnp.uint8))
     params = policy.init(jax.random.key(0), starts.frames)
-    opt_state, env = optimizer.init(params), jax.tree.map(lambda x: x[:, 0], starts)
-    update = jax.jit(partial(morel.ppo_update, step=step, policy=policy, args=args))
+    env, sums = jax.tree.map(lambda x: x[:, 0], starts), dict.fromkeys(morel.METRICS, 0.0)
+    state = morel.TrainState(params, optimizer.init(params), None, None, jnp.int32(0), sums)
+    rollout = jax.jit(partial(morel.rollout, step=step, policy=policy, args=args))
     rewards = []
     for i in range(40):
-        params, opt_state, env, metrics = update(params, opt_state, env, starts, jax.random.key(i))
+        rollout_key, order_key = jax.random.split(jax.random.key(i))
+        env, steps, metrics = rollout(state.params, env, starts, rollout_key)
+        advantage = morel.advantages(steps, args)
+        for index in morel.minibatches(order_key, *advantage.shape, args):
+            state, _ = morel.learn(state, steps, advantage, index, policy, args)
         rewards.append(float(metrics["charts/discrepancy"]))  # which this step sets to the reward
     assert rewards[0] < 0.6
     assert np.mean(rewards[-5:]) > 0.9
 
 
-def test_a_minibatch_has_as_many_steps_of_each_episode_and_an_epoch_each_once(monkeypatch):
-    seen = []
-
-    def loss(params, steps, advantage, policy, args):
-        jax.debug.callback(lambda x: seen.append(np.array(x)), steps.reward, ordered=True)
-        return jnp.sum(params["x"]), dict.fromkeys(("losses/total",), jnp.float32(0))
-
-    monkeypatch.setattr(morel, "ppo_loss", loss)
-    policy = SimpleNamespace(
-        apply=lambda _, x: (jnp.zeros((*x.shape[:-3], 3)), x[..., 0, 0, 0] * 0.0)
-    )
-    params = {"x": jnp.zeros(1)}
-    opt_state = morel.make_optimizer(ARGS).init(params)
-    starts, step = empty_episodes(2, 2), counting_step(jnp.array([99, 99]))
-    morel.ppo_update(
-        params, opt_state, empty_episodes(2), starts, jax.random.key(0), step, policy, ARGS
-    )
-    jax.effects_barrier()
-    assert [x.shape for x in seen] == [(2, 2)] * 4
-    for epoch in (seen[:2], seen[2:]):
+def test_a_minibatch_has_as_many_steps_of_each_episode_and_an_epoch_each_once():
+    order = morel.minibatches(jax.random.key(0), 3, 4, ARGS)
+    assert order.shape == (2 * 2, 3, 2)
+    for epoch in (order[:2], order[2:]):
         steps = np.concatenate(epoch, axis=1)
-        np.testing.assert_array_equal(np.sort(steps, axis=1), [[1, 2, 3, 4]] * 2)
-    assert not all((x == y).all() for x, y in zip(seen[:2], seen[2:], strict=True))
+        np.testing.assert_array_equal(np.sort(steps, axis=1), [[0, 1, 2, 3]] * 3)
+    assert (order[:2] != order[2:]).any()
+    assert (order[:, 0] != order[:, 1]).any()  # another order for each episode
+
+
+def test_an_update_learns_from_the_minibatches_of_its_steps(monkeypatch):
+    """Every minibatch once and in turn, with the advantages that belong to its steps."""
+    steps = jnp.arange(12.0).reshape(3, 4)
+    order, seen = morel.minibatches(jax.random.key(0), 3, 4, ARGS), []
+
+    def loss(params, batch, advantage, policy, args):
+        seen.append((batch, advantage))
+        return jnp.sum(params["x"]), {"losses/total": jnp.float32(len(seen))}
+
+    monkeypatch.setattr(morel, "collect", lambda state, *_: (state, steps, 10 * steps, order))
+    monkeypatch.setattr(morel, "ppo_loss", loss)
+    params, sums = {"x": jnp.zeros(1)}, {"losses/total": 0.0, "charts/grad_norm": 0.0}
+    optimizer = morel.make_optimizer(ARGS).init(params)
+    state = morel.TrainState(params, optimizer, None, None, jnp.int32(0), sums)
+    with jax.disable_jit():
+        state, total = morel.update(state, None, None, None, None, None, ARGS)
+    assert total == 4
+    assert state.sums["losses/total"] == pytest.approx(np.mean([1, 2, 3, 4]))
+    for index, (batch, advantage) in zip(order, seen, strict=True):
+        np.testing.assert_array_equal(batch, np.take_along_axis(steps, index, axis=1))
+        np.testing.assert_array_equal(advantage, 10 * batch)
 
 
 def test_the_learning_rate_falls_to_zero():
@@ -435,7 +448,7 @@ def lines(folder) -> list[dict]:
 
 
 def test_one_ctrl_c_stops_the_second_phase_which_goes_on_exactly(
-    asterix_store, cache_dir, tmp_path, monkeypatch, capsys
+    hurry, asterix_store, cache_dir, tmp_path, monkeypatch, capsys
 ):
     """With the sizes of test_runs_atari.py, so that each program is compiled once for both."""
     model, handlers = tmp_path / "model", {}

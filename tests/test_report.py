@@ -37,6 +37,11 @@ def write_run(folder, script, returns, scores, finished=True, **arguments):
     (folder / "metrics.jsonl").write_text(text)
 
 
+@pytest.fixture(autouse=True)
+def few_bootstraps(monkeypatch):
+    monkeypatch.setattr(report, "BOOTSTRAPS", 100)
+
+
 def make(tmp_path, *items):
     args = report.Args(items, UPDATES, (tmp_path / "runs",), tmp_path / "out")
     report.main(args)

@@ -14,6 +14,7 @@ import pytest
 import rosmo_atari as rosmo
 import rosmo_bsuite
 
+pytestmark = pytest.mark.usefixtures("hurry")
 ARGS = rosmo.Args(channels=4, num_bins=21, unroll_steps=2, td_steps=2, batch_size=4, log_every=2)
 NETWORK = rosmo.MuZeroNetwork(4, ARGS.num_bins, ARGS.channels, jnp.dtype("float32"))
 

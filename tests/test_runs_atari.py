@@ -15,6 +15,7 @@ from conftest import ROOT
 
 import rosmo_atari
 
+pytestmark = pytest.mark.usefixtures("hurry")
 SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari.py"))
 # The episodes of Asterix are the shortest of all games whose scores are known.
 TINY = "--env-id Asterix --channels 4 --batch-size 4 --log-every 2 --eval-every 4 "
