@@ -2078,8 +2078,9 @@ def main(args: Args) -> None:
         replays = []
         for i in range(args.halt_batches):
             windows, logged = starts((args.seed, i, 1), 1)
-            rng = np.random.default_rng((args.seed, i, 2, jax.process_index()))
-            random = rng.integers(policy.num_actions, size=logged.shape, dtype=np.int32)
+            rng, shape = np.random.default_rng((args.seed, i, 2)), (args.batch_size, args.horizon)
+            random = rng.integers(policy.num_actions, size=shape, dtype=np.int32)
+            random = np.split(random, jax.process_count())[jax.process_index()]
             for actions in (logged, random):
                 outputs = replay(model, *put((windows, actions)), network, args)
                 replays.append(multihost_utils.process_allgather(outputs, tiled=True))
