@@ -1240,8 +1240,8 @@ def update_member(
 ) -> tuple[ModelState, jax.Array]:
     """One update of a member on windows [B, T] -> (state, loss).
 
-    The members take turns: side by side in a vmap, which makes grouped convolutions of theirs, a
-    CPU needs three times as long.
+    The members take turns: a vmap makes grouped convolutions of theirs, with which a CPU needs
+    almost twice as long.
     """
     # The key belongs to the step, so that a resumed run draws the same latents.
     key = jax.random.fold_in(key, state.step)

@@ -1311,8 +1311,8 @@ def update_member(
 ) -> tuple[ModelState, jax.Array]:
     """One update of a member on windows [B, T] -> (state, loss).
 
-    The members take turns: side by side in a vmap, which makes grouped convolutions of theirs, a
-    CPU needs three times as long.
+    The members take turns: a vmap makes grouped convolutions of theirs, with which a CPU needs
+    almost twice as long.
     """
     # The key belongs to the step, so that a resumed run draws the same latents.
     key = jax.random.fold_in(key, state.step)
@@ -1952,7 +1952,8 @@ def learn(
 def update(state: TrainState, windows: Windows, model, key, policy, network, args: Args):
     """One update of the policy, arguments as of `collect` -> (state, loss).
 
-    Its gradient steps are no `lax.scan`, in which a CPU takes ten times as long for convolutions.
+    Its gradient steps are no `lax.scan`: there a CPU needs ten times as long for the gradient of a
+    convolution.
     """
     state, steps, advantage, order = collect(state, windows, model, key, policy, network, args)
     for index in order:

@@ -130,6 +130,12 @@ ITEMS = {
         methods={"CRR": ("crr_atari", {})},
         common=SMALL,
     ),
+    "sweep_crr_weight_atari": Item(
+        "CRR's weight on MsPacman, small, β = 1",
+        *("curves", "weight", ("exp", "binary"), ("MsPacman",)),
+        methods={"CRR": ("crr_atari", {})},
+        common=SMALL,
+    ),
     "sweep_cql_atari": Item(
         "CQL's α on MsPacman, small",
         *("curves", "cql_alpha", (0.1, 1.0, 4.0), ("MsPacman",)),
