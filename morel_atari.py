@@ -36,6 +36,7 @@ predictions. The paper (F.1) names the parts, not their sizes: the rest is our r
 9. The episode's own member fixes frame, reward and end; the others filter its frames.
 10. An update is an iteration of PPO with CleanRL's values for Atari. A minibatch has as many steps
     of each imagined episode as any other.
+11. The policy starts at random or, with --bc-updates, imitates the data first: MOReL's option.
 """
 
 import contextlib
@@ -199,6 +200,14 @@ class Args:
     # policy (D.2.1)
     channels: int = 64
     """channels of the residual blocks; the rest of the policy's network scales with it"""
+
+    # behavior cloning
+    bc_updates: int = 0
+    """updates for which the policy imitates the logged actions, before PPO"""
+    bc_batch_size: int = 256
+    """logged steps in a batch, over all devices"""
+    bc_learning_rate: float = 7e-4
+    """Adam's learning rate"""
 
     # PPO
     batch_size: int = 64
@@ -1764,6 +1773,20 @@ def draw_discrepancies(logged, random, threshold: float, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+@partial(jax.jit, static_argnames=("policy", "args"), donate_argnames=("params", "opt_state"))
+def clone(params, opt_state, batch: Batch, policy: PolicyNetwork, args: Args):
+    """One update of behavior cloning on logged steps [B, 1] -> (params, opt_state, loss)."""
+
+    def bc_loss(params):
+        logits, _ = policy.apply(params, stack_frames(batch.frames, batch.history, 0))
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.action, axis=-1)
+        return -jnp.mean(log_prob * ~batch.is_last)  # a last step has no action
+
+    loss, gradient = jax.value_and_grad(bc_loss)(params)
+    delta, opt_state = optax.adam(args.bc_learning_rate).update(gradient, opt_state)
+    return optax.apply_updates(params, delta), opt_state, loss
+
+
 def advantages(steps: Transitions, args: Args):
     """Generalised advantages [B, T]: a cut-off step is bootstrapped, a terminated one is not."""
     going_on = args.discount * ~steps.terminated
@@ -1989,7 +2012,7 @@ def join_processes() -> None:
 
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if an argument is out of its range."""
-    leasts = {"seed": 0, "members": 2, "warm_up": 4}  # pairs of members, the policy's frames
+    leasts = {"seed": 0, "bc_updates": 0, "members": 2, "warm_up": 4}  # pairs; the policy's frames
     for name, value in vars(args).items():
         if type(value) is int and value < (least := leasts.get(name, 1)):
             raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
@@ -2012,7 +2035,7 @@ def check_args(args: Args) -> None:
                 f"--{name.replace('_', '-')} {getattr(args, name)} must be a multiple of "
                 f"--{divisor.replace('_', '-')} {getattr(args, divisor)}."
             )
-    for name in ("model_batch_size", "batch_size"):
+    for name in ("model_batch_size", "bc_batch_size", "batch_size"):
         if getattr(args, name) % jax.device_count():
             raise SystemExit(
                 f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared by "
@@ -2104,8 +2127,27 @@ def main(args: Args) -> None:
         )
         return dict(zip(HALTING, map(np.float32, (threshold, *rates)), strict=True))
 
+    def clone_behavior(params):
+        """The policy after --bc-updates; a run that is stopped during these begins them again."""
+        opt_state = optax.adam(args.bc_learning_rate).init(params)
+        share = args.bc_batch_size // jax.process_count()
+        rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        load = lambda step: put(sample_batch(store, args.seed, step, args.bc_batch_size, 1, rows))  # noqa: E731
+        batches = load_batches(load, 0, args.loader_threads)
+        hide = not (run.writes and sys.stderr.isatty())
+        for _ in (bar := tqdm(range(args.bc_updates), desc="behavior cloning", disable=hide)):
+            params, opt_state, loss = clone(params, opt_state, next(batches), policy, args)
+            bar.set_postfix_str(f"loss {loss:.3f}")
+            if run.stopping and jax.process_count() == 1:
+                run.exit(done)
+        batches.close()
+        run.check_loss(done, float(loss))
+        return params
+
     if done == 0:
         state = state._replace(halting=jax.device_put(measure_halting(), replicated))
+        if args.bc_updates:
+            state = state._replace(params=clone_behavior(state.params))
 
     def current_policy(greedy: bool) -> Callable:
         params = jax.tree.map(lambda x: x.addressable_data(0), state.params)

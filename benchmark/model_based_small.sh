@@ -15,6 +15,10 @@ python morel_atari.py $small --model-batch-size 8 --model-length 12 --model-lear
     --model-updates 2000 --model-eval-every 200 --channels 8 --rollout-length 32 --starts 1 \
     --epochs 2 --learning-rate 1e-3 --total-updates 200 --anneal-updates 200 --halt-batches 8 \
     --run-dir runs/morel_atari/MsPacman-dqn-60k "$@"
+python morel_atari.py $small --world-model runs/morel_atari/MsPacman-dqn-60k-world-model \
+    --channels 8 --rollout-length 32 --starts 1 --epochs 2 --total-updates 100 \
+    --anneal-updates 100 --eval-every 10 --halt-batches 8 --bc-updates 5000 --bc-batch-size 64 \
+    --run-dir runs/morel_atari/MsPacman-dqn-60k-cloned "$@"
 python combo_atari.py $small --world-model runs/morel_atari/MsPacman-dqn-60k-world-model \
     --channels 16 --rollout-starts 64 --rollout-epsilon 1 --target-update-every 500 \
     --total-updates 30000 \

@@ -381,6 +381,26 @@ def test_an_update_learns_from_the_minibatches_of_its_steps(monkeypatch):
         np.testing.assert_array_equal(advantage, 10 * batch)
 
 
+def test_cloning_learns_the_logged_actions_but_those_of_last_steps():
+    """The intensity of the newest frame tells the action; last steps say another one."""
+    rng, args = np.random.default_rng(0), dataclasses.replace(ARGS, bc_learning_rate=0.1)
+    action = rng.integers(0, 3, (60, 1)).astype(np.int32)
+    is_last = (rng.random((60, 1)) < 0.5) & (action == 2)
+    frames = np.broadcast_to(100 * action[..., None, None], (60, 4, 84, 84)).astype(np.uint8)
+    batch = morel.Batch(
+        *(frames, np.full((60, 1), 3, np.uint8), np.where(is_last, 0, action)),
+        *(np.zeros((60, 1), np.float32), ~is_last, is_last, is_last),
+    )
+    policy = Linear()
+    params = policy.init(jax.random.key(0), jnp.zeros((84, 84, 4), jnp.uint8))
+    opt_state = optax.adam(0.1).init(params)
+    for _ in range(300):
+        params, opt_state, loss = morel.clone(params, opt_state, batch, policy, args)
+    assert loss < 0.1
+    logits, _ = policy.apply(params, np.moveaxis(frames, 1, -1))
+    np.testing.assert_array_equal(np.argmax(logits, axis=-1), action[:, 0])
+
+
 def test_the_learning_rate_falls_to_zero():
     optimizer, params = morel.make_optimizer(ARGS), {"x": jnp.ones(2)}
     state, sizes = optimizer.init(params), []
@@ -479,14 +499,20 @@ def test_one_ctrl_c_stops_the_second_phase_which_goes_on_exactly(
     assert all(0 <= rate <= 1 for rate in rates)
     assert (tmp_path / "whole" / "run" / "discrepancy.png").read_bytes()[:4] == b"\x89PNG"
 
-    draw = morel.draw_discrepancies
-    with monkeypatch.context() as patch:
-        interrupt = lambda *x: (draw(*x), handlers[signal.SIGINT](signal.SIGINT, None))  # noqa: E731
-        patch.setattr(morel, "draw_discrepancies", interrupt)
-        with pytest.raises(SystemExit) as stopped:
-            run("stopped")
-    assert stopped.value.code == 130
-    assert "Stopped at update 1; the same command goes on." in capsys.readouterr().err
+    for name, update in (("draw_discrepancies", 0), ("collect", 1)):  # before cloning, in PPO
+        original = getattr(morel, name)
+
+        def interrupt(*inputs, original=original):
+            handlers[signal.SIGINT](signal.SIGINT, None)
+            return original(*inputs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(morel, name, interrupt)
+            with pytest.raises(SystemExit) as stopped:
+                run("stopped")
+        assert stopped.value.code == 130
+        expected = f"Stopped at update {update}; the same command goes on."
+        assert expected in capsys.readouterr().err
     assert run("stopped") == whole
     assert "Going on from update 1" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "stopped"}

@@ -29,6 +29,7 @@ WORLD_MODEL = "--members 2 --deter 16 --hidden 16 --latents 4 --classes 4 --dept
 WORLD_MODEL += " --head-units 16 --model-length 6 --model-batch-size 2 --model-updates 2"
 WORLD_MODEL += " --model-eval-every 2 --model-eval-batches 8 --heldout-percent 30"
 IMAGINED = "--rollout-length 4 --minibatches 2 --epochs 1 --horizon 3 --starts 2 --halt-batches 1"
+IMAGINED += " --bc-updates 2 --bc-batch-size 4"
 LESS["morel_atari.py"] = [*WORLD_MODEL.split(), *IMAGINED.split()]
 ROLLOUTS = "--rollout-every 3 --rollout-starts 4 --rollout-length 3 --rollout-generations 2"
 LESS["combo_atari.py"] = [*BINS, *WORLD_MODEL.split(), *ROLLOUTS.split()]
