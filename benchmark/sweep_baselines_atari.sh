@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The open values of CRR and CQL, compared on a small local dataset of MsPacman.
-#   bash benchmark/sweep_baselines_atari.sh --total-updates 10000
+#   bash benchmark/sweep_baselines_atari.sh --total-updates 5000
 # Finished runs are skipped and stopped ones go on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
