@@ -47,6 +47,11 @@ def write_catch_dataset(path: Path, num_episodes: int, seed: int = 0) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests begin, so that no worker waits for another at the end."""
+    items.sort(key=lambda item: "test_runs" not in item.path.name)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
     """Or they would hold gigabytes by the end."""
