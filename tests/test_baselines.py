@@ -18,6 +18,7 @@ import cql_bsuite as cql
 import crr_bsuite as crr
 import rosmo_bsuite as rosmo
 
+pytestmark = pytest.mark.usefixtures("hurry")
 NAMES = ("bc", "crr", "cql")
 OBSERVATION = jnp.zeros((10, 5))
 

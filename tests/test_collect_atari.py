@@ -19,6 +19,7 @@ import rosmo_atari
 
 # One worker does it all, so that the collection runs once.
 
+pytestmark = pytest.mark.usefixtures("hurry")
 TINY = ["--env-id", "Pong", "--num-steps", "400", "--num-checkpoints", "4", "--num-envs", "2"]
 TINY += ["--max-frames", "160", "--width", "0.1", "--replay-start", "80", "--save-every", "40"]
 TINY += ["--target-every", "80", "--replay-size", "200", "--epsilon-steps", "100"]

@@ -16,6 +16,7 @@ import muzero_unplugged_atari as muzero_atari
 import muzero_unplugged_bsuite as muzero
 import rosmo_bsuite as rosmo
 
+pytestmark = pytest.mark.usefixtures("hurry")
 ARGS = muzero.Args(env_id="catch", dynamics_hidden=16, unroll_steps=3, td_steps=2)
 NETWORK = muzero.MuZeroNetwork(3, ARGS.num_bins, ARGS.dynamics_hidden, ARGS.dtype)
 DISCOUNT, NUM_ACTIONS, NUM_NODES = 0.9, 3, 997

@@ -252,7 +252,7 @@ def test_a_small_model_overfits_real_segments_and_beats_copying_the_last_frame()
     opt_state = morel.model_optimizer(args).init(params)
     sums = {name: jnp.float32(0) for name in morel.MODEL_METRICS}
     state = morel.ModelState(params, opt_state, jnp.int32(0), sums)
-    for _ in range(175):
+    for _ in range(100):
         state, _ = morel.update_member(state, windows, jax.random.key(1), network, args)
 
     @jax.jit
