@@ -36,7 +36,7 @@ predictions. The paper (F.1) names the parts, not their sizes: the rest is our r
 9. The episode's own member fixes frame, reward and end; the others filter its frames.
 10. An update is an iteration of PPO with CleanRL's values for Atari. A minibatch has as many steps
     of each imagined episode as any other.
-11. The policy starts at random or, with --bc-updates, imitates the data first: MOReL's option.
+11. The policy starts at random or, with --bc-updates, imitates the data first.
 """
 
 import contextlib

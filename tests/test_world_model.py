@@ -221,6 +221,20 @@ def test_the_loss_against_plain_numbers_and_its_gradient_reaches_every_parameter
         assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
 
+def test_the_latents_of_an_update_belong_to_its_step_and_its_key(params):
+    sums, windows = dict.fromkeys(morel.MODEL_METRICS, 0.0), random_windows()
+    opt_state = morel.model_optimizer(ARGS).init(params)
+
+    def loss(step, seed):
+        state = (params, opt_state, jnp.int32(step), sums)
+        state = morel.ModelState(*jax.tree.map(jnp.array, state))  # copies, as it is donated
+        return float(morel.update_member(state, windows, jax.random.key(seed), NETWORK, ARGS)[1])
+
+    first = loss(0, 0)
+    assert loss(0, 0) == first
+    assert first not in (loss(1, 0), loss(0, 1))
+
+
 def test_training_ends_when_the_held_out_loss_has_stopped_falling():
     reference, steps = np.array([np.inf, 0]), []
     for step, loss in enumerate((100, 99.6, 99.4, 99.0, 98.8, 98.0), start=1):
