@@ -842,8 +842,11 @@ class Run:
         self.config["script"] = Path(__file__).name
         self.config.setdefault("wandb_id", f"{time.time_ns():x}")
         try:
-            if self.args.overwrite and self.writes and self.dir.exists():
-                shutil.rmtree(self.dir)
+            if self.writes:
+                self.take_folder()
+                if self.args.overwrite:
+                    shutil.rmtree(self.dir)
+                    self.take_folder()
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             if self.writes:
                 (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
@@ -881,6 +884,18 @@ class Run:
         signal.signal(signal.SIGINT, self.interrupt)
         signal.signal(signal.SIGTERM, self.interrupt)
         return update, state
+
+    def take_folder(self) -> None:
+        """Makes the folder and keeps it for this process; ends the program if another has it."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.dir / "lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"Another process is writing to {self.dir}"
+            raise SystemExit(f"{message}; wait for it, or give another --run-dir.") from None
+        except OSError:
+            pass  # a file system without locks
 
     def interrupt(self, *_) -> None:
         if self.stopping:
@@ -952,6 +967,8 @@ class Run:
         self.metrics.close()
         if self.wandb:
             self.wandb.finish()
+        if self.writes:
+            self.lock.close()
 
 
 # --- end run folder ---

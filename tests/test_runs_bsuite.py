@@ -1,5 +1,6 @@
 """Runs of the BSuite scripts as a user starts them: artefacts, resume, bad input."""
 
+import fcntl
 import importlib
 import json
 import re
@@ -168,6 +169,19 @@ def test_a_folder_with_other_arguments_is_left_alone(in_process, tmp_path):
     other = in_process("--run-dir", "run", "--total-updates", 20, "--seed", 7, "--overwrite")
     assert other.returncode == 0, other.stderr
     assert {x["seed"] for x in lines(tmp_path / "run")} == {7, 8}
+
+
+def test_a_folder_that_another_process_writes_to_is_left_alone(in_process, tmp_path):
+    assert in_process("--run-dir", "run", "--total-updates", 20).returncode == 0
+    before = lines(tmp_path / "run")
+    with open(tmp_path / "run" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for options in (["--total-updates", 40], ["--overwrite"]):
+            result = in_process("--run-dir", "run", *options)
+            assert result.returncode == 1
+            assert "Another process is writing to run" in result.stderr
+            assert lines(tmp_path / "run") == before
+    assert in_process("--run-dir", "run", "--total-updates", 40).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["chapter1.tex", "config.json"])
