@@ -30,8 +30,8 @@ the rest is our reconstruction.
 3. A rollout ends where the member says terminal with a probability above 0.5, without a bootstrap.
    Nothing after that is ever drawn. Its last step is bootstrapped as any other.
 4. The penalty pushes Q up on the actions of the mix: CQL with nothing changed but the mix. COMBO's
-   paper has logged actions only (--push-up real); with a categorical Q that has no lower bound,
-   and Q diverges where the network tells predicted frames from real ones.
+   paper has logged actions only (--push-up real): a difference of Q between real and predicted
+   frames, which has no lower bound.
 5. A checkpoint holds the actions of the rollouts; a run that goes on predicts their frames again.
 6. Everything else is as in cql_atari.py.
 """

@@ -15,11 +15,18 @@ python morel_atari.py $small --model-batch-size 8 --model-length 12 --model-lear
     --model-updates 2000 --model-eval-every 200 --channels 8 --rollout-length 32 --starts 1 \
     --epochs 2 --learning-rate 1e-3 --total-updates 200 --anneal-updates 200 --halt-batches 8 \
     --run-dir runs/morel_atari/MsPacman-dqn-60k "$@"
-python morel_atari.py $small --world-model runs/morel_atari/MsPacman-dqn-60k-world-model \
-    --channels 8 --rollout-length 32 --starts 1 --epochs 2 --total-updates 100 \
-    --anneal-updates 100 --eval-every 10 --halt-batches 8 --bc-updates 5000 --bc-batch-size 64 \
+model="--world-model runs/morel_atari/MsPacman-dqn-60k-world-model"
+cloned="$small $model --channels 8 --rollout-length 32 --starts 1 --epochs 2 --halt-batches 8"
+cloned="$cloned --anneal-updates 100 --bc-updates 5000 --bc-batch-size 64"
+python morel_atari.py $cloned --total-updates 100 --eval-every 10 \
     --run-dir runs/morel_atari/MsPacman-dqn-60k-cloned "$@"
-python combo_atari.py $small --world-model runs/morel_atari/MsPacman-dqn-60k-world-model \
-    --channels 16 --rollout-starts 64 --rollout-epsilon 1 --target-update-every 500 \
-    --total-updates 30000 \
+python morel_atari.py $cloned --total-updates 1 --eval-every 1 --log-every 1 --checkpoint-every 1 \
+    --learning-rate 1e-12 --run-dir runs/morel_atari/MsPacman-dqn-60k-clone-alone "$@"
+combo="$small $model --channels 16 --rollout-starts 64 --rollout-epsilon 1"
+combo="$combo --target-update-every 500"
+python combo_atari.py $combo --total-updates 30000 \
     --run-dir runs/combo_atari/MsPacman-dqn-60k "$@"
+for push_up in mix real; do
+    python combo_atari.py $combo --total-updates 2000 --push-up $push_up \
+        --run-dir runs/combo_atari/MsPacman-dqn-60k-push-up-$push_up "$@"
+done
