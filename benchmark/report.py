@@ -276,7 +276,7 @@ def draw_aggregate(item: Item, cells: dict, path: Path) -> None:
         axes.set(xlabel=item.parameter, title=name)
     row[0].set_ylabel("IQM of the normalised score")
     row[0].legend()
-    figure.suptitle(item.title)
+    figure.suptitle(item.title, wrap=True)
     figure.savefig(path, dpi=120)
 
 
