@@ -250,10 +250,9 @@ def interquartile_means(
     if not scores:
         return {}
     aggregate = lambda x: np.array([metrics.aggregate_iqm(x)])  # noqa: E731
-    rng = np.random.RandomState(0)
-    means, intervals = library.get_interval_estimates(
-        scores, aggregate, reps=BOOTSTRAPS, random_state=rng
-    )
+    # rliable draws from NumPy's global state, even if it is given another.
+    np.random.seed(0)  # noqa: NPY002
+    means, intervals = library.get_interval_estimates(scores, aggregate, reps=BOOTSTRAPS)
     return {k: (float(means[k][0]), *map(float, intervals[k][:, 0])) for k in scores}
 
 

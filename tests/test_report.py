@@ -83,6 +83,7 @@ def test_aggregate_is_the_interquartile_mean_over_seeds_and_tasks(tmp_path):
     assert mean == pytest.approx(expected, abs=5e-4)
     assert scores.min() <= low <= mean <= high <= scores.max()
     assert row.split("|")[2].strip() == ""  # one task of three at 1% is no cell
+    assert (make(tmp_path, "figure2a") / "figure2a.md").read_text() == page
     assert [x.startswith("| ROSMO | 1.000 ± 0.000 |") for x in tasks[:3]] == [True, False, False]
     assert (out / "figure2a.png").read_bytes()[:4] == b"\x89PNG"
 
