@@ -44,7 +44,8 @@ def in_process(catch_dataset, cache_dir, tmp_path, monkeypatch, capsys):
     module = importlib.import_module("rosmo_bsuite")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    handlers = []  # kept as signal.signal keeps them, and with them what a run forgets to close
+    monkeypatch.setattr(signal, "signal", lambda *handler: handlers.append(handler))
 
     def start(*arguments, dataset=catch_dataset):
         options = [*TINY, *(["--dataset", dataset] if dataset else []), *arguments]
@@ -104,7 +105,8 @@ def test_the_siblings_leave_the_same_and_go_on_exactly(
     """In this process, which is quicker. Their run folders are rosmo_bsuite.py's to the byte."""
     module = importlib.import_module(name.removesuffix(".py"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    handlers = []  # kept as signal.signal keeps them, and with them what a run forgets to close
+    monkeypatch.setattr(signal, "signal", lambda *handler: handlers.append(handler))
 
     def run(folder: str, total_updates: int) -> None:
         options = ["--run-dir", tmp_path / folder, "--total-updates", total_updates]
