@@ -151,6 +151,8 @@ class Args:
     """tables and figures of the paper"""
     total_updates: int = 200_000
     """updates of the runs that count"""
+    num_seeds: int | None = None
+    """seeds of a cell that count, the first ones [default: all]"""
     runs: tuple[Path, ...] = (Path("runs"), Path("benchmark/results"))
     """folders that hold runs; of two runs of a cell with a seed in common the one with more seeds
     counts"""
@@ -159,8 +161,8 @@ class Args:
 
 
 class Run(NamedTuple):
-    folder: Path
     config: dict
+    commits: tuple[str, ...]  # those that the run was started and continued with
     seeds: np.ndarray  # [seeds]
     final: np.ndarray  # [seeds], mean return of the final evaluation
     score: np.ndarray  # [seeds], normalised
@@ -178,9 +180,10 @@ def read_run(folder: Path) -> Run | None:
     if set(final) != set(seeds) or final[first]["update"] != config["args"]["total_updates"]:
         return None
     curves = [[x for x in lines if x["seed"] == s and "eval/return_mean" in x] for s in seeds]
+    commits = tuple((start.get("commit") or "unknown")[:7] for start in config["starts"])
     return Run(
-        folder,
         config,
+        commits,
         np.array(seeds),
         np.array([final[s]["final/return_mean"] for s in seeds]),
         np.array([final[s]["final/normalized_score"] for s in seeds]),
@@ -195,7 +198,9 @@ def read_runs(folders: tuple[Path, ...]) -> list[Run]:
     return sorted((run for run in runs if run), key=lambda run: -len(run.final))
 
 
-def find_run(runs: list[Run], script: str, arguments: dict) -> Run | None:
+def find_run(
+    runs: list[Run], script: str, arguments: dict, num_seeds: int | None = None
+) -> Run | None:
     """The runs of a script with these arguments and else its defaults, their seeds put together."""
     module = importlib.import_module(script)
     irrelevant = {
@@ -203,32 +208,33 @@ def find_run(runs: list[Run], script: str, arguments: dict) -> Run | None:
         *"seed num_seeds log_every checkpoint_every".split(),
     }
     wanted = json.loads(json.dumps(dataclasses.asdict(module.Args(**arguments)), default=str))
-    found = None
+    parts = []
     for run in runs:
         args = run.config["args"]
         if run.config["script"] != f"{script}.py" or any(
             args.get(k) != v for k, v in wanted.items() if k not in irrelevant
         ):
             continue
-        if found is None:
-            found = run
-        elif not set(run.seeds) & set(found.seeds):
-            arrays = ("seeds", "final", "score", "returns")
-            both = {k: np.concatenate([getattr(found, k), getattr(run, k)]) for k in arrays}
-            found = found._replace(**both)
-    return found
+        if not any(set(run.seeds) & set(part.seeds) for part in parts):
+            parts.append(run)
+    if not parts:
+        return None
+    order = np.argsort(np.concatenate([run.seeds for run in parts]))[:num_seeds]
+    arrays = ("seeds", "final", "score", "returns")
+    arrays = {k: np.concatenate([getattr(run, k) for run in parts])[order] for k in arrays}
+    commits = [commit for run in parts for commit in run.commits]
+    return parts[0]._replace(**arrays, commits=tuple(dict.fromkeys(commits)))
 
 
-def find_cells(item: Item, runs: list[Run], total_updates: int) -> dict[tuple, Run | None]:
+def find_cells(item: Item, runs: list[Run], args: Args) -> dict[tuple, Run | None]:
     """Runs, by (method, value, task)."""
     cells = {}
     for method, (script, arguments) in item.methods.items():
         for value in item.values:
             for task in item.tasks:
-                cell = {"env_id": task, item.parameter: value, "total_updates": total_updates}
-                cells[method, value, task] = find_run(
-                    runs, script, dict(item.common) | arguments | cell
-                )
+                cell = dict(item.common) | arguments | {"env_id": task, item.parameter: value}
+                cell["total_updates"] = args.total_updates
+                cells[method, value, task] = find_run(runs, script, cell, args.num_seeds)
     return cells
 
 
@@ -347,17 +353,17 @@ def write_page(name: str, item: Item, cells: dict, estimates: dict, args: Args) 
     ]
     for (method, value, task), run in cells.items():
         if run:
-            a, start, data = run.config["args"], run.config["starts"][0], run.config["data"]
+            device, data = run.config["starts"][0]["device"], run.config["data"]
             if not isinstance(data, str):  # the facts of an Atari store
                 data = "{env_id}-{source}, {num_episodes:,} episodes, {num_steps:,} steps".format(
                     **data
                 )
             lines.append(
                 f"| {method} | {task}, {item.label(value)} | {len(run.seeds)} | "
-                f"{a['total_updates']:,} | {(start.get('commit') or 'unknown')[:7]} | "
-                f"{start['device']} | {data} |"
+                f"{args.total_updates:,} | {', '.join(run.commits)} | {device} | {data} |"
             )
     command = f"python benchmark/report.py {name} --total-updates {args.total_updates}"
+    command += f" --num-seeds {args.num_seeds}" if args.num_seeds else ""
     lines += ["", f"Made by `{command}`."]
     (args.out / f"{name}.md").write_text("\n".join(lines) + "\n")
 
@@ -369,7 +375,7 @@ def main(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.items:
         item = ITEMS[name]
-        cells = find_cells(item, runs, args.total_updates)
+        cells = find_cells(item, runs, args)
         if not any(cells.values()):
             where = ", ".join(map(str, args.runs))
             raise SystemExit(f"No run of {name} with {args.total_updates:,} updates in {where}.")

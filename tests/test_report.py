@@ -17,14 +17,16 @@ import report
 UPDATES = 2000
 
 
-def write_run(folder, script, returns, scores, finished=True, **arguments):
+def write_run(
+    folder, script, returns, scores, finished=True, commits=("0123456789abcdef",), **arguments
+):
     """A run of two evaluations whose seeds ended with these returns and normalised scores."""
     counts = {"total_updates": UPDATES, "log_every": 1000}
     if script.endswith("bsuite"):
         counts["num_seeds"] = len(returns)
     args = importlib.import_module(script).Args(**(counts | arguments))
     config = {"args": dataclasses.asdict(args), "script": f"{script}.py", "data": "made up"}
-    config["starts"] = [{"commit": "0123456789abcdef", "device": "1 x cpu"}]
+    config["starts"] = [{"commit": commit, "device": "1 x cpu"} for commit in commits]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, default=str))
     lines = []
@@ -42,8 +44,8 @@ def few_bootstraps(monkeypatch):
     monkeypatch.setattr(report, "BOOTSTRAPS", 100)
 
 
-def make(tmp_path, *items):
-    args = report.Args(items, UPDATES, (tmp_path / "runs",), tmp_path / "out")
+def make(tmp_path, *items, num_seeds=None):
+    args = report.Args(items, UPDATES, num_seeds, (tmp_path / "runs",), tmp_path / "out")
     report.main(args)
     return tmp_path / "out"
 
@@ -97,13 +99,21 @@ def test_of_two_runs_of_a_cell_the_one_with_more_seeds_counts(tmp_path):
 
 
 def test_runs_with_other_seeds_are_put_together(tmp_path):
-    for folder, seed, score in (("a", 0, 1.0), ("b", 2, 3.0), ("c", 0, 9.0), ("d", 1, 2.0)):
-        write_run(tmp_path / "runs" / folder, "rosmo_bsuite", [score], [score], seed=seed)
+    parts = [("a", 0, 1.0, "1"), ("b", 2, 3.0, "22"), ("c", 0, 9.0, "3"), ("d", 1, 2.0, "42")]
+    for folder, seed, score, commits in parts:
+        run = (tmp_path / "runs" / folder, "rosmo_bsuite", [score], [score])
+        write_run(*run, seed=seed, commits=commits)
     out = make(tmp_path, "table1")
-    assert "| ROSMO | 2.000 ± 0.816 |" in (out / "table1.md").read_text()
+    page = (out / "table1.md").read_text()
+    assert "| ROSMO | 2.000 ± 0.816 |" in page
+    assert "| ROSMO | catch, noise 0.0 | 3 | 2,000 | 1, 2, 4 |" in page  # not the other seed 0's
     with (out / "table1.csv").open() as file:
         rows = {int(row["seed"]): float(row["return"]) for row in csv.DictReader(file)}
     assert rows == {0: 1.0, 1: 2.0, 2: 3.0}
+    assert (
+        "| ROSMO | 1.500 ± 0.500 |"
+        in (make(tmp_path, "table1", num_seeds=2) / "table1.md").read_text()
+    )
 
 
 def test_without_a_run_it_says_so(tmp_path):
@@ -122,6 +132,7 @@ def test_shell_scripts_start_runs_that_their_report_finds(tmp_path, name):
     fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\n')
     fake.chmod(0o755)
     command = ["bash", str(ROOT / "benchmark" / name), "--total-updates", str(UPDATES)]
+    command += [] if "atari" in name else ["--num-seeds", "2"]
     subprocess.run(command, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
     *commands, last = (tmp_path / "commands").read_text().splitlines()
     commands = [line for line in commands if not line.startswith("benchmark/")]
@@ -131,10 +142,12 @@ def test_shell_scripts_start_runs_that_their_report_finds(tmp_path, name):
         args = tyro.cli(module.Args, args=options)
         scores = [1.0] * getattr(args, "num_seeds", 1)
         write_run(tmp_path / "runs" / str(i), module.__name__, scores, scores, **vars(args))
-    script, *items = last.split()[:-2]
+    script, *options = last.split()
     assert script == "benchmark/report.py"
-    out = make(tmp_path, *items)
-    for item in items:
+    args = tyro.cli(report.Args, args=options)
+    assert args.total_updates == UPDATES
+    out = make(tmp_path, *args.items, num_seeds=args.num_seeds)
+    for item in args.items:
         assert "Not run" not in (out / f"{item}.md").read_text()
 
 
