@@ -160,7 +160,7 @@ class Args:
     unroll_steps: int = 5
     """K, steps that the model is unrolled for the loss (Fig. 4c: 1)"""
     td_steps: int = 5
-    """n, rewards in the value target (Eq. 8)"""
+    """n, rewards in the value target (Eq. 3)"""
     num_simulations: int = 20
     """N, simulations of a search"""
     max_depth: int | None = None

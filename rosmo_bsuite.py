@@ -495,7 +495,7 @@ def look_ahead(network: MuZeroNetwork, params, state, action, discount: float):
 
 
 def rosmo_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork, args: Args):
-    """The loss of Eq. 1 on windows of K + 1 + n steps (Algorithm 2, lines 4-6 and 12-36).
+    """The loss of Eq. 1 on windows of K + 1 + n steps (Algorithm 2, lines 4-9 and 12-42).
 
     Returns:
       The total loss and a dictionary of scalars to log.
