@@ -113,8 +113,6 @@ class Args:
     """bucket, or local folder, that holds RL Unplugged's raw shards"""
     loader_threads: int = 4
     """threads that decode batches"""
-    truncation_as_termination: bool = False
-    """treat every last step as terminal"""
 
     # model (Table 3, D.2.1)
     channels: int = 64
@@ -685,7 +683,7 @@ class BCNetwork(nn.Module):
 
 
 def bc_loss(params, batch: Batch, network: BCNetwork, args: Args):
-    """-log π(a|s) of logged transitions, windows of two steps.
+    """-log π(a|s) of logged transitions, steps [B, 1].
 
     Returns:
       The loss and a dictionary of scalars to log.
@@ -794,7 +792,10 @@ class Run:
         self.dir = args.run_dir or Path("runs", Path(__file__).stem, args.env_id + variant, name)
         self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
         if not (self.dir / "config.json").exists():
-            if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+            failed_start = {"lock", "checkpoints", "config.tmp"}
+            if self.dir.exists() and (
+                not self.dir.is_dir() or {x.name for x in self.dir.iterdir()} - failed_start
+            ):
                 raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
             return
         config = json.loads((self.dir / "config.json").read_text())
@@ -837,8 +838,9 @@ class Run:
             if self.writes:
                 self.take_folder()
                 if self.args.overwrite:
-                    shutil.rmtree(self.dir)
-                    self.take_folder()
+                    for path in self.dir.iterdir():  # what is half deleted is still a run's
+                        if path.name not in ("lock", "config.json"):
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             if self.writes:
                 (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
@@ -932,7 +934,8 @@ class Run:
 
     def exit(self, update: int) -> None:
         self.close()
-        print(f"Stopped at update {update:,}; the same command goes on.", file=sys.stderr)
+        but = " without --overwrite" if self.args.overwrite else ""
+        print(f"Stopped at update {update:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
 
     def plot(self, references: dict[str, float]) -> None:
@@ -968,8 +971,9 @@ class Run:
 
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if an argument is out of its range."""
+    leasts = {"seed": 0, "channels": 2}
     for name, value in vars(args).items():
-        if type(value) is int and value < (least := 0 if name == "seed" else 1):
+        if type(value) is int and value < (least := leasts.get(name, 1)):
             raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
     if args.eval_every % args.log_every:
         raise SystemExit(
@@ -1041,12 +1045,10 @@ def main(args: Args) -> None:
 
     share = args.batch_size // jax.process_count()
     rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-    length = 2
+    length = 1
 
     def load(step: int) -> Batch:
         batch = sample_batch(store, args.seed, step, args.batch_size, length, rows)
-        if args.truncation_as_termination:
-            batch = batch._replace(is_terminal=batch.is_last)
         return Batch(*(jax.make_array_from_process_local_data(by_device, x) for x in batch))
 
     def policy(greedy: bool) -> Callable:
@@ -1132,5 +1134,8 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        message = (
+            "Stopped; the same command (but for --overwrite) goes on from the last checkpoint."
+        )
+        print(message, file=sys.stderr)
         raise SystemExit(130) from None

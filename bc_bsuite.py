@@ -90,8 +90,6 @@ class Args:
     """where datasets are kept"""
     dataset: Path | None = None
     """.npz file or TFDS/RLDS folder [default: the task's in --data-dir, collected if missing]"""
-    truncation_as_termination: bool = False
-    """treat every last step as terminal"""
 
     # model (Table 4)
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -203,7 +201,7 @@ def load_dataset(args) -> tuple[Steps, str]:
         message = f"{path} is not a whole dataset of {args.env_id} ({error})"
         advice = "give another one" if args.dataset else "delete it to have it collected again"
         raise SystemExit(f"{message}; {advice}.") from None
-    if args.truncation_as_termination:
+    if getattr(args, "truncation_as_termination", False):  # bc_bsuite.py bootstraps nothing
         steps = steps._replace(is_terminal=steps.is_last)
     episodes, mean = steps.is_last.sum(), steps.reward.sum() / steps.is_last.sum()
     transitions = len(steps.action) - episodes
@@ -322,7 +320,7 @@ class BCNetwork(nn.Module):
 
 
 def bc_loss(params, batch: Steps, network: BCNetwork, args: Args):
-    """-log π(a|s) of logged transitions, windows of two steps.
+    """-log π(a|s) of logged transitions, steps [B, 1].
 
     Returns:
       The loss and a dictionary of scalars to log.
@@ -378,7 +376,7 @@ def make_train(network: BCNetwork, mesh, args: Args):
     def update(state: TrainState, key, steps: Steps, starts, num_starts):
         # The key belongs to the seed and the step, so that a resumed run draws the same batches.
         batch_key = jax.random.fold_in(key, state.step)
-        batch = sample_windows(batch_key, steps, starts, num_starts, args.batch_size, 2)
+        batch = sample_windows(batch_key, steps, starts, num_starts, args.batch_size, 1)
         batch = jax.lax.with_sharding_constraint(batch, by_device)
         gradient, metrics = jax.grad(bc_loss, has_aux=True)(state.params, batch, network, args)
         metrics["charts/grad_norm"] = optax.global_norm(gradient)
@@ -435,7 +433,10 @@ class Run:
         self.dir = args.run_dir or Path("runs", Path(__file__).stem, args.env_id + variant, name)
         self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
         if not (self.dir / "config.json").exists():
-            if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+            failed_start = {"lock", "checkpoints", "config.tmp"}
+            if self.dir.exists() and (
+                not self.dir.is_dir() or {x.name for x in self.dir.iterdir()} - failed_start
+            ):
                 raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
             return
         config = json.loads((self.dir / "config.json").read_text())
@@ -478,8 +479,9 @@ class Run:
             if self.writes:
                 self.take_folder()
                 if self.args.overwrite:
-                    shutil.rmtree(self.dir)
-                    self.take_folder()
+                    for path in self.dir.iterdir():  # what is half deleted is still a run's
+                        if path.name not in ("lock", "config.json"):
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             if self.writes:
                 (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
@@ -573,7 +575,8 @@ class Run:
 
     def exit(self, update: int) -> None:
         self.close()
-        print(f"Stopped at update {update:,}; the same command goes on.", file=sys.stderr)
+        but = " without --overwrite" if self.args.overwrite else ""
+        print(f"Stopped at update {update:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
 
     def plot(self, references: dict[str, float]) -> None:
@@ -715,5 +718,8 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        message = (
+            "Stopped; the same command (but for --overwrite) goes on from the last checkpoint."
+        )
+        print(message, file=sys.stderr)
         raise SystemExit(130) from None

@@ -100,7 +100,7 @@ class Args:
     run_dir: Path | None = None
     """folder of this run [default: runs/{script}/{env-id}[-variant]/seed{n}]"""
     overwrite: bool = False
-    """start again in a folder that holds a run, and delete that run"""
+    """start again in a folder that holds a run, and delete that run and its world model"""
     compilation_cache: bool = True
     """keep compiled programs in the user's cache folder"""
     capture_video: bool = False
@@ -722,7 +722,10 @@ class Run:
         self.dir = args.run_dir or Path("runs", Path(__file__).stem, args.env_id + variant, name)
         self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
         if not (self.dir / "config.json").exists():
-            if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+            failed_start = {"lock", "checkpoints", "config.tmp"}
+            if self.dir.exists() and (
+                not self.dir.is_dir() or {x.name for x in self.dir.iterdir()} - failed_start
+            ):
                 raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
             return
         config = json.loads((self.dir / "config.json").read_text())
@@ -765,8 +768,9 @@ class Run:
             if self.writes:
                 self.take_folder()
                 if self.args.overwrite:
-                    shutil.rmtree(self.dir)
-                    self.take_folder()
+                    for path in self.dir.iterdir():  # what is half deleted is still a run's
+                        if path.name not in ("lock", "config.json"):
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             if self.writes:
                 (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
@@ -860,7 +864,8 @@ class Run:
 
     def exit(self, update: int) -> None:
         self.close()
-        print(f"Stopped at update {update:,}; the same command goes on.", file=sys.stderr)
+        but = " without --overwrite" if self.args.overwrite else ""
+        print(f"Stopped at update {update:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
 
     def plot(self, references: dict[str, float]) -> None:
@@ -1369,6 +1374,14 @@ def load_world_model(folder: Path, network: WorldModel, sharding: NamedSharding,
         return checkpointer.restore(folder.resolve() / "members", like)
 
 
+def checksum(params) -> int:
+    """CRC-32 of parameters: a policy's run does not go on with another world model."""
+    crc = 0
+    for leaf in jax.tree.leaves(params):
+        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
+    return crc
+
+
 def train_world_model(
     args: Args, store: Store, network: WorldModel, mesh: jax.sharding.Mesh, folder: Path
 ):
@@ -1499,10 +1512,10 @@ def train_world_model(
     saved = {"state": ocp.args.StandardRestore((states, reference))}
     saved = run.checkpoints.restore(best["update"], args=ocp.args.Composite(**saved))
     params = jax.tree.map(lambda *x: jnp.stack(x), *(state.params for state in saved.state[0]))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.resolve() / "members", params)
     final = {"final/updates": done, "final/best_update": best["update"]}
     run.log(done, args.seed, final | {"final/heldout_total": best["heldout/total"]})
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.resolve() / "members", params)
     if run.stopping:
         run.exit(done)
     run.close()
@@ -1701,7 +1714,7 @@ def combo_loss(params, target_params, batch: Batch, network: CQLNetwork, args: A
         "losses/total": total,
         "charts/q": jnp.mean(q_logged * moving),
         "charts/q_target": jnp.mean(y * moving),
-        "charts/q_min": jnp.min(q),
+        "charts/q_min": jnp.min(jnp.where(moving[:, None], q, jnp.inf)),
         "charts/gap": jnp.mean(gap * moving),
         "charts/model_share": jnp.sum(moving & ~is_real) / jnp.sum(moving),
     }
@@ -1906,11 +1919,21 @@ def act(params, observation, key, greedy: bool, network: CQLNetwork, args: Args)
 
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if an argument is out of its range."""
+    leasts = {"seed": 0, "channels": 2, "num_bins": 3}
     for name, value in vars(args).items():
-        if type(value) is int and value < (least := 0 if name == "seed" else 1):
+        if type(value) is int and value < (least := leasts.get(name, 1)):
             raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
+    if not 0 <= args.discount <= 1:
+        raise SystemExit(f"--discount is {args.discount:g}; give a factor from 0 to 1.")
     if not 0 < args.heldout_percent < 100:
-        raise SystemExit(f"--heldout-percent is {args.heldout_percent}; give 0 to 100.")
+        raise SystemExit(
+            f"--heldout-percent is {args.heldout_percent}; give a share between 0 and 100."
+        )
+    if args.model_patience < args.model_eval_every:
+        raise SystemExit(
+            f"--model-patience {args.model_patience} is less than --model-eval-every "
+            f"{args.model_eval_every}: no update would be evaluated."
+        )
     if not 0 <= args.kl_balance <= 1 or args.kl_coef < 0:
         raise SystemExit("--kl-balance must be from 0 to 1 and --kl-coef at least 0.")
     if args.cql_alpha < 0 or not 0 <= args.eval_epsilon <= 1 or not 0 <= args.rollout_epsilon <= 1:
@@ -2009,6 +2032,7 @@ def main(args: Args) -> None:
     rollouts = jax.jit(empty_rollouts, static_argnums=0, out_shardings=ring)(args)
     mix = jax.jit(mix_batch, static_argnames="args", out_shardings=by_device)
     data = {k: v for k, v in store.meta.items() if k != "crc32"}
+    data["world_model_crc32"] = checksum(members)
     facts = {"dtype": str(network.dtype), "rom": rom_digest(args.env_id)}
     # The actions are all of the rollouts that cannot be predicted again: Q has changed since.
     done, (state, actions) = run.start((state, rollouts.action), data, **facts)
@@ -2134,5 +2158,8 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        message = (
+            "Stopped; the same command (but for --overwrite) goes on from the last checkpoint."
+        )
+        print(message, file=sys.stderr)
         raise SystemExit(130) from None

@@ -103,7 +103,7 @@ class Args:
     run_dir: Path | None = None
     """folder of this run [default: runs/{script}/{env-id}[-variant]/seed{n}]"""
     overwrite: bool = False
-    """start again in a folder that holds a run, and delete that run"""
+    """start again in a folder that holds a run, and delete that run and its world model"""
     compilation_cache: bool = True
     """keep compiled programs in the user's cache folder"""
     capture_video: bool = False
@@ -802,7 +802,10 @@ class Run:
         self.dir = args.run_dir or Path("runs", Path(__file__).stem, args.env_id + variant, name)
         self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
         if not (self.dir / "config.json").exists():
-            if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+            failed_start = {"lock", "checkpoints", "config.tmp"}
+            if self.dir.exists() and (
+                not self.dir.is_dir() or {x.name for x in self.dir.iterdir()} - failed_start
+            ):
                 raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
             return
         config = json.loads((self.dir / "config.json").read_text())
@@ -845,8 +848,9 @@ class Run:
             if self.writes:
                 self.take_folder()
                 if self.args.overwrite:
-                    shutil.rmtree(self.dir)
-                    self.take_folder()
+                    for path in self.dir.iterdir():  # what is half deleted is still a run's
+                        if path.name not in ("lock", "config.json"):
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             if self.writes:
                 (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
@@ -940,7 +944,8 @@ class Run:
 
     def exit(self, update: int) -> None:
         self.close()
-        print(f"Stopped at update {update:,}; the same command goes on.", file=sys.stderr)
+        but = " without --overwrite" if self.args.overwrite else ""
+        print(f"Stopped at update {update:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
 
     def plot(self, references: dict[str, float]) -> None:
@@ -1449,6 +1454,14 @@ def load_world_model(folder: Path, network: WorldModel, sharding: NamedSharding,
         return checkpointer.restore(folder.resolve() / "members", like)
 
 
+def checksum(params) -> int:
+    """CRC-32 of parameters: a policy's run does not go on with another world model."""
+    crc = 0
+    for leaf in jax.tree.leaves(params):
+        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
+    return crc
+
+
 def train_world_model(
     args: Args, store: Store, network: WorldModel, mesh: jax.sharding.Mesh, folder: Path
 ):
@@ -1579,10 +1592,10 @@ def train_world_model(
     saved = {"state": ocp.args.StandardRestore((states, reference))}
     saved = run.checkpoints.restore(best["update"], args=ocp.args.Composite(**saved))
     params = jax.tree.map(lambda *x: jnp.stack(x), *(state.params for state in saved.state[0]))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.resolve() / "members", params)
     final = {"final/updates": done, "final/best_update": best["update"]}
     run.log(done, args.seed, final | {"final/heldout_total": best["heldout/total"]})
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.resolve() / "members", params)
     if run.stopping:
         run.exit(done)
     run.close()
@@ -2029,12 +2042,20 @@ def join_processes() -> None:
 
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if an argument is out of its range."""
-    leasts = {"seed": 0, "bc_updates": 0, "members": 2, "warm_up": 4}  # pairs; the policy's frames
+    # Members are compared in pairs, and the policy sees four frames.
+    leasts = {"seed": 0, "bc_updates": 0, "members": 2, "warm_up": 4, "channels": 2}
     for name, value in vars(args).items():
         if type(value) is int and value < (least := leasts.get(name, 1)):
             raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
     if not 0 < args.heldout_percent < 100:
-        raise SystemExit(f"--heldout-percent is {args.heldout_percent}; give 0 to 100.")
+        raise SystemExit(
+            f"--heldout-percent is {args.heldout_percent}; give a share between 0 and 100."
+        )
+    if args.model_patience < args.model_eval_every:
+        raise SystemExit(
+            f"--model-patience {args.model_patience} is less than --model-eval-every "
+            f"{args.model_eval_every}: no update would be evaluated."
+        )
     if not 0 <= args.kl_balance <= 1 or args.kl_coef < 0:
         raise SystemExit("--kl-balance must be from 0 to 1 and --kl-coef at least 0.")
     if not 0 < args.halt_quantile < 1:
@@ -2098,6 +2119,7 @@ def main(args: Args) -> None:
         init_key, policy, network, args
     )
     data = {k: v for k, v in store.meta.items() if k != "crc32"}
+    data["world_model_crc32"] = checksum(model)
     facts = {"dtype": str(network.dtype), "rom": rom_digest(args.env_id)}
     done, state = run.start(state, data, **facts)
 
@@ -2152,9 +2174,13 @@ def main(args: Args) -> None:
         load = lambda step: put(sample_batch(store, args.seed, step, args.bc_batch_size, 1, rows))  # noqa: E731
         batches = load_batches(load, 0, args.loader_threads)
         hide = not (run.writes and sys.stderr.isatty())
-        for _ in (bar := tqdm(range(args.bc_updates), desc="behavior cloning", disable=hide)):
+        loss = None
+        for i in (bar := tqdm(range(args.bc_updates), desc="behavior cloning", disable=hide)):
+            previous_loss = loss
             params, opt_state, loss = clone(params, opt_state, next(batches), policy, args)
-            bar.set_postfix_str(f"loss {loss:.3f}")
+            jax.block_until_ready(previous_loss)  # so that at most one batch waits on the device
+            if (i + 1) % args.log_every == 0:
+                bar.set_postfix_str(f"loss {loss:.3f}")
             if run.stopping and jax.process_count() == 1:
                 run.exit(done)
         batches.close()
@@ -2252,5 +2278,8 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        message = (
+            "Stopped; the same command (but for --overwrite) goes on from the last checkpoint."
+        )
+        print(message, file=sys.stderr)
         raise SystemExit(130) from None

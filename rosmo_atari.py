@@ -1058,7 +1058,10 @@ class Run:
         self.dir = args.run_dir or Path("runs", Path(__file__).stem, args.env_id + variant, name)
         self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
         if not (self.dir / "config.json").exists():
-            if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+            failed_start = {"lock", "checkpoints", "config.tmp"}
+            if self.dir.exists() and (
+                not self.dir.is_dir() or {x.name for x in self.dir.iterdir()} - failed_start
+            ):
                 raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
             return
         config = json.loads((self.dir / "config.json").read_text())
@@ -1101,8 +1104,9 @@ class Run:
             if self.writes:
                 self.take_folder()
                 if self.args.overwrite:
-                    shutil.rmtree(self.dir)
-                    self.take_folder()
+                    for path in self.dir.iterdir():  # what is half deleted is still a run's
+                        if path.name not in ("lock", "config.json"):
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             if self.writes:
                 (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
@@ -1196,7 +1200,8 @@ class Run:
 
     def exit(self, update: int) -> None:
         self.close()
-        print(f"Stopped at update {update:,}; the same command goes on.", file=sys.stderr)
+        but = " without --overwrite" if self.args.overwrite else ""
+        print(f"Stopped at update {update:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
 
     def plot(self, references: dict[str, float]) -> None:
@@ -1232,9 +1237,12 @@ class Run:
 
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if an argument is out of its range."""
+    leasts = {"seed": 0, "channels": 2, "num_bins": 3}
     for name, value in vars(args).items():
-        if type(value) is int and value < (least := 0 if name == "seed" else 1):
+        if type(value) is int and value < (least := leasts.get(name, 1)):
             raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
+    if not 0 <= args.discount <= 1:
+        raise SystemExit(f"--discount is {args.discount:g}; give a factor from 0 to 1.")
     if args.eval_every % args.log_every:
         raise SystemExit(
             f"--eval-every {args.eval_every} must be a multiple of --log-every {args.log_every}."
@@ -1396,5 +1404,8 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        message = (
+            "Stopped; the same command (but for --overwrite) goes on from the last checkpoint."
+        )
+        print(message, file=sys.stderr)
         raise SystemExit(130) from None

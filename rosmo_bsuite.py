@@ -238,7 +238,7 @@ def load_dataset(args) -> tuple[Steps, str]:
         message = f"{path} is not a whole dataset of {args.env_id} ({error})"
         advice = "give another one" if args.dataset else "delete it to have it collected again"
         raise SystemExit(f"{message}; {advice}.") from None
-    if args.truncation_as_termination:
+    if getattr(args, "truncation_as_termination", False):  # bc_bsuite.py bootstraps nothing
         steps = steps._replace(is_terminal=steps.is_last)
     episodes, mean = steps.is_last.sum(), steps.reward.sum() / steps.is_last.sum()
     transitions = len(steps.action) - episodes
@@ -679,7 +679,10 @@ class Run:
         self.dir = args.run_dir or Path("runs", Path(__file__).stem, args.env_id + variant, name)
         self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
         if not (self.dir / "config.json").exists():
-            if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
+            failed_start = {"lock", "checkpoints", "config.tmp"}
+            if self.dir.exists() and (
+                not self.dir.is_dir() or {x.name for x in self.dir.iterdir()} - failed_start
+            ):
                 raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
             return
         config = json.loads((self.dir / "config.json").read_text())
@@ -722,8 +725,9 @@ class Run:
             if self.writes:
                 self.take_folder()
                 if self.args.overwrite:
-                    shutil.rmtree(self.dir)
-                    self.take_folder()
+                    for path in self.dir.iterdir():  # what is half deleted is still a run's
+                        if path.name not in ("lock", "config.json"):
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             if self.writes:
                 (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
@@ -817,7 +821,8 @@ class Run:
 
     def exit(self, update: int) -> None:
         self.close()
-        print(f"Stopped at update {update:,}; the same command goes on.", file=sys.stderr)
+        but = " without --overwrite" if self.args.overwrite else ""
+        print(f"Stopped at update {update:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
 
     def plot(self, references: dict[str, float]) -> None:
@@ -853,9 +858,12 @@ class Run:
 
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if an argument is out of its range."""
+    leasts = {"seed": 0, "num_bins": 3}
     for name, value in vars(args).items():
-        if type(value) is int and value < (least := 0 if name == "seed" else 1):
+        if type(value) is int and value < (least := leasts.get(name, 1)):
             raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
+    if not 0 <= args.discount <= 1:
+        raise SystemExit(f"--discount is {args.discount:g}; give a factor from 0 to 1.")
     if not 0 <= args.noise <= 1:
         raise SystemExit(f"--noise is {args.noise:g}; give a probability from 0 to 1.")
     if not 0 < args.data_percent <= 100:
@@ -959,5 +967,8 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        message = (
+            "Stopped; the same command (but for --overwrite) goes on from the last checkpoint."
+        )
+        print(message, file=sys.stderr)
         raise SystemExit(130) from None

@@ -274,6 +274,8 @@ def test_cql_acts_at_random_with_the_probability_of_eval_epsilon():
     [
         ("bc", {"batch_size": 0}, "--batch-size is 0; give at least 1"),
         ("crr", {"beta": 0.0}, "--beta is 0; give more than 0"),
+        ("crr", {"num_bins": 2}, "--num-bins is 2; give at least 3"),
+        ("cql", {"discount": 1.5}, "--discount is 1.5; give a factor from 0 to 1"),
         ("crr", {"num_action_samples": 0}, "--num-action-samples is 0; give at least 1"),
         ("cql", {"cql_alpha": -1.0}, "--cql-alpha must be at least 0"),
         ("cql", {"eval_epsilon": 2.0}, "--eval-epsilon from 0 to 1"),

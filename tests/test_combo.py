@@ -5,6 +5,7 @@ import difflib
 import inspect
 import json
 import math
+import shutil
 import signal
 from functools import partial
 
@@ -386,7 +387,9 @@ def world_model(members, tmp_path):
     return folder
 
 
-def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(run, world_model, tmp_path):
+def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(
+    run, world_model, members, tmp_path
+):
     options = ["--eval-every", 8, "--checkpoint-every", 8, "--rollout-every", 3]
     options += ["--total-updates", 24, "--world-model", world_model]
     run("whole", *options)
@@ -398,6 +401,13 @@ def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(run, worl
     with pytest.raises(SystemExit, match="130"):
         run("stopped", *options, stop=True)
     assert lines(tmp_path / "stopped" / "run")[-1]["update"] == 8
+    (world_model / "members").rename(tmp_path / "members")
+    with combo.ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(world_model / "members", with_ends(members, bias=-23.0))
+    with pytest.raises(SystemExit, match="holds a run on other data"):
+        run("stopped", *options)
+    shutil.rmtree(world_model / "members")
+    (tmp_path / "members").rename(world_model / "members")
     run("stopped", *options)
     assert lines(tmp_path / "stopped" / "run") == whole
 

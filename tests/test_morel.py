@@ -531,6 +531,7 @@ def test_one_ctrl_c_stops_the_second_phase_which_goes_on_exactly(
         ({"eval_every": 15}, "--eval-every 15 must be a multiple of --log-every 10"),
         ({"minibatches": 5}, "--rollout-length 128 must be a multiple of --minibatches 5"),
         ({"horizon": 0}, "--horizon is 0; give at least 1"),
+        ({"channels": 1}, "--channels is 1; give at least 2"),
     ],
 )
 def test_bad_arguments_give_one_sentence(change, message):

@@ -139,7 +139,8 @@ def test_kill_and_resume_give_the_numbers_of_a_whole_run(bsuite, tmp_path):
 
 
 def test_ctrl_c_writes_a_checkpoint_and_exits_with_130(bsuite, tmp_path):
-    process = bsuite("--run-dir", "run", "--total-updates", 100_000, wait=False)
+    options = ["--run-dir", "run", "--total-updates", 100_000, "--overwrite"]
+    process = bsuite(*options, wait=False)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and "eval/returns" in metrics.read_text()):
         assert process.poll() is None
@@ -151,6 +152,7 @@ def test_ctrl_c_writes_a_checkpoint_and_exits_with_130(bsuite, tmp_path):
     update = int(re.search(r"Stopped at update ([\d,]+);", stderr)[1].replace(",", ""))
     assert (tmp_path / "run" / "checkpoints" / str(update)).is_dir()
     assert lines(tmp_path / "run")[-1]["update"] == update
+    assert "the same command without --overwrite goes on" in stderr
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_checkpoint(in_process, tmp_path):
@@ -168,8 +170,10 @@ def test_a_folder_with_other_arguments_is_left_alone(in_process, tmp_path):
     assert "learning_rate 0.0007 -> 0.1" in result.stderr
     assert "--overwrite" in result.stderr
     assert lines(tmp_path / "run") == before
+    (tmp_path / "run" / "video.mp4").touch()
     other = in_process("--run-dir", "run", "--total-updates", 20, "--seed", 7, "--overwrite")
     assert other.returncode == 0, other.stderr
+    assert not (tmp_path / "run" / "video.mp4").exists()
     assert {x["seed"] for x in lines(tmp_path / "run")} == {7, 8}
 
 
@@ -194,6 +198,13 @@ def test_a_folder_that_is_not_a_run_is_never_deleted(in_process, tmp_path, name)
     assert result.returncode == 1
     assert re.search("is not (the folder of a run|a run of this script)", result.stderr)
     assert (tmp_path / "thesis" / name).exists()
+
+
+def test_a_folder_whose_first_start_failed_is_used_again(in_process, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "lock").touch()
+    (tmp_path / "run" / "config.tmp").write_text('{"args": ')  # no space was left
+    assert in_process("--run-dir", "run", "--total-updates", 20).returncode == 0
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one_and_equals_it(in_process, tmp_path):

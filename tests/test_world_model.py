@@ -365,6 +365,7 @@ def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trai
         ({"members": 0}, "--members is 0; give at least 2"),
         ({"heldout_percent": 0.0}, "--heldout-percent is 0"),
         ({"kl_balance": 1.5}, "--kl-balance must be from 0 to 1"),
+        ({"model_patience": 500}, "--model-patience 500 is less than --model-eval-every 1000"),
     ],
 )
 def test_bad_arguments_give_one_sentence(change, message):
