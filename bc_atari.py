@@ -308,9 +308,14 @@ class StoreWriter:
 @contextlib.contextmanager
 def write_store(path: Path, meta: dict) -> Iterator[StoreWriter]:
     """Builds a store beside `path`, renamed when the block ends; after an error nothing stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock_path, folder = (path.with_name(f".{path.name}.{end}") for end in ("lock", "building"))
-    with open(lock_path, "w") as lock:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(lock_path, "w")
+    except OSError as error:
+        message = f"{path} cannot be written ({error.strerror}); choose another folder."
+        raise SystemExit(message) from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = os.fstat(lock.fileno()).st_nlink > 0  # else its last holder has just removed it
@@ -481,7 +486,6 @@ def import_rlu(
     path: Path, env_id: str, run: int, percent: float, rlu_prefix: str, prepared: Path | None
 ) -> None:
     """Builds a store from RL Unplugged: from a `prepared` TFDS folder, or else its raw shards."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("NO_GCE_CHECK", "true")  # the bucket is public
     import tensorflow as tf
     import tensorflow_datasets as tfds
@@ -551,7 +555,8 @@ def get_store(args: Any) -> Store:
     }
     if larger := [p for p in names if p >= percent]:  # its first part is the same data
         return open_store(names[min(larger)], env_id, percent)
-    path = folder / f"{env_id}-run{args.run}-{percent:g}pct"
+    part = np.format_float_positional(percent, trim="-")
+    path = folder / f"{env_id}-run{args.run}-{part}pct"
     tfds_dir = args.tfds_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     prepared = Path(tfds_dir).expanduser() / "rlu_atari_checkpoints_ordered"
     prepared = max(prepared.glob(f"{env_id}_run_{args.run}/*.*.*/"), default=None)
@@ -576,8 +581,10 @@ def get_store(args: Any) -> Store:
             raise SystemExit(
                 f"There is no {collector} to collect data with: get the data as above."
             )
-        size = ["--num-steps", str(LOCAL_STEPS), "--out", str(path)]
-        if subprocess.run([sys.executable, str(collector), "--env-id", env_id, *size]).returncode:
+        command = [sys.executable, str(collector), "--env-id", env_id]
+        command += ["--num-steps", str(LOCAL_STEPS), "--out", str(path)]
+        cpu = os.environ | {"JAX_PLATFORMS": "cpu"}  # this process holds the accelerator
+        if subprocess.run(command, env=cpu).returncode:
             raise SystemExit("Collecting data failed, as said above; the same command goes on.")
     return open_store(path, env_id, percent)
 
@@ -660,7 +667,8 @@ class Head(nn.Module):
             x = nn.Dense(2 * self.channels, use_bias=False, dtype=self.dtype)(x)
             x = nn.relu(nn.LayerNorm(dtype=self.dtype)(x))
         # In float32, because a value is a small difference of many large logits' weights.
-        return nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, dtype=jnp.float32)(x)
+        options = {"kernel_init": nn.initializers.zeros, "precision": "highest"}
+        return nn.Dense(self.outputs, dtype=jnp.float32, **options)(x)
 
 
 # --- end torso ---
@@ -792,10 +800,9 @@ class Run:
         self.dir = args.run_dir or Path("runs", Path(__file__).stem, args.env_id + variant, name)
         self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
         if not (self.dir / "config.json").exists():
-            failed_start = {"lock", "checkpoints", "config.tmp"}
-            if self.dir.exists() and (
-                not self.dir.is_dir() or {x.name for x in self.dir.iterdir()} - failed_start
-            ):
+            names = {path.name for path in self.dir.glob("*")}
+            failed_start = {"lock"} <= names <= {"lock", "checkpoints", "config.tmp"}
+            if (names and not failed_start) or self.dir.is_file():
                 raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
             return
         config = json.loads((self.dir / "config.json").read_text())
@@ -1016,11 +1023,12 @@ def main(args: Args) -> None:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if jax.process_count() > 1:  # the first process builds a store that is missing
-        if jax.process_index() == 0:
-            get_store(args)
-        multihost_utils.sync_global_devices("store")
-    store = get_store(args)
+    # The first process builds a store that is missing. Devices would not wait for it so long.
+    wait_for_all = partial(ocp.multihost.get_barrier_sync_fn(), timeout_ms=24 * 3_600_000)
+    store = get_store(args) if jax.process_index() == 0 else None
+    wait_for_all(key="store")
+    store = store or get_store(args)
+    wait_for_all(key="opened")
     local = store.meta["source"] == "dqn" and args.dataset is None
     run = Run(args, [args.seed], source="-dqn" if local else "")
     if run.is_finished():
@@ -1074,7 +1082,7 @@ def main(args: Args) -> None:
         done += 1
         jax.block_until_ready(previous_loss)  # so that at most one batch waits on the device
         bar.update()
-        if done - window_first == 2 and window_first == 0:
+        if done == 2 and window_first == 0:
             warn_if_slow(time.perf_counter() - before, args)
         if done % args.log_every == 0:
             metrics = {k: v / args.log_every for k, v in jax.device_get(state.sums).items()}
@@ -1110,7 +1118,6 @@ def main(args: Args) -> None:
         score = normalized_score(args.env_id, sampled.mean())
         final = {"final/return_mean": sampled.mean(), "final/return_mean_greedy": greedy.mean()}
         final |= {"final/returns": sampled, "final/returns_greedy": greedy}
-        run.log(done, args.seed, final | {"final/normalized_score": score})
         if args.capture_video:
             video = run.dir / "video.mp4"
             capture_video(policy(False), args.env_id, args.seed, video)
@@ -1121,12 +1128,12 @@ def main(args: Args) -> None:
         random_score, online_score = REFERENCE_SCORES.get(args.env_id, (None, None))
         lines = {"data": mean_return, "random policy": random_score, "online DQN": online_score}
         run.plot({name: value for name, value in lines.items() if value is not None})
+        run.log(done, args.seed, final | {"final/normalized_score": score})  # it is finished
         print(
             f"Final return of {args.final_eval_episodes} episodes: {sampled.mean():.2f} "
             f"(data {mean_return:.2f}), greedy {greedy.mean():.2f}; see {run.dir}."
         )
-    if jax.process_count() > 1:  # the others wait for the final evaluation
-        multihost_utils.sync_global_devices("evaluated")
+    wait_for_all(key="evaluated")
     run.close()
 
 

@@ -256,7 +256,8 @@ def collect_dataset(path: Path, args) -> None:
             f"with: python benchmark/collect_bsuite.py {' '.join(options)}"
         )
     print(f"There is no dataset at {path} yet: an online DQN collects it now.", flush=True)
-    if subprocess.run([sys.executable, collector, *options]).returncode:
+    cpu = os.environ | {"JAX_PLATFORMS": "cpu"}  # this process holds the accelerator
+    if subprocess.run([sys.executable, collector, *options], env=cpu).returncode:
         raise SystemExit("The data were not collected; the message above says why.")
 
 
@@ -679,10 +680,9 @@ class Run:
         self.dir = args.run_dir or Path("runs", Path(__file__).stem, args.env_id + variant, name)
         self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
         if not (self.dir / "config.json").exists():
-            failed_start = {"lock", "checkpoints", "config.tmp"}
-            if self.dir.exists() and (
-                not self.dir.is_dir() or {x.name for x in self.dir.iterdir()} - failed_start
-            ):
+            names = {path.name for path in self.dir.glob("*")}
+            failed_start = {"lock"} <= names <= {"lock", "checkpoints", "config.tmp"}
+            if (names and not failed_start) or self.dir.is_file():
                 raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
             return
         config = json.loads((self.dir / "config.json").read_text())
@@ -894,7 +894,9 @@ def main(args: Args) -> None:
     steps, source = load_dataset(args)
     mean_return = steps.reward.sum() / steps.is_last.sum()
     starts, num_starts = window_starts(steps.is_last, args.data_percent, seeds)
-    print(f"Data: {args.dataset or args.data_dir}: {source}.", flush=True)
+    name, share = args.dataset or f"{args.env_id}, noise {args.noise:g}", args.data_percent
+    part = "" if share == 100 else f"; each seed learns from {share:g}% of the episodes"
+    print(f"Data: {name}: {source}{part}.", flush=True)
 
     network = make_network(ENVIRONMENTS[args.env_id]().action_spec().num_values, args)
     keys = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in seeds])
@@ -946,15 +948,15 @@ def main(args: Args) -> None:
 
     sampled = play(args.final_eval_episodes, greedy=False)
     greedy = play(args.final_eval_episodes, greedy=True)
+    random_return, online_return = REFERENCE_RETURNS[args.env_id]
+    references = {"random policy (Table 6)": random_return, "online DQN (Table 6)": online_return}
+    run.plot({"data": mean_return} | references)
     for i, seed in enumerate(seeds):
         score = normalized_score(args.env_id, sampled[i].mean())
         means = {"return_mean": sampled[i].mean(), "return_mean_greedy": greedy[i].mean()}
         final = means | {"returns": sampled[i], "returns_greedy": greedy[i]}
         final["normalized_score"] = score
         run.log(update, seed, {f"final/{name}": value for name, value in final.items()})
-    random_return, online_return = REFERENCE_RETURNS[args.env_id]
-    references = {"random policy (Table 6)": random_return, "online DQN (Table 6)": online_return}
-    run.plot({"data": mean_return} | references)
     run.close()
     means = sampled.mean(axis=1)
     print(

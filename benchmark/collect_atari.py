@@ -209,9 +209,14 @@ class StoreWriter:
 @contextlib.contextmanager
 def write_store(path: Path, meta: dict) -> Iterator[StoreWriter]:
     """Builds a store beside `path`, renamed when the block ends; after an error nothing stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock_path, folder = (path.with_name(f".{path.name}.{end}") for end in ("lock", "building"))
-    with open(lock_path, "w") as lock:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(lock_path, "w")
+    except OSError as error:
+        message = f"{path} cannot be written ({error.strerror}); choose another folder."
+        raise SystemExit(message) from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = os.fstat(lock.fileno()).st_nlink > 0  # else its last holder has just removed it
@@ -341,13 +346,12 @@ class Recorder:
         self.folder = folder
         config = json.dumps(dataclasses.asdict(args), indent=1)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "args.json").exists():
-            (folder / "args.json").write_text(config)
-        elif (folder / "args.json").read_text() != config:
+        if (folder / "learner").exists() and (folder / "args.json").read_text() != config:
             raise SystemExit(
                 f"{folder} has a collection with other arguments that has not ended: give those of "
                 "its args.json to go on with it, or delete it."
             )
+        (folder / "args.json").write_text(config)
         self.lengths, self.returns = [], []
 
     def add(self, episode: dict) -> None:
@@ -481,7 +485,17 @@ def write_rlu(folder: Path, recorder: Recorder, labels: list[tuple[int, int]]) -
                 writer.write(example.SerializeToString())
 
 
+def check_args(args: Args) -> None:
+    """Ends the program with one sentence if an argument is out of its range."""
+    for name, value in vars(args).items():
+        if type(value) is int and value < (least := 0 if name == "seed" else 1):
+            raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
+    if args.width * 32 < 1:
+        raise SystemExit(f"--width is {args.width:g}; give at least {1 / 32}.")
+
+
 def main(args: Args) -> None:
+    check_args(args)
     path = Path(args.out or f"{args.data_dir}/atari/{args.env_id}-dqn-{args.num_steps // 1000}k")
     if path.exists():
         raise SystemExit(f"{path} exists already: it is complete, there is nothing to collect.")
@@ -500,9 +514,10 @@ def main(args: Args) -> None:
                 *(episode["frames"], episode["action"], episode["reward"], episode["is_terminal"]),
                 *(checkpoint, id, episode["reward"].sum()),
             )
-    if args.format == "rlu":
-        folder = path.with_name(f"{path.name}-rlu") / "atari_episodes_ordered" / args.env_id
-        write_rlu(folder, recorder, labels)
+        if args.format == "rlu":  # before the store is complete, so that a kill loses no shards
+            folder = path.with_name(f"{path.name}-rlu") / "atari_episodes_ordered" / args.env_id
+            shutil.rmtree(folder, ignore_errors=True)
+            write_rlu(folder, recorder, labels)
     shutil.rmtree(recorder.folder)
     returns = np.array(recorder.returns)
     print(

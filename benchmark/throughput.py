@@ -105,8 +105,9 @@ def atari_step(script, args: Args):
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     by_device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    # The baselines learn from transitions.
+    # The baselines learn from transitions, behavior cloning from single steps.
     length = getattr(settings, "unroll_steps", 1) + 1 + getattr(settings, "td_steps", 0)
+    length = 1 if script.__name__ == "bc_atari" else length
     if args.store:
         env_id = json.loads((args.store / "meta.json").read_text())["env_id"]
         store = script.open_store(args.store, env_id)
@@ -138,15 +139,14 @@ def atari_step(script, args: Args):
     keys = {"key": key} if "key" in inspect.signature(script.update).parameters else {}
     options = keys | {"network": network, "args": settings}
     compiled = script.update.lower(current, batch=next(batches), **options).compile()
-    memory, flops = compiled.memory_analysis(), compiled.cost_analysis()["flops"]
+    memory = compiled.memory_analysis()
+    flops = compiled.cost_analysis()["flops"] * jax.device_count()  # XLA counts those of one
     print(
         f"{script.__name__}: {parameters:,} parameters, {num_actions} actions, batch "
         f"{settings.batch_size}, {network.dtype}: {flops / 1e12:.3f} TFLOP an update, "
         f"{memory.temp_size_in_bytes / 1e9:.2f} GB of temporary memory on a device",
         flush=True,
     )
-    if args.compile_only:
-        raise SystemExit
     waited = 0.0
 
     def run(num_updates: int) -> str:
@@ -164,7 +164,7 @@ def atari_step(script, args: Args):
         kind = jax.devices()[0].device_kind
         peak = next((value for name, value in PEAK.items() if name in kind), None)
         text = f", waiting for data {waited / seconds:.1%}"
-        if peak:
+        if peak and "muzero" not in script.__name__:  # XLA counts the body of the search once
             share = flops * num_updates / seconds / (peak * jax.device_count())
             text += f", {share:.1%} of the peak of {peak / 1e12:.0f} TFLOP/s"
         return text
@@ -177,9 +177,14 @@ def main(args: Args) -> None:
     for name in args.scripts:
         if not re.fullmatch(r"\w+_(atari|bsuite)", name):
             raise SystemExit(f"There is no script {name}; give one such as rosmo_bsuite.")
+        if name == "morel_atari":
+            raise SystemExit("morel_atari learns from a world model; its metrics tell its speed.")
         make = atari_step if name.endswith("_atari") else bsuite_step
         steps[name] = make(importlib.import_module(name), args)
-        steps[name](args.updates)  # compiles
+        if not args.compile_only:
+            steps[name](args.updates)  # compiles
+    if args.compile_only:
+        return
     rates, remarks = {name: [] for name in steps}, {}
     for _ in range(args.windows):  # in turn, so that a slow moment of the machine meets them all
         for name, run in steps.items():

@@ -214,6 +214,12 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made(path, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"Pong cannot be written \(.*\); choose another folder"):
+        write(tmp_path / "file" / "Pong")
+
+
 def test_an_error_in_a_build_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), script.write_store(tmp_path / "Pong", META):
         raise ZeroDivisionError
@@ -286,7 +292,7 @@ def test_both_paths_give_the_direct_store(rlu, args, path, tmp_path):
     assert contents(streamed) == contents(prepared) == contents(path)
 
 
-@pytest.mark.parametrize("percent", [1, 50, 80])
+@pytest.mark.parametrize("percent", [1, 33.3333333, 80])
 def test_percent_is_the_same_on_every_path(rlu, args, path, tmp_path, percent):
     args.data_percent = percent
     streamed = script.get_store(args)
@@ -384,7 +390,8 @@ def offline(tmp_path, monkeypatch) -> SimpleNamespace:
 def test_fall_back_says_what_it_is_and_collects(offline, monkeypatch, tmp_path, capsys):
     commands = []
 
-    def run(command):
+    def run(command, env):
+        assert env["JAX_PLATFORMS"] == "cpu"
         commands.append(command)
         write(Path(command[command.index("--out") + 1]), source="dqn")
         return SimpleNamespace(returncode=0)
@@ -410,7 +417,7 @@ def test_copied_script_without_collector(offline, monkeypatch, tmp_path):
 
 
 def test_failed_collector(offline, monkeypatch):
-    monkeypatch.setattr(script.subprocess, "run", lambda command: SimpleNamespace(returncode=1))
+    monkeypatch.setattr(script.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
     with pytest.raises(SystemExit, match="Collecting data failed"):
         script.get_store(offline)
 

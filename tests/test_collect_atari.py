@@ -106,6 +106,20 @@ def test_finished_collection_is_not_overwritten(killed_and_resumed):
         collect_atari.main(collect_atari.Args(out=str(killed_and_resumed)))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_envs": 0}, "--num-envs is 0; give at least 1"),
+        ({"epsilon_steps": 0}, "--epsilon-steps is 0; give at least 1"),
+        ({"width": 0.01}, "--width is 0.01; give at least 0.03125"),
+    ],
+)
+def test_bad_arguments_give_one_sentence(tmp_path, change, message):
+    with pytest.raises(SystemExit, match=message):
+        collect_atari.main(collect_atari.Args(out=str(tmp_path / "store"), **change))
+    assert not list(tmp_path.iterdir())
+
+
 def test_recorded_play_can_be_replayed(tmp_path):
     """The recorded actions, given to the same game, give the recorded frames and rewards."""
     args = collect_atari.Args(

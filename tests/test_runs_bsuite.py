@@ -190,9 +190,9 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(in_process, tmp_p
     assert in_process("--run-dir", "run", "--total-updates", 40).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["chapter1.tex", "config.json"])
+@pytest.mark.parametrize("name", ["chapter1.tex", "config.json", "checkpoints/1/weights.bin"])
 def test_a_folder_that_is_not_a_run_is_never_deleted(in_process, tmp_path, name):
-    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / name).parent.mkdir(parents=True)
     (tmp_path / "thesis" / name).write_text('{"model": "someone else\'s"}')
     result = in_process("--run-dir", "thesis", "--overwrite")
     assert result.returncode == 1
@@ -205,6 +205,16 @@ def test_a_folder_whose_first_start_failed_is_used_again(in_process, tmp_path):
     (tmp_path / "run" / "lock").touch()
     (tmp_path / "run" / "config.tmp").write_text('{"args": ')  # no space was left
     assert in_process("--run-dir", "run", "--total-updates", 20).returncode == 0
+
+
+def test_a_run_is_finished_when_its_curve_is_drawn(in_process, monkeypatch):
+    """Else a kill between the two would leave a finished run without a curve."""
+    module, finished = importlib.import_module("rosmo_bsuite"), []
+    monkeypatch.setattr(module.Run, "plot", lambda run, _: finished.append(run.is_finished()))
+    for _ in range(2):
+        result = in_process("--run-dir", "run", "--total-updates", 20)
+    assert finished == [False]
+    assert "This run is finished" in result.stdout
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one_and_equals_it(in_process, tmp_path):
