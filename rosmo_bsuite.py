@@ -238,7 +238,8 @@ def load_dataset(args) -> tuple[Steps, str]:
         message = f"{path} is not a whole dataset of {args.env_id} ({error})"
         advice = "give another one" if args.dataset else "delete it to have it collected again"
         raise SystemExit(f"{message}; {advice}.") from None
-    if getattr(args, "truncation_as_termination", False):  # bc_bsuite.py bootstraps nothing
+    # Behavior cloning bootstraps nothing, so that it has no such argument.
+    if hasattr(args, "truncation_as_termination") and args.truncation_as_termination:
         steps = steps._replace(is_terminal=steps.is_last)
     episodes, mean = steps.is_last.sum(), steps.reward.sum() / steps.is_last.sum()
     transitions = len(steps.action) - episodes
