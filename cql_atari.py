@@ -1133,8 +1133,10 @@ def main(args: Args) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # The first process builds a store that is missing. Devices would not wait for it so long.
     wait_for_all = partial(ocp.multihost.get_barrier_sync_fn(), timeout_ms=24 * 3_600_000)
-    store = get_store(args) if jax.process_index() == 0 else None
-    wait_for_all(key="store")
+    try:
+        store = get_store(args) if jax.process_index() == 0 else None
+    finally:  # after an error, too: the others then meet it themselves
+        wait_for_all(key="store")
     store = store or get_store(args)
     wait_for_all(key="opened")
     local = store.meta["source"] == "dqn" and args.dataset is None

@@ -149,18 +149,22 @@ def test_ctrl_c_stops_at_any_update_and_the_run_goes_on_from_it(atari, tmp_path)
     assert (tmp_path / "run" / "checkpoints" / str(update)).is_dir()
 
 
-def test_several_devices_and_several_processes_give_the_numbers_of_one(atari, tmp_path):
-    assert atari("--run-dir", "one").returncode == 0
+def two_processes(atari, *arguments, timeout: float) -> tuple[list[int], list[tuple[str, str]]]:
+    """A run of two processes with two devices each: their exit statuses and (stdout, stderr)."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     shared["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    processes = [
-        atari("--run-dir", "four", wait=False, **shared, JAX_PROCESS_ID=str(i)) for i in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    processes = [atari(*arguments, wait=False, **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+def test_several_devices_and_several_processes_give_the_numbers_of_one(atari, tmp_path):
+    assert atari("--run-dir", "one").returncode == 0
+    statuses, outputs = two_processes(atari, "--run-dir", "four", timeout=300)
+    assert statuses == [0, 0], outputs
     config = json.loads((tmp_path / "four" / "config.json").read_text())
     assert config["starts"][0]["device"].startswith("4 x")
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "four"), strict=True):
@@ -168,6 +172,13 @@ def test_several_devices_and_several_processes_give_the_numbers_of_one(atari, tm
         for key in a:
             if key.startswith(("losses/", "charts/")):
                 assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), key
+
+
+def test_several_processes_end_together_without_a_store(atari):
+    """The first does not keep the others waiting for a store that it cannot open."""
+    statuses, outputs = two_processes(atari, "--dataset", "nowhere", timeout=100)
+    assert statuses == [1, 1]
+    assert all("There is no store nowhere" in stderr for _, stderr in outputs)
 
 
 @pytest.mark.parametrize(
