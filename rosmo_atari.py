@@ -104,7 +104,7 @@ class Args:
     compilation_cache: bool = True
     """keep compiled programs in the user's cache folder"""
     capture_video: bool = False
-    """record one episode of the trained agent as video.mp4"""
+    """record one episode of the trained agent as video.mp4, also when the run is finished"""
     track: bool = False
     """mirror the metrics to Weights & Biases"""
     wandb_project_name: str = "rosmo-suite"
@@ -1301,7 +1301,8 @@ def main(args: Args) -> None:
     wait_for_all(key="opened")
     local = store.meta["source"] == "dqn" and args.dataset is None
     run = Run(args, [args.seed], source="-dqn" if local else "")
-    if run.is_finished():
+    video = run.dir / "video.mp4"
+    if run.is_finished() and (video.exists() or not args.capture_video):
         print(f"This run is finished: see {run.dir}, or give --overwrite to start again.")
         return
     mean_return = store.episodes["return"].mean()
@@ -1391,7 +1392,6 @@ def main(args: Args) -> None:
         final = {"final/return_mean": sampled.mean(), "final/return_mean_greedy": greedy.mean()}
         final |= {"final/returns": sampled, "final/returns_greedy": greedy}
         if args.capture_video:
-            video = run.dir / "video.mp4"
             capture_video(policy(False), args.env_id, args.seed, video)
             if run.wandb:
                 import wandb

@@ -74,10 +74,14 @@ def check_artefacts(folder) -> None:
 
 
 def test_a_run_leaves_all_its_artefacts(atari, tmp_path):
-    result = atari("--capture-video")
+    result = atari()
     assert result.returncode == 0, result.stderr
     (folder,) = tmp_path.glob("runs/*/Asterix-*/seed0")
     check_artefacts(folder)
+    final = lines(folder)[-1]
+    assert not (folder / "video.mp4").exists()
+    atari("--capture-video")  # of the finished run, which is evaluated again
+    assert lines(folder)[-1] == final
     video, num_frames = cv2.VideoCapture(str(folder / "video.mp4")), 0
     while video.read()[0]:
         num_frames += 1
