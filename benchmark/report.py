@@ -286,10 +286,12 @@ def draw_aggregate(item: Item, cells: dict, path: Path) -> None:
 
 
 def draw_curves(item: Item, cells: dict, path: Path) -> None:
-    """One panel for each task and value: mean and standard deviation over the seeds."""
+    """A row of panels for each task, one for each value: mean and deviation over the seeds."""
     size = (3.2 * len(item.values), 2.6 * len(item.tasks) + 0.6)
     figure = Figure(size, layout="constrained")
-    grid = figure.subplots(len(item.tasks), len(item.values), sharey="row", squeeze=False)
+    shape = (len(item.tasks), len(item.values))
+    grid = figure.subplots(*shape, sharex=True, sharey="row", squeeze=False)
+    drawn = {}  # a line of each method that has a run
     for row, task in zip(grid, item.tasks, strict=True):
         for axes, value in zip(row, item.values, strict=True):
             for i, method in enumerate(item.methods):
@@ -298,12 +300,13 @@ def draw_curves(item: Item, cells: dict, path: Path) -> None:
                 n = 1 + len(run.updates) // 25  # evaluations in the moving average
                 smooth = [np.convolve(x, np.ones(n) / n, "valid") for x in run.returns]
                 mean, std, x = np.mean(smooth, axis=0), np.std(smooth, axis=0), run.updates[n - 1 :]
-                axes.plot(x, mean, color=f"C{i}", label=method)
+                drawn[method] = axes.plot(x, mean, color=f"C{i}")[0]
                 axes.fill_between(x, mean - std, mean + std, color=f"C{i}", alpha=0.2)
-            axes.set(title=f"{task}, {item.label(value)}", xlabel="updates")
-        row[0].set_ylabel("return")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        row[0].set_ylabel(f"{task}, return")
+    for top, bottom, value in zip(grid[0], grid[-1], item.values, strict=True):
+        top.set_title(item.label(value))
+        bottom.set_xlabel("updates")
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 

@@ -98,6 +98,15 @@ def test_of_two_runs_of_a_cell_the_one_with_more_seeds_counts(tmp_path):
     assert (out / "figure9.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_curves_have_a_legend_when_the_first_cell_is_empty(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    write_run(tmp_path / "runs" / "a", "muzero_unplugged_bsuite", [1.0], [1.0], noise=0.3)
+    make(tmp_path, "figure9")
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["MuZero Unplugged"]
+
+
 def test_runs_with_other_seeds_are_put_together(tmp_path):
     parts = [("a", 0, 1.0, "1"), ("b", 2, 3.0, "22"), ("c", 0, 9.0, "3"), ("d", 1, 2.0, "42")]
     for folder, seed, score, commits in parts:
