@@ -565,9 +565,14 @@ def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
     return jnp.moveaxis(stack, 1, -1)
 
 
-def load_batches(load: Callable, first: int, num_threads: int, ahead: int = 4) -> Iterator:
-    """Yields load(first), load(first + 1), ... in order, `ahead` of them being made by threads."""
-    pool = ThreadPoolExecutor(num_threads)
+def load_batches(
+    load: Callable, first: int, num_threads: int, ahead: int | None = None
+) -> Iterator:
+    """Yields load(first), load(first + 1), ... in order, made by threads.
+
+    ahead: how many are made before they are asked for [default: four, or one for each thread]
+    """
+    ahead, pool = ahead or max(4, num_threads), ThreadPoolExecutor(num_threads)
     try:
         pending = deque(pool.submit(load, step) for step in range(first, first + ahead))
         for step in itertools.count(first + ahead):
@@ -847,6 +852,8 @@ class Run:
             commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
             facts["commit"] = commit.strip() or None
         facts["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        if self.writes:
+            print(f"Run: {self.dir}, on {facts['device']}.", flush=True)
         facts["versions"] = {p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")}
         self.config["starts"] = [*self.config.get("starts", []), facts]
         self.config["script"] = Path(__file__).name
@@ -1593,14 +1600,15 @@ def train_world_model(
             waited, window_start, window_first = 0.0, time.perf_counter(), done
     batches.close()
     bar.close()
-    evaluations = [line for line in run.lines() if "heldout/total" in line]
-    best = min(evaluations, key=lambda line: line["heldout/total"])
+    evaluations = [(x["heldout/total"], x["update"]) for x in run.lines() if "heldout/total" in x]
+    total, best = min(evaluations, default=(0.0, 0))
+    best = int(multihost_utils.broadcast_one_to_all(np.int32(best)))  # the first process wrote them
     run.checkpoints.wait_until_finished()
     saved = {"state": ocp.args.StandardRestore((states, reference))}
-    saved = run.checkpoints.restore(best["update"], args=ocp.args.Composite(**saved))
+    saved = run.checkpoints.restore(best, args=ocp.args.Composite(**saved))
     params = jax.tree.map(lambda *x: jnp.stack(x), *(state.params for state in saved.state[0]))
-    final = {"final/updates": done, "final/best_update": best["update"]}
-    run.log(done, args.seed, final | {"final/heldout_total": best["heldout/total"]})
+    final = {"final/updates": done, "final/best_update": best, "final/heldout_total": total}
+    run.log(done, args.seed, final)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.resolve() / "members", params)
     if run.stopping:

@@ -500,9 +500,14 @@ def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
     return jnp.moveaxis(stack, 1, -1)
 
 
-def load_batches(load: Callable, first: int, num_threads: int, ahead: int = 4) -> Iterator:
-    """Yields load(first), load(first + 1), ... in order, `ahead` of them being made by threads."""
-    pool = ThreadPoolExecutor(num_threads)
+def load_batches(
+    load: Callable, first: int, num_threads: int, ahead: int | None = None
+) -> Iterator:
+    """Yields load(first), load(first + 1), ... in order, made by threads.
+
+    ahead: how many are made before they are asked for [default: four, or one for each thread]
+    """
+    ahead, pool = ahead or max(4, num_threads), ThreadPoolExecutor(num_threads)
     try:
         pending = deque(pool.submit(load, step) for step in range(first, first + ahead))
         for step in itertools.count(first + ahead):
@@ -1103,6 +1108,8 @@ class Run:
             commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
             facts["commit"] = commit.strip() or None
         facts["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        if self.writes:
+            print(f"Run: {self.dir}, on {facts['device']}.", flush=True)
         facts["versions"] = {p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")}
         self.config["starts"] = [*self.config.get("starts", []), facts]
         self.config["script"] = Path(__file__).name

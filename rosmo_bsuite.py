@@ -718,6 +718,8 @@ class Run:
             commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
             facts["commit"] = commit.strip() or None
         facts["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        if self.writes:
+            print(f"Run: {self.dir}, on {facts['device']}.", flush=True)
         facts["versions"] = {p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")}
         self.config["starts"] = [*self.config.get("starts", []), facts]
         self.config["script"] = Path(__file__).name

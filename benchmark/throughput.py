@@ -42,6 +42,8 @@ class Args:
     """store to load batches from (Atari)"""
     channels: int | None = None
     """channels of the network (Atari) [default: the script's]"""
+    dtype: str | None = None
+    """of activations: bfloat16 or float32 (Atari) [default: the script's]"""
     loader_threads: int = 4
     """threads that decode batches of the store (Atari)"""
     compile_only: bool = False
@@ -93,13 +95,13 @@ def bsuite_step(script, args: Args):
 
 
 # Dense bfloat16 peak in FLOP/s by the name of the device.
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12, "TPU v4": 275e12}
+PEAK = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12}
 
 
 def atari_step(script, args: Args):
-    """Returns run(num_updates) and prints what the compiled update takes."""
+    """Returns run(num_updates), which gives its share of waiting, and the FLOPs of an update."""
     settings = script.Args()
-    for name in ("batch_size", "channels"):
+    for name in ("batch_size", "channels", "dtype"):
         if value := getattr(args, name):
             settings = dataclasses.replace(settings, **{name: value})
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -137,71 +139,76 @@ def atari_step(script, args: Args):
     current = init(key, network, settings)
     parameters = sum(x.size for x in jax.tree.leaves(current.params))
     keys = {"key": key} if "key" in inspect.signature(script.update).parameters else {}
-    options = keys | {"network": network, "args": settings}
-    compiled = script.update.lower(current, batch=next(batches), **options).compile()
-    memory = compiled.memory_analysis()
-    flops = compiled.cost_analysis()["flops"] * jax.device_count()  # XLA counts those of one
+    options, batch = keys | {"network": network, "args": settings}, next(batches)
+    update = script.update.lower(current, batch=batch, **options).compile()
+    memory = update.memory_analysis()
+    # Counted as for a CPU, since XLA does not see into the libraries that a GPU's program calls.
+    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu)  # noqa: E731
+    on_cpu = jax.tree.map(shape, (current, batch, keys))
+    lowered = script.update.lower(on_cpu[0], batch=on_cpu[1], **(options | on_cpu[2]))
+    flops = lowered.cost_analysis()["flops"]
     print(
         f"{script.__name__}: {parameters:,} parameters, {num_actions} actions, batch "
-        f"{settings.batch_size}, {network.dtype}: {flops / 1e12:.3f} TFLOP an update, "
+        f"{settings.batch_size}, {network.dtype}: {flops / 1e12:.3g} TFLOP an update, "
         f"{memory.temp_size_in_bytes / 1e9:.2f} GB of temporary memory on a device",
         flush=True,
     )
-    waited = 0.0
 
-    def run(num_updates: int) -> str:
-        nonlocal current, waited
+    def run(num_updates: int) -> float:
+        nonlocal current
         start, waited, previous = time.perf_counter(), 0.0, None
         for _ in range(num_updates):
             before = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - before
-            current, loss = script.update(current, batch=batch, **options)
+            current, loss = update(current, batch=batch, **keys)
             jax.block_until_ready(previous)
             previous = loss
         jax.block_until_ready(previous)
-        seconds = time.perf_counter() - start
-        kind = jax.devices()[0].device_kind
-        peak = next((value for name, value in PEAK.items() if name in kind), None)
-        text = f", waiting for data {waited / seconds:.1%}"
-        if peak and "muzero" not in script.__name__:  # XLA counts the body of the search once
-            share = flops * num_updates / seconds / (peak * jax.device_count())
-            text += f", {share:.1%} of the peak of {peak / 1e12:.0f} TFLOP/s"
-        return text
+        return waited / (time.perf_counter() - start)
 
-    return run
+    return run, flops
 
 
 def main(args: Args) -> None:
-    steps = {}
+    steps, flops = {}, {}
     for name in args.scripts:
         if not re.fullmatch(r"\w+_(atari|bsuite)", name):
             raise SystemExit(f"There is no script {name}; give one such as rosmo_bsuite.")
         if name == "morel_atari":
             raise SystemExit("morel_atari learns from a world model; its metrics tell its speed.")
-        make = atari_step if name.endswith("_atari") else bsuite_step
-        steps[name] = make(importlib.import_module(name), args)
+        script = importlib.import_module(name)
+        if name.endswith("_atari"):
+            steps[name], flops[name] = atari_step(script, args)
+        else:
+            steps[name] = bsuite_step(script, args)
         if not args.compile_only:
             steps[name](args.updates)  # compiles
     if args.compile_only:
         return
-    rates, remarks = {name: [] for name in steps}, {}
+    rates, waits = {name: [] for name in steps}, {name: [] for name in steps}
     for _ in range(args.windows):  # in turn, so that a slow moment of the machine meets them all
         for name, run in steps.items():
             start = time.perf_counter()
-            remarks[name] = run(args.updates) or f" of {args.num_seeds} seed(s)"
+            waits[name].append(run(args.updates))
             rates[name].append(args.updates / (time.perf_counter() - start))
     first = np.median(rates[args.scripts[0]])
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    peak = sum(value for name, value in PEAK.items() if name in device) * jax.device_count()
     for name, values in rates.items():
         low, median, high = np.min(values), np.median(values), np.max(values)
         spread = f"{low:.2f} to {high:.2f} over {args.windows} windows of {args.updates}"
+        remark = f" of {args.num_seeds} seed(s)"
+        if name in flops:
+            remark = f", waiting for data {np.median(waits[name]):.1%}"
+        if name in flops and peak and "muzero" not in name:  # XLA counts its search's body once
+            share = flops[name] * median / peak
+            remark += f", {share:.1%} of the bfloat16 peak of {peak / 1e12:.0f} TFLOP/s"
         ratio = f", {median / first:.2f} times {args.scripts[0]}" if len(rates) > 1 else ""
-        print(f"{name}: {median:.2f} updates/s{remarks[name]}{ratio} ({spread})")
+        print(f"{name}: {median:.2f} updates/s{remark}{ratio} ({spread})")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    device = jax.devices()[0]
-    print(
-        f"{jax.device_count()} x {device.device_kind}, peak memory of the process {memory:.2f} GiB"
-    )
+    print(f"{device}, peak memory of the process {memory:.2f} GiB")
 
 
 if __name__ == "__main__":

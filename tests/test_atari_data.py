@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,6 +141,13 @@ def test_loader_keeps_the_order_and_starts_anywhere(num_threads):
     batches.close()
     with pytest.raises(StopIteration):
         next(batches)
+
+
+def test_loader_keeps_all_of_its_threads_busy():
+    meeting = threading.Barrier(8)  # passed when eight wait in it
+    batches = script.load_batches(lambda step: meeting.wait(timeout=5), 0, 8)
+    assert {next(batches) for _ in range(8)} == set(range(8))
+    batches.close()
 
 
 def test_loader_stays_ahead_by_four_and_passes_errors_on():
