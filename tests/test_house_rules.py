@@ -1,6 +1,7 @@
 """Rules that every script keeps."""
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -123,3 +124,31 @@ def test_importing_a_script_touches_nothing(tmp_path):
 def test_no_function_has_a_hidden_key(path):
     """A literal seed in the middle of a function makes every seed the same."""
     assert not re.search(r"(PRNGKey|random\.key)\(\d+\)", path.read_text())
+
+
+SHARED = {"total_updates": 200_000, "weight_decay": 1e-4, "learning_rate": 7e-4}
+SHARED |= {"learning_rate_decay": 0.1, "max_grad_norm": 5.0}
+MUZERO = {"discount": 0.997**4, "target_update_every": 200, "unroll_steps": 5}
+MUZERO |= {"value_coef": 0.25, "policy_coef": 1.0}
+TABLE3 = SHARED | {"batch_size": 512, "data_percent": 100.0}
+TABLE4 = SHARED | {"batch_size": 128, "data_percent": 100.0, "num_seeds": 5}
+ATARI, BSUITE = MUZERO | {"td_steps": 5}, MUZERO | {"td_steps": 3, "dynamics_hidden": 256}
+ROSMO = {"behavior_coef": 0.2, "num_samples": None, "behavior_advantage": "model"}
+DEFAULTS = {
+    "rosmo_atari": TABLE3 | ATARI | ROSMO | {"num_bins": 601},
+    "rosmo_bsuite": TABLE4 | BSUITE | ROSMO | {"num_bins": 20},
+    "muzero_unplugged_atari": TABLE3 | ATARI | {"num_simulations": 20, "num_bins": 601},
+    "muzero_unplugged_bsuite": TABLE4 | BSUITE | {"num_simulations": 4, "num_bins": 20},
+    "bc_atari": TABLE3,
+    "bc_bsuite": TABLE4,
+    "crr_atari": TABLE3 | {"num_bins": 601},
+    "crr_bsuite": TABLE4 | {"num_bins": 20},
+    "cql_atari": TABLE3 | {"num_bins": 601},
+    "cql_bsuite": TABLE4 | {"num_bins": 20},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_are_those_of_tables_3_and_4(name):
+    args = vars(importlib.import_module(name).Args())
+    assert {key: args[key] for key in DEFAULTS[name]} == DEFAULTS[name]

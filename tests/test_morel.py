@@ -358,6 +358,27 @@ def test_a_minibatch_has_as_many_steps_of_each_episode_and_an_epoch_each_once():
     assert (order[:, 0] != order[:, 1]).any()  # another order for each episode
 
 
+def test_imagined_steps_halt_above_the_threshold_of_the_state_in_worlds_of_all_members(
+    members, toy_store
+):
+    args, policy = dataclasses.replace(ARGS, batch_size=8, starts=1), Linear()
+    state = jax.jit(morel.init_state, static_argnums=(1, 2, 3))(
+        jax.random.key(0), policy, NETWORK, args
+    )
+    windows, _ = morel.sample_starts(toy_store, (0, 0), 8, slice(0, 8), args)
+    windows = jax.tree.map(lambda x: x[:, None], windows)
+    inputs = windows, members, jax.random.key(0), policy, NETWORK, args
+    terminated = []
+    for threshold in (-1.0, np.inf):
+        halting = state.halting | {"charts/threshold": jnp.float32(threshold)}
+        copy = jax.tree.map(jnp.copy, state._replace(halting=halting))
+        after, steps, *_ = morel.collect(copy, *inputs)
+        terminated.append(float(steps.terminated.mean()))
+        assert len(set(after.env.member.tolist())) > 1
+    assert terminated[0] == 1
+    assert terminated[1] < 1
+
+
 def test_an_update_learns_from_the_minibatches_of_its_steps(monkeypatch):
     """Every minibatch once and in turn, with the advantages that belong to its steps."""
     steps = jnp.arange(12.0).reshape(3, 4)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import muzero_unplugged_bsuite as muzero
 import rosmo_bsuite as rosmo
 
 ARGS = rosmo.Args(env_id="catch", dynamics_hidden=16, unroll_steps=3, td_steps=2)
@@ -155,9 +156,9 @@ def test_policy_target_of_large_advantages_is_finite_and_right():
     np.testing.assert_allclose(target, expected, rtol=1e-5)
 
 
-def test_sampled_policy_target_against_loops():
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_sampled_policy_target_against_loops(num_samples):
     rng = np.random.default_rng(0)
-    num_samples = 4
     advantage = rng.normal(size=(30, num_samples)).astype(np.float32)
     action = rng.integers(0, 3, (30, num_samples))
     expected = np.zeros((30, 3))
@@ -168,11 +169,6 @@ def test_sampled_policy_target_against_loops():
             expected[b, action[b, k]] += math.exp(advantage[b, k]) / normalizer / num_samples
     ours = rosmo.sampled_policy_target(advantage, action, 3)
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
-
-
-def test_one_sample_has_a_normalizer_of_one():
-    target = rosmo.sampled_policy_target(jnp.array([[0.5]]), jnp.array([[2]]), 3)
-    np.testing.assert_allclose(target, [[0, 0, math.exp(0.5)]], rtol=1e-5)
 
 
 def test_sampled_policy_target_of_large_advantages_is_finite():
@@ -275,6 +271,13 @@ def one_window(is_last, is_terminal):
     return rosmo.Steps(batch.observation, batch.action, batch.reward, *flags)
 
 
+def constant_heads(policy_bias):
+    """Parameters with uniform distributions of values and rewards, and with one policy."""
+    params = NETWORK.init(jax.random.key(0), jnp.zeros((10, 5)), jnp.int32(0))["params"]
+    policy = params["policy"] | {"bias": jnp.array(policy_bias)}
+    return {"params": params | {"policy": policy}}
+
+
 def test_absorbing_states_have_uniform_policy_zero_value_and_no_behaviour():
     """A window that starts at a terminal state: every target is known without the network."""
     params = random_params(0)
@@ -290,19 +293,38 @@ def test_absorbing_states_have_uniform_policy_zero_value_and_no_behaviour():
     _, same = rosmo_loss(params, random_params(1), changed, key, NETWORK, ARGS)
     for name in ("losses/reward", "losses/value", "losses/policy", "losses/behavior"):
         assert same[name] == pytest.approx(float(metrics[name]), abs=1e-6), name
-    # With heads at zero, the policy loss of a uniform target is log |A| at every step.
-    zero_heads = NETWORK.init(jax.random.key(0), jnp.zeros((10, 5)), jnp.int32(0))
-    _, metrics = rosmo_loss(zero_heads, zero_heads, ended, key, NETWORK, ARGS)
-    assert metrics["losses/policy"] == pytest.approx(math.log(3), rel=1e-5)
+    # Where π is softmax(0, 1, 2), the policy loss of a uniform target is known at every step.
+    params = constant_heads([0.0, 1.0, 2.0])
+    _, metrics = rosmo_loss(params, params, ended, key, NETWORK, ARGS)
+    expected = math.log(1 + math.e + math.e**2) - 1
+    assert metrics["losses/policy"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_nothing_is_learned_past_a_truncated_end():
     truncated = one_window([1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0])
-    zero_heads = NETWORK.init(jax.random.key(0), jnp.zeros((10, 5)), jnp.int32(0))
-    key = jax.random.key(0)
-    _, metrics = rosmo_loss(zero_heads, zero_heads, truncated, key, NETWORK, ARGS)
+    params, key = constant_heads([0.0, 0.0, 0.0]), jax.random.key(0)
+    _, metrics = rosmo_loss(params, params, truncated, key, NETWORK, ARGS)
     assert metrics["losses/reward"] == 0
     assert metrics["losses/policy"] == pytest.approx(math.log(3) / 4, rel=1e-5)  # 1 of K+1 = 4
+    assert metrics["losses/value"] == pytest.approx(0.25 * math.log(20) / 4, rel=1e-5)
+
+
+def test_an_action_without_advantage_is_not_imitated():
+    """Eq. 11's gate is 1[adv > 0]; with rewards equal to values and γ = 0, adv is zero."""
+    params, never = constant_heads([0.0, 0.0, 0.0]), [0, 0, 0, 0, 0, 0]
+    batch, args = one_window(never, never), dataclasses.replace(ARGS, discount=0.0)
+    _, metrics = rosmo_loss(params, params, batch, jax.random.key(0), NETWORK, args)
+    assert metrics["charts/imitated"] == 0
+
+
+def test_the_candidates_of_a_sampled_target_come_from_the_prior_alone():
+    """Where π is certain, so is the target, whatever the logged actions."""
+    params, batch = constant_heads([30.0, 0.0, 0.0]), random_batch(16)
+    never, args = np.zeros_like(batch.is_last), dataclasses.replace(ARGS, num_samples=2)
+    batch = batch._replace(is_last=never, is_terminal=never)
+    assert (batch.action > 0).any()
+    _, metrics = rosmo_loss(params, params, batch, jax.random.key(0), NETWORK, args)
+    assert metrics["losses/policy"] == pytest.approx(0, abs=1e-3)
 
 
 def test_every_parameter_gets_a_gradient():
@@ -340,9 +362,29 @@ def test_sampled_loss_approaches_the_exact_one():
     assert exact["losses/policy"] > policy_losses[-1] > 0.95 * exact["losses/policy"]
 
 
-def test_gradient_of_unrolled_states_is_halved():
-    assert jax.grad(lambda x: rosmo.scale_gradient(x * x, 0.5))(3.0) == 3.0
-    assert rosmo.scale_gradient(3.0, 0.5) == 3.0
+@pytest.mark.parametrize("module", [rosmo, muzero])
+def test_gradients_through_the_dynamics_are_halved(module, monkeypatch):
+    """With one unrolled step and its reward alone, that is all of the gradient of h and g."""
+    settings = {"dynamics_hidden": 16, "unroll_steps": 1, "td_steps": 2}
+    args = module.Args(**settings, value_coef=0.0, policy_coef=0.0)
+    if module is rosmo:
+        args, loss = dataclasses.replace(args, behavior_coef=0.0), rosmo.rosmo_loss
+    else:  # whose search does not matter here
+        zeros = jnp.zeros((16, 4, 3)), jnp.zeros((16, 4))
+        monkeypatch.setattr(muzero, "search", lambda *_: zeros)
+        loss = muzero.muzero_loss
+    inputs = random_params(1), random_batch(16, args), jax.random.key(0), NETWORK, args
+
+    def gradient():
+        of_params = jax.jit(jax.grad(lambda params: loss(params, *inputs)[0]))
+        gradient = of_params(random_params(0))["params"]
+        return jax.tree.leaves((gradient["h"], gradient["g"]))
+
+    halved = gradient()
+    monkeypatch.setattr(module, "scale_gradient", lambda x, _: x)
+    for half, whole in zip(halved, gradient(), strict=True):
+        assert np.any(half)
+        np.testing.assert_allclose(2 * half, whole, rtol=1e-4, atol=1e-6)
 
 
 # Network and acting.

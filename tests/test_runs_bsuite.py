@@ -78,6 +78,8 @@ def check_artefacts(folder) -> None:
         assert len(mine[-1]["final/returns"]) == 3
         assert mine[-1]["final/return_mean"] == np.mean(mine[-1]["final/returns"])
         assert "final/return_mean_greedy" in mine[-1]
+    losses = [x["losses/total"] for x in written if "losses/total" in x]
+    assert losses[0] != losses[1]  # the first of two seeds
     algorithm = config["script"].rsplit("_", 1)[0]
     page = (ROOT / "docs" / f"{algorithm}.md").read_text()
     documented = set(re.findall(r"^\| `(\w+/\w+)` \| (?!Atari:)", page, re.MULTILINE))
