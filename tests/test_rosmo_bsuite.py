@@ -314,7 +314,7 @@ def test_an_action_without_advantage_is_not_imitated():
     params, never = constant_heads([0.0, 0.0, 0.0]), [0, 0, 0, 0, 0, 0]
     batch, args = one_window(never, never), dataclasses.replace(ARGS, discount=0.0)
     _, metrics = rosmo_loss(params, params, batch, jax.random.key(0), NETWORK, args)
-    assert metrics["charts/imitated"] == 0
+    assert metrics["charts/imitated"] == metrics["losses/behavior"] == 0
 
 
 def test_the_candidates_of_a_sampled_target_come_from_the_prior_alone():
