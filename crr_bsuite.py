@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
-#   "bsuite==0.3.6", "flax==0.12.8", "jax==0.10.2", "matplotlib==3.11.2", "numpy==2.4.6",
-#   "optax==0.2.8", "orbax-checkpoint==0.12.8", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0",
+#   "bsuite==0.3.6", "filelock==4.3.1", "flax==0.12.8", "jax==0.10.2", "matplotlib==3.11.2",
+#   "numpy==2.4.6", "optax==0.2.8", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0",
 # ]
 # ///
 """Critic regularized regression on BSuite (Wang et al., 2020), a baseline of ROSMO.
@@ -27,8 +27,6 @@ Where the paper is silent this file does the following.
 """
 
 import dataclasses
-import fcntl
-import io
 import json
 import math
 import os
@@ -37,282 +35,80 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when jax is imported
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import tyro
 from bsuite.environments.cartpole import Cartpole
 from bsuite.environments.catch import Catch
 from bsuite.environments.mountain_car import MountainCar
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from filelock import FileLock, Timeout
+from flax import serialization
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     # run
-    env_id: Literal["catch", "cartpole", "mountain_car"] = "catch"
-    """BSuite task"""
-    seed: int = 0
-    """first seed of training and evaluation"""
-    num_seeds: int = 5
-    """number of consecutive seeds, all trained in this process"""
-    total_updates: int = 200_000
-    """number of updates of every seed"""
-    log_every: int = 200
-    """updates over which the logged losses are averaged"""
-    checkpoint_every: int = 10_000
-    """updates between two checkpoints, a multiple of --eval-every"""
+    env_id: Literal["catch", "cartpole", "mountain_car"] = "catch"  # BSuite task
+    seed: int = 0  # first seed of training and evaluation
+    num_seeds: int = 5  # number of consecutive seeds, all trained in this process
+    total_updates: int = 200_000  # number of updates of every seed
+    log_every: int = 200  # updates over which the logged losses are averaged
+    checkpoint_every: int = 10_000  # updates between two checkpoints
     run_dir: Path | None = None
     """folder of this run [default: runs/{script}/{env-id}[-variant]/seeds{first}-{last}]"""
-    overwrite: bool = False
-    """start again in a folder that holds a run, and delete that run"""
-    compilation_cache: bool = True
-    """keep compiled programs in the user's cache folder"""
-    track: bool = False
-    """mirror the metrics to Weights & Biases"""
-    wandb_project_name: str = "rosmo-suite"
-    """project in Weights & Biases"""
-    wandb_entity: str | None = None
-    """user or team in Weights & Biases"""
+    overwrite: bool = False  # start again in a folder that holds a run, and delete that run
+    track: bool = False  # mirror the metrics to Weights & Biases
 
     # data
-    noise: float = 0.0
-    """probability of a random action when the data were collected (Appendix E)"""
-    data_percent: float = 100.0
-    """share of the episodes to learn from; every seed draws its own"""
-    data_dir: Path = Path("data")
-    """where datasets are kept"""
-    dataset: Path | None = None
-    """.npz file or TFDS/RLDS folder [default: the task's in --data-dir, collected if missing]"""
-    truncation_as_termination: bool = False
-    """treat every last step as terminal"""
+    noise: float = 0.0  # probability of a random action when the data were collected (Appendix E)
+    data_percent: float = 100.0  # share of the episodes to learn from; every seed draws its own
+    data_dir: Path = Path("data")  # folder of the datasets, which are collected when missing
+    dataset: Path | None = None  # .npz file of benchmark/collect_bsuite.py to open instead
+    truncation_as_termination: bool = False  # treat every last step as terminal
 
     # model (Table 4)
-    critic_hidden: int = 256
-    """width of the middle layer of the critic"""
-    num_bins: int = 20
-    """bins of the categorical Q"""
+    critic_hidden: int = 256  # width of the middle layer of the critic
+    num_bins: int = 20  # bins of the categorical Q
     dtype: Literal["float32", "bfloat16"] = "float32"
     """arithmetic of the network; parameters and losses are always float32"""
 
     # optimisation (Table 4)
-    batch_size: int = 128
-    """transitions in a batch"""
-    learning_rate: float = 7e-4
-    """AdamW's learning rate after warm-up"""
-    learning_rate_decay: float = 0.1
-    """factor on the learning rate every 100,000 updates"""
-    weight_decay: float = 1e-4
-    """AdamW's weight decay, on weight matrices only"""
-    max_grad_norm: float = 5.0
-    """largest global norm of the gradient"""
-    target_update_every: int = 100
-    """updates between two copies of the parameters to the target network"""
+    batch_size: int = 128  # transitions in a batch
+    learning_rate: float = 7e-4  # AdamW's learning rate after warm-up
+    learning_rate_decay: float = 0.1  # factor on the learning rate every 100,000 updates
+    weight_decay: float = 1e-4  # AdamW's weight decay, on weight matrices only
+    max_grad_norm: float = 5.0  # largest global norm of the gradient
+    target_update_every: int = 100  # updates between two copies to the target network
 
     # algorithm
-    discount: float = 0.99
-    """discount factor γ"""
+    discount: float = 0.99  # discount factor γ
     weight: Literal["exp", "binary"] = "exp"
     """weight of a logged action, min(exp(A/β), 20) or 1[A > 0]"""
-    beta: float = 0.3
-    """β, temperature of the exponential weight"""
+    beta: float = 0.3  # β, temperature of the exponential weight
     num_action_samples: int | None = None
     """actions sampled from π for V [default: the exact mean over all]"""
 
     # evaluation
-    eval_every: int = 1_000
-    """updates between two evaluations"""
-    eval_episodes: int = 2
-    """episodes of each evaluation during training"""
-    final_eval_episodes: int = 100
-    """episodes of the final evaluation"""
-    eval_greedy: bool = False
-    """take the most probable action in evaluations during training"""
-    eval_noise: bool = False
-    """evaluate with --noise instead of without noise"""
-
-
-# --- evaluate (identical in *_bsuite.py) ---
-ENVIRONMENTS = {"catch": Catch, "cartpole": Cartpole, "mountain_car": MountainCar}
-# Average return of a random policy and of the online DQN (Table 6).
-REFERENCE_RETURNS = {
-    "catch": (-0.66, 1.0),
-    "cartpole": (64.83, 1001.0),
-    "mountain_car": (-1000.0, -102.16),
-}
-
-
-def evaluate(act, env_id: str, seeds: list[int], update: int, num_episodes: int, noise: float):
-    """Plays complete episodes in the real environment, those of all seeds side by side.
-
-    Args:
-      act: maps observations [seeds, episodes, ...] and the time step to actions [seeds, episodes].
-      update: with the seed and the episode it determines the initial states.
-      noise: probability that an action is replaced by a uniformly random one.
-
-    Returns:
-      Undiscounted returns, float64 [seeds, episodes].
-    """
-    shape = (len(seeds), num_episodes)
-    rngs = [np.random.default_rng((s, update, e)) for s in seeds for e in range(num_episodes)]
-    environments = [ENVIRONMENTS[env_id](seed=int(rng.integers(2**31))) for rng in rngs]
-    num_actions = environments[0].action_spec().num_values
-    observations = np.stack([environment.reset().observation for environment in environments])
-    returns = np.zeros(len(environments))
-    playing, t = range(len(environments)), 0
-    while playing:
-        actions = np.asarray(act(observations.reshape(*shape, *observations.shape[1:]), t)).ravel()
-        still_playing = []
-        for i in playing:
-            random_action = noise > 0 and rngs[i].random() < noise
-            action = rngs[i].integers(num_actions) if random_action else actions[i]
-            timestep = environments[i].step(int(action))
-            observations[i] = timestep.observation
-            returns[i] += timestep.reward
-            if not timestep.last():
-                still_playing.append(i)
-        playing, t = still_playing, t + 1
-    return returns.reshape(shape)
-
-
-def normalized_score(env_id: str, mean_return: float) -> float:
-    """0 for the random policy, 1 for the online DQN (the paper's footnote 2)."""
-    random_return, online_return = REFERENCE_RETURNS[env_id]
-    return (mean_return - random_return) / (online_return - random_return)
-
-
-# --- end evaluate ---
-
-
-# --- data (identical in *_bsuite.py) ---
-class Steps(NamedTuple):
-    """Steps of episodes in RLDS form: the last one holds no action and no reward, only zeros."""
-
-    observation: Any  # [..., rows, columns] float32
-    action: Any  # [...] int32
-    reward: Any  # [...] float32, received after the action
-    is_last: Any  # [...] bool
-    is_terminal: Any  # [...] bool
-
-
-def load_dataset(args) -> tuple[Steps, str]:
-    """Loads all steps of the arguments' dataset and describes it; collects it if it is missing."""
-    path = args.dataset
-    if path is None:
-        path = args.data_dir / "bsuite" / f"{args.env_id}-noise{args.noise:g}-seed0.npz"
-        if not path.exists():
-            collect_dataset(path, args)
-    if not path.exists():
-        raise SystemExit(f"There is no dataset at {path}: check --dataset.")
-    try:
-        steps = read_rlds(path) if path.is_dir() else read_npz(path, args.env_id)
-        check_steps(steps, ENVIRONMENTS[args.env_id]())
-    except ImportError:
-        raise SystemExit("A TFDS folder needs tensorflow-datasets and tensorflow.") from None
-    except Exception as error:  # a damaged file can raise almost anything
-        message = f"{path} is not a whole dataset of {args.env_id} ({error})"
-        advice = "give another one" if args.dataset else "delete it to have it collected again"
-        raise SystemExit(f"{message}; {advice}.") from None
-    # Behavior cloning bootstraps nothing, so that it has no such argument.
-    if hasattr(args, "truncation_as_termination") and args.truncation_as_termination:
-        steps = steps._replace(is_terminal=steps.is_last)
-    episodes, mean = steps.is_last.sum(), steps.reward.sum() / steps.is_last.sum()
-    transitions = len(steps.action) - episodes
-    return steps, f"{episodes} episodes, {transitions} transitions, mean return {mean:.2f}"
-
-
-def collect_dataset(path: Path, args) -> None:
-    """Makes the data as the authors did, with an online DQN (Appendix E)."""
-    collector = Path(__file__).resolve().parent / "benchmark" / "collect_bsuite.py"
-    options = ["--env-id", args.env_id, "--noise", f"{args.noise:g}", "--seed", "0"]
-    options += ["--data-dir", str(path.parent)]
-    if not collector.exists():
-        raise SystemExit(
-            f"There is no dataset at {path}. Give --dataset, or make it in the suite's repository "
-            f"with: python benchmark/collect_bsuite.py {' '.join(options)}"
-        )
-    print(f"There is no dataset at {path} yet: an online DQN collects it now.", flush=True)
-    cpu = os.environ | {"JAX_PLATFORMS": "cpu"}  # this process holds the accelerator
-    if subprocess.run([sys.executable, collector, *options], env=cpu).returncode:
-        raise SystemExit("The data were not collected; the message above says why.")
-
-
-def read_npz(path: Path, env_id: str) -> Steps:
-    """Reads a file of benchmark/collect_bsuite.py; raises if it is something else."""
-    with np.load(path) as file:
-        header = json.loads(str(file["header"]))
-        if (header["schema"], header["env_id"]) != (1, env_id):
-            raise ValueError(f"it says {header['env_id']}, schema {header['schema']}")
-        return cast_steps(Steps(*(file[name] for name in Steps._fields)))
-
-
-def read_rlds(path: Path) -> Steps:
-    """Reads every episode of a prepared TFDS dataset in RLDS form, such as the authors'."""
-    import tensorflow_datasets as tfds  # brings TensorFlow: needed for this format alone
-
-    builder = tfds.builder_from_directory(path)
-    episodes = []
-    for episode in tfds.as_numpy(builder.as_dataset(split="all")):
-        rows = list(episode["steps"])
-        rows = [row | {"is_terminal": row.get("is_terminal", row["is_last"])} for row in rows]
-        episodes.append(Steps(*(np.stack([row[f] for row in rows]) for f in Steps._fields)))
-    return cast_steps(Steps(*map(np.concatenate, zip(*episodes, strict=True))))
-
-
-def cast_steps(steps: Steps) -> Steps:
-    dtypes = (np.float32, np.int32, np.float32, np.bool_, np.bool_)
-    return Steps(*map(np.asarray, steps, dtypes))
-
-
-def check_steps(steps: Steps, environment) -> None:
-    """Raises ValueError where the arrays cannot be complete episodes of the environment."""
-    if len({len(x) for x in steps}) != 1 or not steps.is_last[-1:].any():
-        raise ValueError("its arrays do not hold complete episodes")
-    if steps.observation.shape[1:] != environment.observation_spec().shape:
-        raise ValueError(f"its observations have shape {steps.observation.shape[1:]}")
-    if not (0 <= steps.action).all() or steps.action.max() >= environment.action_spec().num_values:
-        raise ValueError("it has actions that the task has not")
-    if not (np.isfinite(steps.observation).all() and np.isfinite(steps.reward).all()):
-        raise ValueError("it holds numbers that are not finite")
-
-
-def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
-    """Every step of each seed's random p% of the episodes may start a window.
-
-    Returns:
-      The steps' indices [seeds, most of any seed], padded with zeros, and their numbers [seeds].
-    """
-    episode, num_episodes = np.cumsum(is_last) - is_last, int(is_last.sum())
-    num_chosen = int(num_episodes * data_percent / 100)
-    if num_chosen == 0:
-        raise SystemExit(f"--data-percent {data_percent:g} of {num_episodes} episodes leaves none.")
-    chosen = [np.random.default_rng(s).permutation(num_episodes)[:num_chosen] for s in seeds]
-    starts = [np.flatnonzero(np.isin(episode, c)) for c in chosen]
-    num_starts = np.array([len(indices) for indices in starts], np.int32)
-    pad = [np.pad(x, (0, max(num_starts) - len(x))) for x in starts]
-    return np.stack(pad).astype(np.int32), num_starts
-
-
-def sample_windows(key, steps: Steps, starts, num_starts, batch_size: int, length: int) -> Steps:
-    """Draws windows of consecutive steps, [batch_size, length]; they may cross episode ends."""
-    start = starts[jax.random.randint(key, (batch_size,), 0, num_starts)]
-    index = (start[:, None] + jnp.arange(length)) % len(steps.action)
-    return jax.tree.map(lambda x: x[index], steps)
-
-
-# --- end data ---
+    eval_every: int = 1_000  # updates between two evaluations
+    eval_episodes: int = 2  # episodes of each evaluation during training
+    final_eval_episodes: int = 100  # episodes of the final evaluation
+    eval_greedy: bool = False  # take the most probable action in evaluations during training
+    eval_noise: bool = False  # evaluate with --noise instead of without noise
 
 
 # --- torso (identical in *_bsuite.py) ---
@@ -403,6 +199,20 @@ def cross_entropy(target, logits):
 # --- end cross entropy ---
 
 
+# --- steps (identical in *_bsuite.py) ---
+class Steps(NamedTuple):
+    """Steps of episodes in RLDS form: the last one holds no action and no reward, only zeros."""
+
+    observation: Any  # [..., rows, columns] float32
+    action: Any  # [...] int32
+    reward: Any  # [...] float32, received after the action
+    is_last: Any  # [...] bool
+    is_terminal: Any  # [...] bool
+
+
+# --- end steps ---
+
+
 def regression_weight(advantage, args: Args):
     """Weight of log π(a|s) for logged actions with advantages [B], at most 20."""
     if args.weight == "binary":
@@ -417,6 +227,7 @@ def crr_loss(params, target_params, batch: Steps, key, network: CRRNetwork, args
       Their sum and a dictionary of scalars to log.
     """
     action, moving = batch.action[:, 0], ~batch.is_last[:, 0]  # [B]
+    is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
     observation, next_observation = jnp.moveaxis(batch.observation, 1, 0)
     logged = action[:, None, None]
 
@@ -424,7 +235,7 @@ def crr_loss(params, target_params, batch: Steps, key, network: CRRNetwork, args
     state = network.apply(target_params, next_observation, method="representation")
     policy = jax.nn.softmax(network.apply(target_params, state, method="policy_logits"))
     q = to_scalar(network.apply(target_params, state, method="q_logits"))
-    bootstrap = jnp.where(batch.is_terminal[:, 1], 0.0, jnp.sum(policy * q, axis=-1))
+    bootstrap = jnp.where(is_terminal[:, 1], 0.0, jnp.sum(policy * q, axis=-1))
     y = jax.lax.stop_gradient(batch.reward[:, 0] + args.discount * bootstrap)  # [B]
 
     state = network.apply(params, observation, method="representation")
@@ -490,60 +301,209 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 
 def init_state(key, network: CRRNetwork, observation, args: Args) -> TrainState:
     params = network.init(key, observation)
-    return TrainState(params, params, make_optimizer(args).init(params), jnp.int32(0))
+    target_params = jax.tree.map(jnp.copy, params)
+    return TrainState(params, target_params, make_optimizer(args).init(params), jnp.int32(0))
 
 
-def make_train(network: CRRNetwork, mesh, args: Args):
-    """Returns train(num_updates, state, key, steps, starts, num_starts) -> (state, metrics).
-
-    Every argument but num_updates and steps has a leading axis for the seeds; so have the
-    metrics, [seeds, num_updates]. The batches are shared out to the devices of the mesh.
-    """
-    optimizer, by_device = make_optimizer(args), NamedSharding(mesh, PartitionSpec("data"))
-
-    def update(state: TrainState, key, steps: Steps, starts, num_starts):
-        # The key belongs to the seed and the step, so that a resumed run draws the same batches.
-        batch_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
-        batch = sample_windows(batch_key, steps, starts, num_starts, args.batch_size, 2)
-        batch = jax.lax.with_sharding_constraint(batch, by_device)
-        gradient, metrics = jax.grad(crr_loss, has_aux=True)(
-            state.params, state.target_params, batch, loss_key, network, args
-        )
-        metrics["charts/grad_norm"] = optax.global_norm(gradient)
-        delta, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params, step = optax.apply_updates(state.params, delta), state.step + 1
-        target_params = optax.periodic_update(
-            params, state.target_params, step, args.target_update_every
-        )
-        return TrainState(params, target_params, opt_state, step), metrics
-
-    def train_seed(num_updates, state, *data):
-        return jax.lax.scan(lambda s, _: update(s, *data), state, length=num_updates)
-
-    def train(num_updates, *state_and_data):
-        seed_axes = (0, 0, None, 0, 0)
-        return jax.vmap(partial(train_seed, num_updates), seed_axes)(*state_and_data)
-
-    return jax.jit(train, static_argnums=0)
+def update(state: TrainState, key, batch: Steps, network: CRRNetwork, args: Args):
+    """One update of a seed on transitions, windows [B, 2] -> (state, metrics)."""
+    gradient, metrics = jax.grad(crr_loss, has_aux=True)(
+        state.params, state.target_params, batch, key, network, args
+    )
+    metrics["charts/grad_norm"] = optax.global_norm(gradient)
+    delta, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.params)
+    params, step = optax.apply_updates(state.params, delta), state.step + 1
+    target_params = optax.periodic_update(
+        params, state.target_params, step, args.target_update_every
+    )
+    return TrainState(params, target_params, opt_state, step), metrics
 
 
-def act(greedy: bool, network: CRRNetwork, args: Args, params, observation, key):
+def act(params, observation, key, greedy: bool, network: CRRNetwork, args: Args):
     """Actions [E] for observations [E, ...], sampled from π or its most probable ones."""
     state = network.apply(params, observation, method="representation")
     logits = network.apply(params, state, method="policy_logits")
     return jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(key, logits)
 
 
+def window_length(args: Args) -> int:
+    return 2
+
+
+# --- train (identical in *_bsuite.py) ---
+def sample_windows(key, steps: Steps, starts, num_starts, batch_size: int, length: int) -> Steps:
+    """Draws windows of consecutive steps, [batch_size, length]; they may cross episode ends."""
+    start = starts[jax.random.randint(key, (batch_size,), 0, num_starts)]
+    index = (start[:, None] + jnp.arange(length)) % len(steps.action)
+    return jax.tree.map(lambda x: x[index], steps)
+
+
+def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, by_device):
+    """One update of every seed -> (states, metrics); all but the steps have a leading seed axis.
+
+    The batches are shared out to the devices.
+    """
+
+    def update_seed(state, key, starts, num_starts):
+        # The key belongs to the seed and the step, so that a resumed run draws the same batches.
+        batch_key, key = jax.random.split(jax.random.fold_in(key, state.step))
+        length = window_length(args)
+        batch = sample_windows(batch_key, steps, starts, num_starts, args.batch_size, length)
+        batch = jax.lax.with_sharding_constraint(batch, by_device)
+        return update(state, key, batch, network, args)
+
+    return jax.vmap(update_seed)(states, keys, starts, num_starts)
+
+
+@partial(jax.jit, static_argnames=("network", "args", "by_device"))
+def train(num_updates: int, states, sums, data, network, args, by_device):
+    """`num_updates` times update_seeds(states, *data, ...) -> (states, sums + metrics)."""
+
+    def body(_, carry):
+        states, sums = carry
+        states, metrics = update_seeds(states, *data, network, args, by_device)
+        return states, jax.tree.map(jnp.add, sums, metrics)
+
+    return jax.lax.fori_loop(0, num_updates, body, (states, sums))
+
+
+# --- end train ---
+
+
+# --- data (identical in *_bsuite.py) ---
+ENVIRONMENTS = {"catch": Catch, "cartpole": Cartpole, "mountain_car": MountainCar}
+
+
+def load_dataset(args) -> Steps:
+    """All steps of the arguments' dataset; benchmark/collect_bsuite.py collects what is missing."""
+    name = f"{args.env_id}-noise{args.noise:g}-seed0.npz"
+    path = args.dataset or args.data_dir / "bsuite" / name
+    if not path.exists():
+        tool = Path(__file__).resolve().parent / "benchmark" / "collect_bsuite.py"
+        command = [str(tool), "--env-id", args.env_id, "--noise", f"{args.noise:g}"]
+        command += ["--data-dir", str(path.parent)]
+        if args.dataset or not tool.exists():
+            advice = f"give another --dataset, or make it: python {' '.join(command)}"
+            raise SystemExit(f"There is no dataset {path}; {advice}")
+        # This process holds the accelerator; the tool ends with it.
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
+        if status := subprocess.run([sys.executable, *command], env=environment).returncode:
+            raise SystemExit(status)  # it has said why
+    try:
+        with np.load(path) as file:
+            header = json.loads(str(file["header"]))
+            if (header["schema"], header["env_id"]) != (1, args.env_id):
+                raise ValueError(f"it says {header['env_id']}, schema {header['schema']}")
+            return check_steps(Steps(*(file[name] for name in Steps._fields)), args.env_id)
+    except Exception as error:  # a damaged file can raise almost anything
+        message = f"{path} cannot be used as a dataset of {args.env_id}: {error}"
+        raise SystemExit(f"{message}. Give another --dataset, or delete it.") from None
+
+
+def check_steps(steps: Steps, env_id: str) -> Steps:
+    """The steps in the types of Steps, if they are whole episodes; else raises ValueError."""
+    environment = ENVIRONMENTS[env_id]()
+    shape, num_actions = environment.observation_spec().shape, environment.action_spec().num_values
+
+    def demand(holds, fault: str) -> None:
+        if not np.all(holds):
+            raise ValueError(fault)
+
+    observation, action, reward, last, terminal = steps
+    demand([x.shape == (len(action),) for x in steps[1:]], "all but observation have one axis")
+    demand(observation.shape == (len(action), *shape), f"observation is not [steps, *{shape}]")
+    demand(action.dtype.kind in "iu", "action is not of integers")
+    demand((action >= 0) & (action < num_actions), f"action goes from 0 to {num_actions - 1}")
+    demand([x.dtype == bool for x in steps[3:]], "is_last and is_terminal are not bool")
+    demand([last.any(), *last[-1:], len(last) > 0], "it does not end with an episode's last step")
+    demand(last | ~terminal, "is_terminal is set where is_last is not")
+    demand(~(last & np.roll(last, 1)), "it has an episode without a transition")
+    demand(
+        np.isfinite(observation).all() & np.isfinite(reward), "it has numbers that are not finite"
+    )
+    advice = "an episode of T actions has T + 1 rows, the last without action and reward"
+    demand(reward[last] == 0, f"last rows have a reward: {advice}")
+    dtypes = (np.float32, np.int32, np.float32, bool, bool)
+    return Steps(*(x.astype(dtype) for x, dtype in zip(steps, dtypes, strict=True)))
+
+
+def describe(steps: Steps) -> dict:
+    """What a run writes down of its data, and compares when it goes on."""
+    episodes = int(steps.is_last.sum())
+    facts = {"episodes": episodes, "transitions": len(steps.action) - episodes}
+    facts["mean_return"] = float(steps.reward.sum() / episodes)
+    return facts | {"crc32": zlib.crc32(b"".join(x.tobytes() for x in steps))}
+
+
+def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
+    """Every step of each seed's random p% of the episodes may start a window.
+
+    Returns:
+      The steps' indices [seeds, most of any seed], padded with zeros, and their numbers [seeds].
+    """
+    episode, num_episodes = np.cumsum(is_last) - is_last, int(is_last.sum())
+    num_chosen = int(num_episodes * data_percent / 100)
+    if num_chosen == 0:
+        raise SystemExit(f"--data-percent {data_percent:g} of {num_episodes} episodes leaves none.")
+    chosen = [np.random.default_rng(s).permutation(num_episodes)[:num_chosen] for s in seeds]
+    starts = [np.flatnonzero(np.isin(episode, c)) for c in chosen]
+    num_starts = np.array([len(indices) for indices in starts], np.int32)
+    pad = [np.pad(x, (0, max(num_starts) - len(x))) for x in starts]
+    return np.stack(pad).astype(np.int32), num_starts
+
+
+# --- end data ---
+
+
+# --- evaluate (identical in *_bsuite.py) ---
+def evaluate(act, env_id: str, seeds: list[int], done: int, num_episodes: int, noise: float):
+    """Plays complete episodes in the real environment, those of all seeds side by side.
+
+    Args:
+      act: maps observations [seeds, episodes, ...] and the time step to actions [seeds, episodes],
+        or to None, which breaks off.
+      done: updates; with the seed and the episode it determines the initial states.
+      noise: probability that an action is replaced by a uniformly random one.
+
+    Returns:
+      Undiscounted returns, float64 [seeds, episodes], or None if it was broken off.
+    """
+    shape = (len(seeds), num_episodes)
+    if num_episodes == 0:
+        return np.zeros(shape)
+    rngs = [np.random.default_rng((s, done, e)) for s in seeds for e in range(num_episodes)]
+    environments = [ENVIRONMENTS[env_id](seed=int(rng.integers(2**31))) for rng in rngs]
+    num_actions = environments[0].action_spec().num_values
+    observations = np.stack([environment.reset().observation for environment in environments])
+    returns = np.zeros(len(environments))
+    playing, t = range(len(environments)), 0
+    while playing:
+        actions = act(observations.reshape(*shape, *observations.shape[1:]), t)
+        if actions is None:
+            return None
+        actions = np.asarray(actions).ravel()
+        still_playing = []
+        for i in playing:
+            random_action = noise > 0 and rngs[i].random() < noise
+            action = rngs[i].integers(num_actions) if random_action else actions[i]
+            timestep = environments[i].step(int(action))
+            observations[i] = timestep.observation
+            returns[i] += timestep.reward
+            if not timestep.last():
+                still_playing.append(i)
+        playing, t = still_playing, t + 1
+    return returns.reshape(shape)
+
+
+# --- end evaluate ---
+
+
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
 # Arguments that change no number of a run, and those that do not name its folder.
-NOT_COMPARED = (
-    "run_dir overwrite compilation_cache capture_video track wandb_project_name wandb_entity "
-    "data_dir tfds_dir rlu_prefix loader_threads"
-)
-NOT_NAMED = (
-    f"{NOT_COMPARED} env_id seed num_seeds total_updates log_every checkpoint_every eval_every "
-    "eval_episodes final_eval_episodes"
-)
+NOT_COMPARED = ["run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"]
+NOT_NAMED = ["run_dir", "overwrite", "track", "data_dir", "loader_threads", "env_id", "seed"]
+NOT_NAMED += ["num_seeds", "total_updates", "log_every", "checkpoint_every", "eval_every"]
+NOT_NAMED += ["eval_episodes", "final_eval_episodes"]
 
 
 class Run:
@@ -552,126 +512,94 @@ class Run:
     The same command finds its folder again and goes on from the last checkpoint in it.
     """
 
-    def __init__(self, args, seeds: list[int], source: str = ""):
-        """Finds the folder, whose name ends with the source of the data if that needs telling.
-
-        Ends the program if the folder holds something else; writes nothing.
-        """
-        self.args, self.seeds, self.stopping, self.wandb = args, seeds, False, None
+    def __init__(self, args, seeds: list[int], data: dict):
+        """Opens the folder. Ends the program if it holds something else, or the run's end."""
+        self.args, self.seeds, self.stopping, self.saved = args, seeds, False, 0
+        self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
-        fields = [f for f in dataclasses.fields(args) if f.name not in NOT_NAMED.split()]
-        changed = {f.name: v for f in fields if (v := getattr(args, f.name)) != f.default}
-        values = {k: v.name if isinstance(v, Path) else v for k, v in changed.items()}
-        variant = "".join(f"-{k.replace('_', '-')}={v}" for k, v in values.items()) + source
+        defaults = {field.name: field.default for field in dataclasses.fields(args)}
+        changed = {k: v for k, v in vars(args).items() if v != defaults[k] and k not in NOT_NAMED}
+        named = {k.replace("_", "-"): getattr(v, "name", v) for k, v in changed.items()}
+        variant = "".join(f"-{name}={value}" for name, value in named.items())
+        if len(variant) > 120:  # a name has 255 bytes at most
+            variant = f"{variant[:100]}-{zlib.crc32(variant.encode()):08x}"
+        if data.get("source") == "dqn" and not args.dataset:  # not the paper's data
+            variant += "-dqn"
         name = f"seed{seeds[0]}" if len(seeds) == 1 else f"seeds{seeds[0]}-{seeds[-1]}"
         self.dir = args.run_dir or Path("runs", Path(__file__).stem, args.env_id + variant, name)
-        self.config = {"args": json.loads(json.dumps(dataclasses.asdict(args), default=str))}
-        if not (self.dir / "config.json").exists():
-            names = {path.name for path in self.dir.glob("*")}
-            failed_start = {"lock"} <= names <= {"lock", "checkpoints", "config.tmp"}
-            if (names and not failed_start) or self.dir.is_file():
-                raise SystemExit(f"{self.dir} is not the folder of a run; give another --run-dir.")
-            return
-        config = json.loads((self.dir / "config.json").read_text())
-        if config.get("script") != Path(__file__).name:
-            raise SystemExit(f"{self.dir} is not a run of this script; give another --run-dir.")
-        if args.overwrite:
-            return
-        now, before = self.config["args"], config["args"]
-        pairs = [(k, before.get(k), now.get(k)) for k in before | now]
-        changes = [f"{k} {a} -> {b}" for k, a, b in pairs if a != b and k not in NOT_COMPARED]
-        # A longer run begins as the shorter one did, so it may go on from there.
-        shorter = before["total_updates"]
-        if shorter < args.total_updates and shorter % args.eval_every == 0:
-            changes = [change for change in changes if not change.startswith("total_updates")]
-        if changes:
-            message = f"{self.dir} holds a run with other arguments ({', '.join(changes)})"
-            raise SystemExit(f"{message}; give another --run-dir, or --overwrite to delete it.")
-        self.config = config | self.config
-
-    def start(self, state, data, **facts):
-        """Opens the folder; returns (update, state), those of the last checkpoint if any.
-
-        data: what the run learns from; a run does not go on with other data.
-        """
-        data = json.loads(json.dumps(data))
-        if self.config.setdefault("data", data) != data:
-            message = f"{self.dir} holds a run on other data than these arguments give now"
-            raise SystemExit(f"{message}; give another --run-dir, or --overwrite to delete it.")
-        git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        if shutil.which("git"):
-            here = Path(__file__).resolve().parent
-            commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
-            facts["commit"] = commit.strip() or None
-        facts["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "data": data}
+        self.config = json.loads(json.dumps(config | {"starts": []}, default=str))
+        self.compare(defaults)
+        final = [line["update"] for line in self.lines() if "final/returns" in line]
+        if final == [args.total_updates] * len(seeds) and not args.overwrite:
+            print(f"This run is finished: see {self.dir}, or give --overwrite to start again.")
+            raise SystemExit(0)
         if self.writes:
-            print(f"Run: {self.dir}, on {facts['device']}.", flush=True)
-        facts["versions"] = {p: version(p) for p in ("jax", "jaxlib", "flax", "optax", "numpy")}
-        self.config["starts"] = [*self.config.get("starts", []), facts]
-        self.config["script"] = Path(__file__).name
-        self.config.setdefault("wandb_id", f"{time.time_ns():x}")
-        try:
-            if self.writes:
-                self.take_folder()
-                if self.args.overwrite:
-                    for path in self.dir.iterdir():  # what is half deleted is still a run's
-                        if path.name not in ("lock", "config.json"):
-                            shutil.rmtree(path) if path.is_dir() else path.unlink()
-            (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            if self.writes:
-                (self.dir / "config.tmp").write_text(json.dumps(self.config, indent=2))
-                (self.dir / "config.tmp").replace(self.dir / "config.json")
-        except OSError as error:
-            message = f"The folder {self.dir} cannot be written ({error.strerror})"
-            raise SystemExit(f"{message}; give another --run-dir.") from None
-        best = {"get_metric_fn": lambda metrics: metrics["score"], "n": 1}
-        best = BestN(**best, keep_checkpoints_without_metrics=False)
-        keep = AnyPreservationPolicy([LatestN(2), best])
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep, cleanup_tmp_directories=True
-        )
-        self.checkpoints = ocp.CheckpointManager(
-            self.dir.resolve() / "checkpoints", options=options
-        )
-        update, wall_time = self.checkpoints.latest_step() or 0, 0.0
-        if update:
-            items = {"state": ocp.args.StandardRestore(state), "extra": ocp.args.JsonRestore()}
-            saved = self.checkpoints.restore(update, args=ocp.args.Composite(**items))
-            state, wall_time = saved.state, saved.extra["wall_time"]
-            print(f"Going on from update {update:,} in {self.dir}.", flush=True)
-        if self.writes:
-            lines = [x for x in self.lines() if x["update"] <= update and "final/returns" not in x]
-            (self.dir / "metrics.tmp").write_text("".join(json.dumps(x) + "\n" for x in lines))
-            (self.dir / "metrics.tmp").replace(self.dir / "metrics.jsonl")
-        self.metrics = (self.dir / "metrics.jsonl").open("a") if self.writes else io.StringIO()
-        self.started = time.monotonic() - wall_time
-        if self.args.track and self.writes:
-            import wandb
-
-            project, entity = self.args.wandb_project_name, self.args.wandb_entity
-            same = {"id": self.config["wandb_id"], "resume": "allow", "dir": self.dir}
-            self.wandb = wandb.init(project=project, entity=entity, config=self.config, **same)
+            self.open()
+        hide = not (self.writes and sys.stderr.isatty())
+        self.bar = tqdm(total=args.total_updates, unit="update", disable=hide)
         signal.signal(signal.SIGINT, self.interrupt)
         signal.signal(signal.SIGTERM, self.interrupt)
-        return update, state
 
-    def take_folder(self) -> None:
-        """Makes the folder and keeps it for this process; ends the program if another has it."""
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.lock = (self.dir / "lock").open("w")
+    def compare(self, defaults: dict) -> None:
+        """Ends the program if the folder holds something else than this run."""
+        if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
+            return
+        script = self.config["script"]
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            before = json.loads((self.dir / "config.json").read_text())
+            theirs = defaults | before["args"]  # an argument that came later has its default
+            if theirs["total_updates"] < self.args.total_updates:
+                theirs["total_updates"] = self.args.total_updates  # it begins as the shorter run
+            theirs |= {"script": before["script"], "data": before["data"]}
+            ours = self.config["args"] | {k: self.config[k] for k in ("script", "data")}
+            pairs = [(k, theirs[k], ours[k]) for k in ours if k not in NOT_COMPARED]
+            changes = ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b)
+            script, starts = before["script"], [*before["starts"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            changes, starts = f"or its config.json is damaged: {error!r}", []
+        if script != self.config["script"] or (changes and not self.args.overwrite):
+            message = f"{self.dir} holds something else ({changes}); give another --run-dir"
+            raise SystemExit(f"{message}, or --overwrite to delete a run of this script.")
+        self.config["starts"] = [] if self.args.overwrite else starts
+
+    def open(self) -> None:
+        """Keeps the folder for this process and writes down how the run was started."""
+        (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.dir / "lock")
+        try:
+            self.lock.acquire(blocking=False)
+        except Timeout:
             message = f"Another process is writing to {self.dir}"
             raise SystemExit(f"{message}; wait for it, or give another --run-dir.") from None
-        except OSError:
-            pass  # a file system without locks
+        if self.args.overwrite:
+            for path in [self.dir / "metrics.jsonl", *self.checkpoints()]:
+                path.unlink(missing_ok=True)
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
+        git += ["--dirty", "--abbrev=40", "--exclude=*"]
+        found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
+        start = {"commit": (found or "").strip() or None, "time": time.time()}
+        start["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        start |= {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+        self.config["starts"].append(start)
+        self.write("config.json", json.dumps(self.config, indent=2).encode())
+        print(f"Run: {self.dir}, on {start['device']}.", flush=True)
+        if self.args.track:
+            import wandb
 
-    def interrupt(self, *_) -> None:
-        if self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True
-        print("\nStopping at the next checkpoint; Ctrl-C again stops now.", file=sys.stderr)
+            project = os.environ.get("WANDB_PROJECT", "rosmo-suite")
+            options = {"id": f"{self.config['starts'][0]['time']:.6f}", "resume": "allow"}
+            try:
+                wandb.init(project=project, dir=self.dir, config=self.config, **options)
+            except wandb.Error as error:
+                advice = "log in with 'wandb login', or set WANDB_MODE=offline"
+                raise SystemExit(f"Weights & Biases: {error}; {advice}.") from None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file of the folder; a kill leaves it as it was or as it will be."""
+        temporary = self.dir / "checkpoints" / "tmp"
+        temporary.write_bytes(content)
+        temporary.replace(self.dir / name)
 
     def lines(self) -> list[dict]:
         """The metrics written so far, but for a last line that a kill cut short."""
@@ -679,189 +607,255 @@ class Run:
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
-    def is_finished(self) -> bool:
-        final = [x for x in self.lines() if "final/returns" in x]
-        done = len(final) == len(self.seeds) and final[0]["update"] == self.args.total_updates
-        return done and not self.args.overwrite
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.dir.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))
 
-    def log(self, update: int, seed: int, values: dict) -> None:
-        """Appends one line to metrics.jsonl; a loss that is not finite ends the program."""
-        values = {name: np.asarray(value).tolist() for name, value in values.items()}
-        line = {"update": update, "seed": seed, "wall_time": time.monotonic() - self.started}
-        self.metrics.write(json.dumps(line | values) + "\n")
-        self.metrics.flush()
-        if self.wandb:
-            prefix = f"seed{seed}/" if len(self.seeds) > 1 else ""
-            self.wandb.log({prefix + name: value for name, value in values.items()}, step=update)
-        self.check_loss(update, values.get("losses/total", 0.0))
+    def restore(self, state):
+        """(done, state, sums) of the newest whole checkpoint, or else (0, state, None).
 
-    def check_loss(self, update: int, loss: float) -> None:
-        if not math.isfinite(loss):
-            self.close()
-            message = f"The loss is {loss} by update {update:,}; the last checkpoint is kept"
-            raise SystemExit(f"{message}. Try a lower --learning-rate.")
+        The metrics that were logged after it are dropped; they come again, the same.
+        """
+        saved = {"sums": None, "lines": 0, "wall_time": 0.0}
+        for path in self.checkpoints()[::-1]:
+            crc32, content = (data := path.read_bytes())[:4], data[4:]
+            if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
+                saved, self.saved = serialization.msgpack_restore(content), int(path.stem)
+                state = serialization.from_state_dict(state, saved["state"])
+                self.bar.update(self.saved)
+                print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
+                break
+            print(f"{path} is damaged; the checkpoint before it is used.", file=sys.stderr)
+        self.started -= saved["wall_time"]
+        lines = self.lines()
+        if len(lines) < saved["lines"]:
+            message = f"{self.dir}/metrics.jsonl has lost lines of the updates until {self.saved:,}"
+            raise SystemExit(f"{message}: put them back, or give --overwrite to start again.")
+        if self.writes:
+            text = "".join(json.dumps(line) + "\n" for line in lines[: saved["lines"]])
+            self.write("metrics.jsonl", text.encode())
+        return self.saved, state, saved["sums"]
 
-    def save(self, update: int, state, score: float | None) -> None:
-        """Writes a checkpoint in the background; the last two and the best score are kept."""
-        metrics = None if score is None else {"score": score}
-        extra = {"wall_time": time.monotonic() - self.started}
-        items = {"state": ocp.args.StandardSave(state), "extra": ocp.args.JsonSave(extra)}
-        self.checkpoints.save(update, args=ocp.args.Composite(**items), metrics=metrics)
+    def save(self, done: int, state, sums: dict | None) -> None:
+        """Writes checkpoints/{done}.msgpack, its CRC-32 first; the last two are kept.
 
-    def exit(self, update: int) -> None:
-        self.close()
+        sums: of the metrics since the last line of the log.
+        """
+        self.check_finite(done, sums or {})
+        if self.writes and done != self.saved:
+            saved = {"state": serialization.to_state_dict(state), "sums": sums}
+            saved |= {"lines": len(self.lines()), "wall_time": time.monotonic() - self.started}
+            content = serialization.msgpack_serialize(jax.device_get(saved))
+            crc32 = zlib.crc32(content).to_bytes(4, "little")
+            self.write(f"checkpoints/{done}.msgpack", crc32 + content)
+            for path in self.checkpoints()[:-2]:
+                path.unlink()
+        self.saved = done
+
+    def log(self, done: int, seed: int, values: dict) -> None:
+        """Appends a line to metrics.jsonl, with the seconds of each part of the work since."""
+        self.check_finite(done, values)
+        if self.writes:
+            finite = {name: x for name, x in values.items() if np.isfinite(x).all()}
+            values = {name: np.asarray(x).tolist() for name, x in finite.items()}
+            line = {"update": done, "seed": seed, "wall_time": time.monotonic() - self.started}
+            with (self.dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line | values | self.seconds) + "\n")
+            self.seconds.clear()
+            if self.args.track:
+                import wandb
+
+                prefix = f"seed{seed}/" if len(self.seeds) > 1 else ""
+                wandb.log({prefix + name: value for name, value in values.items()}, step=done)
+
+    def check_finite(self, done: int, metrics: dict) -> None:
+        for name in ("losses/total", "charts/grad_norm"):
+            if not np.isfinite(metrics.get(name, 0.0)).all():
+                message = f"{name} is not finite by update {done:,}; the last checkpoint is kept"
+                raise SystemExit(f"{message}. Try a lower --learning-rate.")
+
+    @contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        """Counts the seconds of a part of the work for the log."""
+        start = time.monotonic()
+        yield
+        self.seconds[f"seconds/{part}"] += time.monotonic() - start
+
+    def show(self, done: int, status: str) -> None:
+        """Progress: on a terminal a bar, elsewhere a line."""
+        self.bar.set_postfix_str(status)
+        if self.writes and self.bar.disable:
+            print(f"update {done:,}: {status}", flush=True)
+
+    def interrupt(self, *_) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+
+    def exit(self) -> None:
+        self.bar.close()
+        if self.writes:
+            self.plot()
         but = " without --overwrite" if self.args.overwrite else ""
-        print(f"Stopped at update {update:,}; the same command{but} goes on.", file=sys.stderr)
+        print(f"Stopped at update {self.saved:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
 
-    def plot(self, references: dict[str, float]) -> None:
+    def finish(self, done: int, sampled, greedy) -> None:
+        """Draws the curve and logs the final returns [seeds, episodes], which ends the run."""
+        self.bar.close()
+        self.plot()
+        for seed, *both in zip(self.seeds, sampled, greedy, strict=True):
+            final = dict(zip(("final/returns", "final/returns_greedy"), both, strict=True))
+            if len(both[0]):
+                means = [float(np.mean(returns)) for returns in both]
+                final |= {"final/return_mean": means[0], "final/return_mean_greedy": means[1]}
+                data = self.config["data"]["mean_return"]
+                print(f"Final return {means[0]:.2f}, greedy {means[1]:.2f} (data {data:.2f}).")
+            self.log(done, seed, final)
+        print(f"See {self.dir}.")
+
+    def plot(self) -> None:
         """Draws learning_curve.png: the evaluations' mean returns, each seed's and their mean."""
         from matplotlib.figure import Figure  # without pyplot's global state
 
         lines = [line for line in self.lines() if "eval/return_mean" in line]
-        returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
+        if not lines:
+            return
         updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
+        returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
         n = 1 + len(updates) // 25  # evaluations in the moving average
         curves = np.transpose([np.convolve(row, np.ones(n) / n, "valid") for row in returns])
         axes = (figure := Figure((7, 4.5), layout="constrained")).subplots()
         axes.plot(updates[n - 1 :], curves, color="C0", alpha=0.25, linewidth=1)
         axes.plot(updates[n - 1 :], curves.mean(axis=1), label=f"mean of {len(self.seeds)} seed(s)")
-        for i, (name, value) in enumerate(references.items()):
-            axes.axhline(value, color=f"C{i + 1}", linestyle="--", linewidth=1, label=name)
+        axes.axhline(self.config["data"]["mean_return"], color="C1", linestyle="--", label="data")
         title = f"{Path(__file__).stem} on {self.args.env_id}"
         axes.set(xlabel="updates", ylabel=f"return, mean of {n} evaluation(s)", title=title)
         axes.legend()
         figure.savefig(self.dir / "learning_curve.png", dpi=120)
 
-    def close(self) -> None:
-        self.checkpoints.close()  # waits for those that are still being written
-        self.metrics.close()
-        if self.wandb:
-            self.wandb.finish()
-        if self.writes:
-            self.lock.close()
-
 
 # --- end run folder ---
 
 
-def check_args(args: Args) -> None:
-    """Ends the program with one sentence if an argument is out of its range."""
-    leasts = {"seed": 0, "num_bins": 3}
+# Least and most of the numbers; others are at least 1, or 0 if they may have a fraction.
+TINY = 1e-30
+RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
+RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
+RANGES |= {"learning_rate_decay": (TINY, 1), "noise": (0, 1)}
+RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
+RANGES |= {"beta": (TINY, 1e9)}
+
+
+# --- checks (identical in *_atari.py and *_bsuite.py) ---
+def check_args(args, ranges: dict[str, tuple[float, float]]) -> None:
+    """Ends the program with one sentence if a number is out of its range."""
     for name, value in vars(args).items():
-        if type(value) is int and value < (least := leasts.get(name, 1)):
-            raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
-    if not 0 <= args.discount <= 1:
-        raise SystemExit(f"--discount is {args.discount:g}; give a factor from 0 to 1.")
-    if args.beta <= 0:
-        raise SystemExit(f"--beta is {args.beta:g}; give more than 0.")
-    if not 0 <= args.noise <= 1:
-        raise SystemExit(f"--noise is {args.noise:g}; give a probability from 0 to 1.")
-    if not 0 < args.data_percent <= 100:
-        raise SystemExit(f"--data-percent is {args.data_percent:g}; give more than 0, at most 100.")
-    if args.eval_every % args.log_every or args.checkpoint_every % args.eval_every:
-        raise SystemExit(
-            f"--checkpoint-every {args.checkpoint_every} must be a multiple of --eval-every "
-            f"{args.eval_every}, and that one of --log-every {args.log_every}."
-        )
+        if type(value) in (int, float):
+            least, most = ranges.get(name, (type(value) is int, 1e15))
+            if not least <= value <= most:
+                low = "more than 0" if least == TINY else f"at least {least:g}"
+                flag = name.replace("_", "-")
+                raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
     if args.batch_size % jax.device_count():
-        raise SystemExit(
-            f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices; "
-            "give a multiple."
-        )
+        message = f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices"
+        raise SystemExit(f"{message}; give a multiple.")
 
 
+def keep_programs() -> None:
+    """Keeps compiled programs in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+# --- end checks ---
+
+
+# --- main (identical in *_bsuite.py) ---
 def main(args: Args) -> None:
-    check_args(args)
+    keep_programs()
+    check_args(args, RANGES)
+    steps = load_dataset(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
-    run = Run(args, seeds)
-    if run.is_finished():
-        print(f"This run is finished: see {run.dir}, or give --overwrite to start again.")
-        return
-    if args.compilation_cache:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    steps, source = load_dataset(args)
-    mean_return = steps.reward.sum() / steps.is_last.sum()
     starts, num_starts = window_starts(steps.is_last, args.data_percent, seeds)
-    name, share = args.dataset or f"{args.env_id}, noise {args.noise:g}", args.data_percent
-    part = "" if share == 100 else f"; each seed learns from {share:g}% of the episodes"
-    print(f"Data: {name}: {source}{part}.", flush=True)
-
+    run = Run(args, seeds, describe(steps))
     network = make_network(ENVIRONMENTS[args.env_id]().action_spec().num_values, args)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     keys = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in seeds])
     init_keys, train_keys, act_keys = keys.T
     init = jax.jit(init_state, static_argnums=(1, 3))
     states = [init(key, network, steps.observation[0], args) for key in init_keys]
-    update, states = run.start(jax.tree.map(lambda *x: jnp.stack(x), *states), source)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    states, *data = jax.device_put((states, train_keys, steps, starts, num_starts), replicated)
-    train = make_train(network, mesh, args)
+    done, states, sums = run.restore(jax.tree.map(lambda *x: jnp.stack(x), *states))
+    data = jax.device_put((train_keys, steps, starts, num_starts), replicated)
+    update_all = partial(update_seeds, network=network, args=args, by_device=by_device)
+    _, metrics = jax.eval_shape(update_all, states, *data)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
+    states, sums = jax.device_put((states, sums or zeros), replicated)
 
-    @partial(jax.jit, static_argnums=0)
-    def act_seeds(greedy, params, observation, update, t):
-        keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, update), t))(
-            act_keys
-        )
-        return jax.vmap(partial(act, greedy, network, args))(params, observation, keys)
+    @partial(jax.jit, static_argnames="greedy")
+    def act_seeds(params, observation, done, t, greedy):
+        fold = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, done), t))
+        policy = partial(act, greedy=greedy, network=network, args=args)
+        return jax.vmap(policy)(params, observation, fold(act_keys))
 
-    def play(num_episodes: int, greedy: bool) -> np.ndarray:  # [seeds, episodes]
-        policy = lambda observation, t: act_seeds(greedy, states.params, observation, update, t)  # noqa: E731
+    def play(num_episodes: int, greedy: bool) -> np.ndarray | None:  # [seeds, episodes]
+        def policy(observation, t):
+            return None if run.stopping else act_seeds(states.params, observation, done, t, greedy)
+
         noise = args.noise if args.eval_noise else 0.0
-        return evaluate(policy, args.env_id, seeds, update, num_episodes, noise)
+        with run.time("evaluation"):
+            return evaluate(policy, args.env_id, seeds, done, num_episodes, noise)
 
-    bar = tqdm(total=args.total_updates, initial=update, disable=not sys.stderr.isatty())
-    while update < args.total_updates:
-        num_updates = min(args.eval_every, args.total_updates - update)
-        states, metrics = train(num_updates, states, *data)
-        metrics = jax.device_get(metrics)  # each [seeds, num_updates]
-        for first in range(0, num_updates, args.log_every):
-            window = {name: x[:, first : first + args.log_every] for name, x in metrics.items()}
-            end = update + min(first + args.log_every, num_updates)
-            for i, seed in enumerate(seeds):
-                run.log(end, seed, {name: x[i].mean() for name, x in window.items()})
-        update += num_updates
-        returns = play(args.eval_episodes, args.eval_greedy)
-        for seed, row in zip(seeds, returns, strict=True):
-            run.log(update, seed, {"eval/return_mean": row.mean(), "eval/returns": row})
-        status = f"loss {metrics['losses/total'].mean():.3f}, return {returns.mean():.2f}"
-        bar.set_postfix_str(status)
-        bar.update(num_updates)
-        if bar.disable:
-            print(f"update {update:,}: {status}", flush=True)
-        if run.stopping or update % args.checkpoint_every == 0 or update == args.total_updates:
-            run.save(update, states, returns.mean())
+    longest, part, played = 1, "compilation", ""
+    while True:
+        ends = done == args.total_updates
+        evaluates = done > 0 and (done % args.eval_every == 0 or ends)
+        if run.stopping or evaluates or done % args.checkpoint_every == 0:
+            run.save(done, states, sums)
+        if evaluates and args.eval_episodes:
+            returns = play(args.eval_episodes, args.eval_greedy)
+            if returns is not None:
+                for seed, row in zip(seeds, returns, strict=True):
+                    run.log(done, seed, {"eval/return_mean": row.mean(), "eval/returns": row})
+                played = f", return {returns.mean():.2f}"
         if run.stopping:
-            run.exit(update)
-    bar.close()
+            run.exit()
+        if ends:
+            break
+        # As many updates as take half a second, but not past a line, an evaluation or a checkpoint.
+        stations = (args.log_every, args.eval_every, args.checkpoint_every, args.total_updates)
+        number = min(longest, *(every - done % every for every in stations))
+        before = time.monotonic()
+        with run.time(part):
+            states, sums = train(number, states, sums, data, network, args, by_device)
+            jax.block_until_ready(sums)
+        longest *= 2 if time.monotonic() - before < 0.5 or part == "compilation" else 1
+        done, part = done + number, "update"
+        run.bar.update(number)
+        if done % args.log_every == 0:
+            means = {name: np.asarray(x) / args.log_every for name, x in sums.items()}  # [seeds]
+            for i, seed in enumerate(seeds):
+                run.log(done, seed, {name: x[i] for name, x in means.items()})
+            run.show(done, f"loss {means['losses/total'].mean():.3f}{played}")
+            sums = jax.device_put(zeros, replicated)
+    sampled, greedy = (play(args.final_eval_episodes, greedy) for greedy in (False, True))
+    if sampled is None or greedy is None:
+        run.exit()
+    run.finish(done, sampled, greedy)
 
-    sampled = play(args.final_eval_episodes, greedy=False)
-    greedy = play(args.final_eval_episodes, greedy=True)
-    random_return, online_return = REFERENCE_RETURNS[args.env_id]
-    references = {"random policy (Table 6)": random_return, "online DQN (Table 6)": online_return}
-    run.plot({"data": mean_return} | references)
-    for i, seed in enumerate(seeds):
-        score = normalized_score(args.env_id, sampled[i].mean())
-        means = {"return_mean": sampled[i].mean(), "return_mean_greedy": greedy[i].mean()}
-        final = means | {"returns": sampled[i], "returns_greedy": greedy[i]}
-        final["normalized_score"] = score
-        run.log(update, seed, {f"final/{name}": value for name, value in final.items()})
-    run.close()
-    means = sampled.mean(axis=1)
-    print(
-        f"Final return of {len(seeds)} seeds: {means.mean():.3f} (std {means.std():.3f}, lowest "
-        f"{means.min():.3f}), greedy {greedy.mean():.3f}; see {run.dir}."
-    )
+
+# --- end main ---
 
 
+# --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:
-        message = (
-            "Stopped; the same command (but for --overwrite) goes on from the last checkpoint."
-        )
-        print(message, file=sys.stderr)
+        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(f"{error}: put that right, then the same command goes on.") from None
+# --- end entry ---

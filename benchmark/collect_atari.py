@@ -2,6 +2,7 @@
 # requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "ale-py==0.12.1",
+#     "filelock==4.3.1",
 #     "flax==0.12.8",
 #     "gymnasium==1.4.0",
 #     "importlib-resources==7.1.0",
@@ -23,7 +24,9 @@ This is how RL Unplugged's data was made (Dopamine's DQN and environment, 50M st
 size for a laptop; the flags go up to the original's. The episodes go to a store that the training
 scripts read, and with `--format rlu` also to shards in RL Unplugged's own format. The same command
 goes on after a kill: the learner is saved every `--save-every` steps, and the replay memory is
-filled again from the recorded episodes.
+filled again from the recorded episodes. The games that were running start anew, so a collection
+that was broken off records other episodes than an unbroken one, which alone is a function of the
+seed.
 
 Where it differs from Dopamine's DQN:
 1. Several environments are played side by side, and an episode enters the replay memory when it
@@ -32,17 +35,12 @@ Where it differs from Dopamine's DQN:
    target period and the learning rate are fit for 200 thousand steps instead of 50 million.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import errno
-import fcntl
-import hashlib
 import itertools
 import json
 import os
 import shutil
-import zlib
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,9 +57,9 @@ import numpy as np
 import optax
 import tyro
 import zstandard
-from ale_py import roms
-from ale_py.vector_env import AtariVectorEnv
 from tqdm import tqdm
+
+from prepare_atari import make_env, rom_digest, run, write_store
 
 
 @dataclass
@@ -115,135 +113,25 @@ class Args:
     """final exploration"""
 
 
-# --- environment (identical in *_atari.py and benchmark/*_atari.py) ---
-def game_name(env_id: str) -> str:
-    """ALE's name of the game that RL Unplugged calls `env_id`: MsPacman -> ms_pacman."""
-    names = {rom.title().replace("_", ""): rom for rom in roms.get_all_rom_ids()}
-    if env_id not in names:
-        near = difflib.get_close_matches(env_id, names, cutoff=0)
-        raise SystemExit(f"There is no game {env_id!r}; the nearest names: {', '.join(near)}.")
-    return names[env_id]
-
-
-def rom_digest(env_id: str) -> str:
-    """SHA-256 of the ROM that is played here; part of every result, since ROMs differ."""
-    return hashlib.sha256(Path(roms.get_rom_path(game_name(env_id))).read_bytes()).hexdigest()
-
-
-def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
-    """Dopamine's environment: sticky actions, minimal action set, no tricks at the reset."""
-    settings = dict(
-        repeat_action_probability=0.25,
-        noop_max=0,
-        use_fire_reset=False,
-        reward_clipping=False,
-        episodic_life=False,
-        full_action_space=False,
-        max_num_frames_per_episode=108_000,
-    )
-    return AtariVectorEnv(game_name(env_id), num_envs, **(settings | kwargs))
-
-
-# --- end environment ---
-
-
-# --- store writer (identical in *_atari.py and benchmark/*_atari.py) ---
-STORE_VERSION = 1
-CHUNK = 16  # consecutive frames that are compressed together
-STEP = np.dtype(
-    [("action", "u1"), ("reward", "f4"), ("is_first", "?"), ("is_last", "?"), ("is_terminal", "?")]
-)
-EPISODE = np.dtype([("checkpoint", "i8"), ("id", "i8"), ("length", "i8"), ("return", "f4")])
-
-
-class StoreWriter:
-    """Writes episodes, in order of their checkpoints, into an empty folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.blob = open(folder / "frames.bin", "wb")
-        self.blob_crc32, self.offsets = 0, [0]
-        self.steps, self.episodes = [], []
-        self.rest = np.empty((0, 84, 84), np.uint8)  # frames that do not fill a chunk yet
-
-    def add(self, frames, action, reward, is_terminal, checkpoint, id, episode_return) -> None:
-        """One episode: frames uint8 [T, 84, 84], action and (unclipped) reward [T], scalars.
-
-        `is_terminal`: the last frame is a terminal state, else the episode was cut off there.
-        """
-        steps = np.zeros(len(frames), STEP)
-        steps["action"], steps["reward"] = action, reward
-        steps["is_first"][0], steps["is_last"][-1], steps["is_terminal"][-1] = 1, 1, is_terminal
-        self.steps.append(steps)
-        self.episodes.append((checkpoint, id, len(frames), episode_return))
-        frames = np.concatenate([self.rest, frames])
-        whole = len(frames) // CHUNK * CHUNK
-        self._write([frames[i : i + CHUNK] for i in range(0, whole, CHUNK)])
-        self.rest = frames[whole:]
-
-    def _write(self, chunks: list[np.ndarray]) -> None:
-        compressor = zstandard.ZstdCompressor(level=3)
-        for chunk in chunks:
-            data = compressor.compress(chunk.tobytes())
-            self.blob.write(data)
-            self.blob_crc32 = zlib.crc32(data, self.blob_crc32)
-            self.offsets.append(self.offsets[-1] + len(data))
-
-    def finish(self, meta: dict) -> None:
-        self._write([self.rest] if len(self.rest) else [])
-        self.blob.close()
-        crc32 = {"frames.bin": self.blob_crc32}
-        episodes = np.array(self.episodes, EPISODE)
-        for name, array in (
-            ("frames_offsets.npy", np.array(self.offsets)),
-            ("steps.npy", np.concatenate([np.empty(0, STEP), *self.steps])),
-            ("episodes.npy", episodes),
-        ):
-            np.save(self.folder / name, array)
-            crc32[name] = zlib.crc32((self.folder / name).read_bytes())
-        counts = {"num_steps": int(episodes["length"].sum()), "num_episodes": len(episodes)}
-        meta = {"version": STORE_VERSION} | meta | counts | {"crc32": crc32}
-        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1))
-
-
-@contextlib.contextmanager
-def write_store(path: Path, meta: dict) -> Iterator[StoreWriter]:
-    """Builds a store beside `path`, renamed when the block ends; after an error nothing stays."""
-    lock_path, folder = (path.with_name(f".{path.name}.{end}") for end in ("lock", "building"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(lock_path, "w")
-    except OSError as error:
-        message = f"{path} cannot be written ({error.strerror}); choose another folder."
-        raise SystemExit(message) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.fstat(lock.fileno()).st_nlink > 0  # else its last holder has just removed it
-        except BlockingIOError:
-            held = False
-        if not held:
-            raise SystemExit(f"Another process is building {path}: run again when it is done.")
-        shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed: we hold the lock
-        try:
-            folder.mkdir()
-            writer = StoreWriter(folder)
-            yield writer
-            writer.finish(meta)
-            if not path.exists():  # else another build came first
-                folder.rename(path)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise SystemExit(
-                f"The disk is full: {path} was not built; free some space or choose another folder."
-            ) from None
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock_path.unlink(missing_ok=True)
-
-
-# --- end store writer ---
+LIMITS = {  # least and greatest value of each number
+    "num_steps": (1, 10**9),
+    "num_checkpoints": (1, 10**6),
+    "seed": (0, 2**64),
+    "save_every": (1, 10**9),
+    "num_envs": (1, 1024),
+    "max_frames": (4, 108_000),
+    "width": (1 / 32, 16),
+    "learning_rate": (1e-9, 1),
+    "batch_size": (1, 10**5),
+    "discount": (0, 1),
+    "n_step": (1, 100),
+    "train_every": (1, 10**9),
+    "target_every": (1, 10**9),
+    "replay_size": (100, 10**7),
+    "replay_start": (1, 10**9),
+    "epsilon_steps": (1, 10**9),
+    "epsilon": (0, 1),
+}
 
 
 class QNetwork(nn.Module):
@@ -403,16 +291,24 @@ def collect(args: Args, recorder: Recorder) -> None:
     """Plays and learns until `num_steps` are recorded."""
     env = make_env(args.env_id, args.num_envs, max_num_frames_per_episode=args.max_frames)
     network, tx = QNetwork(int(env.single_action_space.n), args.width), optimizer(args)
-    params = network.init(jax.random.key(args.seed), jnp.zeros((1, 84, 84, 4), jnp.uint8))
+    params = network.init(jax.random.key(args.seed % 2**32), jnp.zeros((1, 84, 84, 4), jnp.uint8))
     replay = Replay(max(args.replay_size, 10 * args.n_step))
     learner = Learner(params, jax.tree.map(jnp.copy, params), tx.init(params))
     learner = recorder.restore(learner, replay)
     step = sum(recorder.lengths)
     saved, recent = step, deque(recorder.returns[-20:], 20)
-    observations, _ = env.reset(seed=args.seed * 1_000_003 + step)
+    # Environment i gets this seed plus i, which must be less than 2**31.
+    observations, _ = env.reset(seed=(args.seed * 1_000_003 + step) % (2**31 - args.num_envs))
     playing = [[] for _ in range(args.num_envs)]  # (frame, action, reward) of each running episode
     over = np.zeros(args.num_envs, bool)  # the action of an environment at its end is ignored
-    bar = tqdm(total=args.num_steps, initial=step, desc=args.env_id, unit="step", smoothing=0.05)
+    bar = tqdm(
+        total=args.num_steps,
+        initial=step,
+        desc=args.env_id,
+        unit="step",
+        smoothing=0.05,
+        disable=not sys.stderr.isatty(),
+    )
     while sum(recorder.lengths) < args.num_steps:
         rng = np.random.default_rng((args.seed, step))
         learning = max(0, step - args.replay_start)
@@ -441,12 +337,15 @@ def collect(args: Args, recorder: Recorder) -> None:
                 learner = update(network, tx, learner, batch)
         if before // args.target_every < step // args.target_every:
             learner = learner.replace(target=jax.tree.map(jnp.copy, learner.params))
+        bar.update(min(step, args.num_steps) - bar.n)  # the last episodes may go on beyond
+        result = f"return {np.mean(recent):.1f}" if recent else "no episode yet"
+        bar.set_postfix_str(result, refresh=False)
         if step - saved >= args.save_every:
             recorder.save(learner)
             saved = step
-        bar.update(min(step, args.num_steps) - bar.n)  # the last episodes may go on beyond
-        if recent:
-            bar.set_postfix_str(f"return {np.mean(recent):.1f}", refresh=False)
+            if bar.disable:
+                line = f"{args.env_id}: {step:,} of {args.num_steps:,} steps, {result}"
+                print(line, file=sys.stderr, flush=True)
 
 
 def write_rlu(folder: Path, recorder: Recorder, labels: list[tuple[int, int]]) -> None:
@@ -486,17 +385,17 @@ def write_rlu(folder: Path, recorder: Recorder, labels: list[tuple[int, int]]) -
 
 
 def check_args(args: Args) -> None:
-    """Ends the program with one sentence if an argument is out of its range."""
-    for name, value in vars(args).items():
-        if type(value) is int and value < (least := 0 if name == "seed" else 1):
-            raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least {least}.")
-    if args.width * 32 < 1:
-        raise SystemExit(f"--width is {args.width:g}; give at least {1 / 32}.")
+    """Ends the program with one sentence if a number is out of its range."""
+    for name, (least, greatest) in LIMITS.items():
+        if not least <= (value := getattr(args, name)) <= greatest:
+            flag = name.replace("_", "-")
+            raise SystemExit(f"--{flag} is {value}; give {least} to {greatest}.")
 
 
 def main(args: Args) -> None:
     check_args(args)
     path = Path(args.out or f"{args.data_dir}/atari/{args.env_id}-dqn-{args.num_steps // 1000}k")
+    path = path.expanduser()
     if path.exists():
         raise SystemExit(f"{path} exists already: it is complete, there is nothing to collect.")
     steps_per_checkpoint = max(1, args.num_steps // args.num_checkpoints)
@@ -504,28 +403,30 @@ def main(args: Args) -> None:
     meta |= {"steps_per_checkpoint": steps_per_checkpoint, "rom_sha256": rom_digest(args.env_id)}
     meta |= {"num_actions": int(make_env(args.env_id, 1).single_action_space.n)}
     meta |= {"collector": dataclasses.asdict(args)}
-    with write_store(path, meta) as writer:
+    returns = []
+
+    def episodes() -> Iterator[dict]:
+        """Plays first; by then this process alone has the store."""
         recorder = Recorder(path.with_name(f".{path.name}.collecting"), args)
         collect(args, recorder)
+        returns.extend(recorder.returns)
         labels = recorder.checkpoints(steps_per_checkpoint)
         for number, (checkpoint, id) in enumerate(labels):
-            episode = recorder.read(number)
-            writer.add(
-                *(episode["frames"], episode["action"], episode["reward"], episode["is_terminal"]),
-                *(checkpoint, id, episode["reward"].sum()),
-            )
+            yield recorder.read(number) | {"checkpoint": checkpoint, "id": id}
         if args.format == "rlu":  # before the store is complete, so that a kill loses no shards
             folder = path.with_name(f"{path.name}-rlu") / "atari_episodes_ordered" / args.env_id
             shutil.rmtree(folder, ignore_errors=True)
             write_rlu(folder, recorder, labels)
-    shutil.rmtree(recorder.folder)
-    returns = np.array(recorder.returns)
+
+    write_store(path, meta, episodes())
+    shutil.rmtree(path.with_name(f".{path.name}.collecting"))
+    num_steps = json.loads((path / "meta.json").read_text())["num_steps"]
     print(
-        f"{path}: {sum(recorder.lengths):,} steps, {len(returns)} episodes, mean return "
-        f"{returns.mean():.2f} (first 20: {returns[:20].mean():.2f}, last 20: "
-        f"{returns[-20:].mean():.2f}), {(path / 'frames.bin').stat().st_size / 1e6:.0f} MB"
+        f"{path}: {num_steps:,} steps, {len(returns)} episodes, mean return "
+        f"{np.mean(returns):.2f} (first 20: {np.mean(returns[:20]):.2f}, last 20: "
+        f"{np.mean(returns[-20:]):.2f}), {(path / 'frames.bin').stat().st_size / 1e6:.0f} MB"
     )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    run(main, tyro.cli(Args, description=__doc__))

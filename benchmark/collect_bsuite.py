@@ -20,18 +20,26 @@ agent's, so that the noise belongs to the environment.
 
 writes data/bsuite/catch-noise0.1-seed0.npz, whose format is in docs/bsuite_data.md, and prints
 its rows of Tables 5 and 6 beside the paper's. The same seed gives the same data.
+
+    python benchmark/collect_bsuite.py --env-id catch --from-rlds FOLDER --out FILE.npz
+
+converts a TFDS/RLDS folder instead, such as the authors'. This needs tensorflow-datasets and
+tensorflow.
 """
 
 import dataclasses
 import json
 import os
+import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -47,19 +55,26 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Args:
     # run
-    env_id: str = "catch"
-    """the bsuite task: cartpole, catch or mountain_car"""
-    seed: int = 0
-    """seeds the environment, its noise, the network, the exploration and the replay"""
+    env_id: str = "catch"  # the bsuite task: cartpole, catch or mountain_car
+    seed: int = 0  # seeds the environment, its noise, the network, the exploration and the replay
+    overwrite: bool = False  # collect again even if the dataset exists
+
     # data
     noise: float = 0.0
     """the probability that a uniformly random action is executed in place of the agent's"""
     num_episodes: int | None = None
     """episodes to record; the paper's (cartpole 1000, catch 2000, mountain_car 500) if not given"""
-    data_dir: Path = Path("data/bsuite")
-    """the folder of the datasets"""
-    overwrite: bool = False
-    """collect again even if the dataset exists"""
+    from_rlds: Path | None = None  # convert this TFDS/RLDS folder instead of collecting
+    data_dir: Path = Path("data/bsuite")  # the folder of the datasets
+    out: Path | None = None
+    """the file to write [default: {data-dir}/{env-id}-noise{noise}-seed{seed}.npz]"""
+
+
+RANGES = {  # least, most
+    "seed": (0, 2**32 - 1),
+    "noise": (0, 1),
+    "num_episodes": (1, 100_000),
+}
 
 
 # The schedules are chosen so that the mean returns of the records come close to Table 5 at noise 0;
@@ -111,6 +126,20 @@ PAPER_TABLE6 = {  # random agent, online DQN agent
     "catch": (-0.66, 1.0),
     "mountain_car": (-1000.0, -102.16),
 }
+
+
+# JAX may swallow an exception that a signal handler raises. The handler therefore only takes note.
+stop = SimpleNamespace(signalled=False, parent=None)
+
+
+def take_signal(*_) -> None:
+    stop.signalled = True
+
+
+def check_stop() -> None:
+    """Raises KeyboardInterrupt after Ctrl-C or SIGTERM, or when the script that waits has ended."""
+    if stop.signalled or stop.parent not in (None, os.getppid()):
+        raise KeyboardInterrupt
 
 
 def init_params(rng: np.random.Generator, sizes: tuple[int, ...]):
@@ -179,6 +208,7 @@ def collect(task: Task, num_episodes: int, noise: float, seed: int, report=lambd
         start, step = n, env.reset()
         observation[n], is_first[n] = step.observation, True
         while not step.last():
+            check_stop()
             explore = explore_rng.random() < epsilon
             chosen = explore_rng.integers(NUM_ACTIONS) if explore else greedy(observation[n])
             replaced = noise_rng.random() < noise
@@ -208,9 +238,112 @@ def evaluate(task: Task, policy: Callable[[np.ndarray], int], seed: int) -> floa
     for _ in range(EVAL_EPISODES):
         step = env.reset()
         while not step.last():
+            check_stop()
             step = env.step(policy(step.observation))
             total += step.reward
     return total / EVAL_EPISODES
+
+
+KINDS = {  # NumPy's kinds of the arrays of an RLDS dataset: float, int, unsigned, bool
+    "observation": ("fiu", "a number"),
+    "action": ("iu", "an integer"),
+    "reward": ("fiu", "a number"),
+    "is_last": ("b", "a bool"),
+    "is_terminal": ("b", "a bool"),
+}
+
+
+def read_rlds(folder: Path) -> list[dict[str, np.ndarray]]:
+    """The episodes of a prepared TFDS dataset: the fields of their steps, each [T + 1, ...]."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        import tensorflow_datasets as tfds
+
+        dataset = tfds.builder_from_directory(folder).as_dataset(split="all")
+        whole = dataset.map(lambda episode: episode["steps"].batch(2**31 - 1).get_single_element())
+        episodes = []
+        for episode in tfds.as_numpy(whole):
+            check_stop()
+            episodes.append({name: np.asarray(x) for name, x in episode.items()})
+    except ImportError:
+        sys.exit("--from-rlds needs the packages tensorflow-datasets and tensorflow.")
+    except Exception as error:  # a damaged folder can raise almost anything
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        sys.exit(f"{folder} cannot be read as a TFDS/RLDS dataset: {reason.rstrip('.')}.")
+    if not episodes:
+        sys.exit(f"{folder} holds no episodes.")
+    return episodes
+
+
+def convert(folder: Path, task: Task) -> dict[str, np.ndarray]:
+    """The steps of all episodes of a TFDS/RLDS folder, checked, as `collect` returns them.
+
+    What RLDS calls void, the action of a last step, becomes zero. A reward there is not void, but
+    that of a dataset which has T steps where RLDS has T + 1: zeroing would lose it.
+    """
+    episodes = read_rlds(folder)
+    if "is_last" in episodes[0]:  # an end is terminal unless the data say something else
+        episodes = [{"is_terminal": episode["is_last"]} | episode for episode in episodes]
+    if missing := [name for name in KINDS if name not in episodes[0]]:
+        sys.exit(f"{folder} is not in RLDS form: its steps have no {', '.join(missing)}.")
+    lengths = np.array([len(episode["is_last"]) for episode in episodes])
+    ends = np.cumsum(lengths) - 1  # the last row of each episode
+    starts = ends - lengths + 1
+
+    def refuse(what: str, row: int, advice: str = "") -> NoReturn:
+        episode = np.searchsorted(ends, row)
+        where = f"first in row {row - starts[episode]} of episode {episode}, both counted from 0"
+        sys.exit(f"{folder}: {what} ({where}){advice}.")
+
+    for name, (kinds, word) in KINDS.items():
+        shape = task.make().observation_spec().shape if name == "observation" else ()
+        for start, episode in zip(starts, episodes, strict=True):
+            array = episode[name]
+            if array.dtype.kind not in kinds:
+                refuse(f"{name} is {array.dtype} where {word} is needed", start)
+            if array.shape[1:] != shape:
+                refuse(f"{name} has the shape {array.shape[1:]} where {shape} is needed", start)
+    observation, action, reward, is_last, is_terminal = (
+        np.concatenate([episode[name] for episode in episodes]) for name in KINDS
+    )
+    with np.errstate(over="ignore"):
+        observation, reward = observation.astype(np.float32), reward.astype(np.float32)
+    last = np.isin(np.arange(len(action)), ends)
+    finite = np.isfinite(observation).reshape(len(observation), -1).all(axis=1)
+    unknown = (action < 0) | (action >= NUM_ACTIONS)
+    single = np.isin(np.arange(len(action)), ends[lengths == 1])
+    for wrong, what in (
+        (is_last & ~last, "is_last is set before the end of an episode"),
+        (last & ~is_last, "is_last is not set at the end of an episode"),
+        (is_terminal & ~is_last, "is_terminal is set where is_last is not"),
+        (single, "an episode has one row, and so no transition"),
+        (~finite, "an observation is not a finite float32"),
+        (~np.isfinite(reward), "a reward is not a finite float32"),
+        (unknown & ~last, f"an action is not one of the task's, 0 to {NUM_ACTIONS - 1}"),
+    ):
+        if wrong.any():
+            refuse(what, wrong.argmax())
+    if reward[ends].any():
+        what = "the last row of an episode has a reward, as in data of D4RL or d3rlpy, where RLDS "
+        what += "has one row more, the final observation without action and reward"
+        row = ends[reward[ends] != 0][0]
+        refuse(what, row, "; append this row to every episode, and move is_last to it")
+    if action[ends].any():
+        which = np.flatnonzero(action[ends])
+        names = ", ".join(map(str, which[:5])) + (", ..." if len(which) > 5 else "")
+        print(
+            f"Warning: {folder}: the last rows of {len(which)} episodes ({names}) have an action, "
+            "which RLDS calls void: it is set to 0.",
+            file=sys.stderr,
+        )
+    return {
+        "observation": observation,
+        "action": np.where(last, 0, action).astype(np.int32),
+        "reward": reward,
+        "is_first": np.isin(np.arange(len(action)), starts),
+        "is_last": is_last,
+        "is_terminal": is_terminal,
+    }
 
 
 def write(path: Path, steps: dict[str, np.ndarray], header: dict[str, Any]) -> None:
@@ -218,7 +351,8 @@ def write(path: Path, steps: dict[str, np.ndarray], header: dict[str, Any]) -> N
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, **steps, header=np.array(json.dumps(header)))
+            np.savez_compressed(file, **steps, header=np.array(json.dumps(header, default=str)))
+        check_stop()
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -258,63 +392,114 @@ def print_tables(header: dict[str, Any]) -> None:
     row(env_id, header["random_return"], random_return, header["online_return"], online_return)
 
 
-def main(args: Args) -> None:
-    started = time.time()
+def check_args(args: Args) -> None:
+    """Ends the program with one sentence if an argument makes no sense."""
     if args.env_id not in TASKS:
         sys.exit(f"Unknown --env-id {args.env_id}: it must be one of {', '.join(TASKS)}.")
-    if not 0 <= args.noise <= 1:
-        sys.exit(f"--noise must be a probability between 0 and 1, not {args.noise:g}.")
-    if not 0 <= args.seed < 2**32:
-        sys.exit(f"--seed must be between 0 and {2**32 - 1}, not {args.seed}.")
-    task = TASKS[args.env_id]
-    num_episodes = task.num_episodes if args.num_episodes is None else args.num_episodes
-    if num_episodes < 1:
-        sys.exit(f"--num-episodes must be at least 1, not {num_episodes}.")
-    path = args.data_dir / f"{args.env_id}-noise{args.noise:g}-seed{args.seed}.npz"
-    if path.exists() and not args.overwrite:
-        print(f"{path} exists already; --overwrite collects it again.")
+    for name, (least, most) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:  # nan is in no range
+            option = name.replace("_", "-")
+            sys.exit(f"--{option} must be from {least} to {most}, not {value}.")
+    if args.from_rlds is None:
         return
+    if args.out is None:
+        sys.exit("--from-rlds needs --out, the file to write.")
+    if (args.seed, args.noise, args.num_episodes) != (0, 0.0, None):
+        sys.exit("--seed, --noise and --num-episodes have no use with --from-rlds.")
+    if not args.from_rlds.is_dir():
+        sys.exit(f"There is no folder {args.from_rlds}.")
+
+
+def open_path(args: Args) -> Path | None:
+    """The file to write, in a folder that can be written; None if the file is there already."""
+    name = f"{args.env_id}-noise{args.noise:g}-seed{args.seed}.npz"
+    path = args.out or args.data_dir / name
+    if path.is_dir():
+        sys.exit(f"{path} is a folder; --out must be a file.")
+    if path.exists() and not args.overwrite:
+        print(f"{path} exists already; --overwrite replaces it.")
+        return None
     try:
-        args.data_dir.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sys.exit(f"Cannot make the folder {args.data_dir}: {error.strerror}.")
+        sys.exit(f"Cannot make the folder {path.parent}: {error.strerror}.")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        sys.exit(f"Cannot write to the folder {path.parent}: {error.strerror}.")
+    return path
 
-    jax.config.update("jax_platforms", "cpu")  # the network is too small for an accelerator
-    print(
-        f"Collecting {num_episodes} episodes of {args.env_id}, noise {args.noise:g}: {path}",
-        flush=True,
-    )
-    report = progress(num_episodes)
-    steps, returns, greedy = collect(task, num_episodes, args.noise, args.seed, report)
 
-    eval_seed, policy_seed = np.random.SeedSequence((args.seed, 1)).generate_state(2)
-    rng = np.random.default_rng(policy_seed)
-    header = {
-        "schema": 1,
-        "source": "collect_bsuite",
-        "env_id": args.env_id,
-        "noise": args.noise,
-        "seed": args.seed,
-        "num_episodes": num_episodes,
-        "num_transitions": len(steps["action"]) - num_episodes,
+def main(args: Args) -> None:
+    started = time.time()
+    paths = {name: getattr(args, name) for name in ("from_rlds", "data_dir", "out")}
+    paths = {name: Path(os.path.expanduser(path)) for name, path in paths.items() if path}
+    args = dataclasses.replace(args, **paths)
+    check_args(args)
+    path = open_path(args)
+    if path is None:
+        return
+    task = TASKS[args.env_id]
+    versions = {name: metadata.version(name) for name in ("jax", "bsuite", "numpy")}
+    header = {"schema": 1, "env_id": args.env_id, "versions": versions}
+    header["arguments"] = dataclasses.asdict(args)
+    if args.from_rlds:
+        print(f"Converting {args.from_rlds}: {path}", flush=True)
+        steps = convert(args.from_rlds, task)
+        starts = np.flatnonzero(steps["is_first"])
+        returns = np.add.reduceat(steps["reward"].astype(float), starts).tolist()
+        header |= {"source": "rlds"}
+    else:
+        jax.config.update("jax_platforms", "cpu")  # the network is too small for an accelerator
+        num_episodes = args.num_episodes or task.num_episodes
+        print(
+            f"Collecting {num_episodes} episodes of {args.env_id}, noise {args.noise:g}: {path}",
+            flush=True,
+        )
+        report = progress(num_episodes)
+        steps, returns, greedy = collect(task, num_episodes, args.noise, args.seed, report)
+        eval_seed, policy_seed = np.random.SeedSequence((args.seed, 1)).generate_state(2)
+        rng = np.random.default_rng(policy_seed)
+        header |= {
+            "source": "collect_bsuite",
+            "noise": args.noise,
+            "seed": args.seed,
+            "random_return": evaluate(task, lambda _: rng.integers(NUM_ACTIONS), eval_seed),
+            "online_return": evaluate(task, greedy, eval_seed),
+        }
+    header |= {
+        "num_episodes": len(returns),
+        "num_transitions": len(steps["action"]) - len(returns),
         "mean_return": float(np.mean(returns)),
         "returns": returns,
-        "random_return": evaluate(task, lambda _: rng.integers(NUM_ACTIONS), eval_seed),
-        "online_return": evaluate(task, greedy, eval_seed),
-        "arguments": {**dataclasses.asdict(args), "data_dir": str(args.data_dir)},
-        "versions": {name: metadata.version(name) for name in ("jax", "bsuite", "numpy")},
     }
     try:
         write(path, steps, header)
     except OSError as error:
-        sys.exit(f"Cannot write {path}: {error.strerror}.")
-    print_tables(header)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.time() - started:.0f} s")
+        sys.exit(f"Cannot write {path}: {error.strerror or error}.")
+    if not args.from_rlds:
+        print_tables(header)
+    print(
+        f"{path}: {len(returns)} episodes, {header['num_transitions']} transitions, "
+        f"mean return {header['mean_return']:.2f}, {path.stat().st_size / 1e6:.1f} MB "
+        f"in {time.time() - started:.0f} s"
+    )
+
+
+def run() -> None:
+    """Runs the command line; ends with status 130 when it is stopped."""
+    signal.signal(signal.SIGINT, take_signal)
+    signal.signal(signal.SIGTERM, take_signal)
+    if parent := os.environ.pop("ROSMO_PARENT", None):  # set by what starts this program
+        stop.parent = int(parent) if os.name == "posix" else None
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        below_bar = "\n" if sys.stderr.isatty() else ""
+        print(f"{below_bar}Interrupted: nothing was written.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except KeyboardInterrupt:
-        print("Interrupted: nothing was written.", file=sys.stderr)
-        sys.exit(130)
+    run()

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Fig. 10: the learning curves of Fig. 2(b)'s runs.
 #   bash benchmark/figure10.sh [--total-updates 50000]
+# Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
+# Cost: that of Fig. 2(b), none when its runs are finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash benchmark/figure2b.sh "$@"
+python benchmark/run.py figure10 "$@"
 python benchmark/report.py figure10 "$@"

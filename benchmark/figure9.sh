@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Fig. 9: the learning curves of Table 1's runs.
 #   bash benchmark/figure9.sh [--total-updates 50000]
+# Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
+# Cost: that of Table 1, none when its runs are finished.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash benchmark/table1.sh "$@"
+python benchmark/run.py figure9 "$@"
 python benchmark/report.py figure9 "$@"

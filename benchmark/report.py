@@ -2,395 +2,839 @@
 
     python benchmark/report.py table1 figure9
     python benchmark/report.py figure2a --total-updates 50000
+    python benchmark/report.py compare "mine=runs/rosmo_atari/Pong/seed0" "theirs=other/run"
 
-Every run below --runs counts whose arguments are those of a cell and the defaults otherwise. A cell
-without a finished run stays empty and is listed. For each item, --out gets a page with the numbers
-and where they come from ({item}.md), the numbers alone ({item}.csv) and, of a figure, {item}.png.
+It takes the arguments of run.py, further ones included, and counts the runs of which run.py says
+that they are finished; a cell without one stays empty and is listed. For each item, --out gets a
+page with the numbers and where they come from ({item}.md), the numbers alone ({item}.csv) and the
+figures ({item}.png, ...); report.html holds all pages there with their images. Runs of different
+data or evaluations are not drawn together, unless --mix is given. Runs keep raw returns only; their
+scores are normalised here.
 """
 
+import base64
 import csv
 import dataclasses
 import importlib
 import json
+import re
+import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import run
 import tyro
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
+from paper import ITEMS, REFERENCE_RETURNS, Item
 from rliable import library, metrics
+from scipy.stats import trim_mean
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-TASKS = ("catch", "mountain_car", "cartpole")
-FIVE = {
-    "BC": ("bc_bsuite", {}),
-    "CRR": ("crr_bsuite", {}),
-    "CQL": ("cql_bsuite", {}),
-    "MuZero Unplugged": ("muzero_unplugged_bsuite", {}),
-    "ROSMO": ("rosmo_bsuite", {}),
-}
-BOTH = {"ROSMO": ("rosmo_bsuite", {}), "MuZero Unplugged": ("muzero_unplugged_bsuite", {})}
-DEPTHS = {"depth N": None, "depth 2": 2, "depth 1": 1}
-WIDTHS = (32, 128, 256, 512, 1024)
-
-
-class Item(NamedTuple):
-    """Cells: every method, with every value of a parameter, on every task."""
-
-    title: str
-    form: Literal["table", "aggregate", "curves"]
-    parameter: str
-    values: tuple
-    tasks: tuple[str, ...] = TASKS
-    methods: dict[str, tuple[str, dict]] = BOTH  # label: script, arguments
-    common: tuple[tuple[str, Any], ...] = ()  # arguments of every cell
-    claim: str = ""  # the paper's
-
-    def label(self, value) -> str:
-        return value if self.parameter == "env_id" else f"{self.parameter} {value}"
-
-
-NOISES = (0.0, 0.1, 0.3, 0.5)
-SMALL = (
-    ("dataset", Path("data/atari/MsPacman-dqn-60k")),
-    ("channels", 16),
-    ("batch_size", 16),
-    ("eval_episodes", 5),
-    ("final_eval_episodes", 20),
-)
-LOW_DATA = (("data_percent", 10.0),)
 BOOTSTRAPS = 2000
-ITEMS = {
-    "table1": Item(
-        "Table 1: catch, data of a noisy environment",
-        *("table", "noise", NOISES, TASKS[:1]),
-        claim="ROSMO is much less sensitive to the noise than MuZero Unplugged.",
-    ),
-    "figure9": Item(
-        "Figure 9: catch, data of a noisy environment", "curves", "noise", NOISES, TASKS[:1]
-    ),
-    "table2": Item(
-        "Table 2: the five methods on BSuite",
-        *("table", "env_id", TASKS, ("BSuite",), FIVE),
-        claim="ROSMO is best on catch and mountain_car, with the lowest standard deviation; "
-        "CRR is slightly better on cartpole.",
-    ),
-    "figure2a": Item(
-        "Figure 2(a): shares of the data",
-        *("aggregate", "data_percent", (1.0, 10.0, 30.0, 100.0)),
-        claim="ROSMO is above MuZero Unplugged everywhere, which is poor at 1%.",
-    ),
-    "figure2b": Item(
-        "Figure 2(b): widths of the dynamics function, 10% of the data",
-        *("aggregate", "dynamics_hidden", WIDTHS),
-        common=LOW_DATA,
-        claim="MuZero Unplugged is best at 1024 and falls with less; ROSMO is flat and higher.",
-    ),
-    "figure10": Item(
-        "Figure 10: widths of the dynamics function, 10% of the data",
-        *("curves", "dynamics_hidden", WIDTHS),
-        common=LOW_DATA,
-    ),
-    "figure2c": Item(
-        "Figure 2(c): simulations and depth of the search",
-        *("aggregate", "num_simulations", (2, 4, 16, 32)),
-        methods={k: ("muzero_unplugged_bsuite", {"max_depth": v}) for k, v in DEPTHS.items()},
-        claim="MuZero Unplugged fails at few simulations and with many and deep ones; limiting "
-        "the depth helps.",
-    ),
-    "atari_small": Item(
-        "Five methods on MsPacman, small",
-        *("curves", "env_id", ("MsPacman",), ("Atari",)),
-        methods={k: (v.replace("bsuite", "atari"), a) for k, (v, a) in FIVE.items()},
-        common=SMALL,
-        claim="On MsPacman at the paper's size: ROSMO 5,020, MuZero Unplugged 4,539, CRR 3,737, "
-        "BC 2,733, CQL 2,142 (Table 8).",
-    ),
-    "sweep_crr": Item(
-        "CRR's β on catch",
-        *("table", "beta", (0.1, 0.3, 1.0, 3.0), TASKS[:1]),
-        methods={"exp": ("crr_bsuite", {})},
-    ),
-    "sweep_crr_weight": Item(
-        "CRR's weight on catch, β = 1",
-        *("table", "weight", ("exp", "binary"), TASKS[:1]),
-        methods={"CRR": ("crr_bsuite", {})},
-        common=(("beta", 1.0),),
-    ),
-    "sweep_cql": Item(
-        "CQL's α and learning rate on catch",
-        *("table", "cql_alpha", (0.01, 0.05, 0.1, 0.5, 1.0, 4.0), TASKS[:1]),
-        methods={f"{rate:g}": ("cql_bsuite", {"learning_rate": rate}) for rate in (7e-4, 5e-5)},
-    ),
-    "sweep_crr_atari": Item(
-        "CRR's β on MsPacman, small",
-        *("curves", "beta", (0.1, 0.3, 1.0), ("MsPacman",)),
-        methods={"CRR": ("crr_atari", {})},
-        common=SMALL,
-    ),
-    "sweep_crr_weight_atari": Item(
-        "CRR's weight on MsPacman, small, β = 1",
-        *("curves", "weight", ("exp", "binary"), ("MsPacman",)),
-        methods={"CRR": ("crr_atari", {})},
-        common=SMALL,
-    ),
-    "sweep_cql_atari": Item(
-        "CQL's α on MsPacman, small",
-        *("curves", "cql_alpha", (0.1, 1.0, 4.0), ("MsPacman",)),
-        methods={"CQL": ("cql_atari", {})},
-        common=SMALL,
-    ),
-}
+CURVE_BOOTSTRAPS = 200
+# Arguments that say how a run is evaluated, or on what it learns.
+PROTOCOL = {"eval_episodes", "final_eval_episodes", "eval_greedy", "eval_noise", "eval_epsilon"}
+PROTOCOL |= {"eval_dirichlet_fraction", "dataset", "rlu_run"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
-    items: Annotated[tuple[Literal[tuple(ITEMS)], ...], tyro.conf.Positional]
-    """tables and figures of the paper"""
-    total_updates: int = 200_000
-    """updates of the runs that count"""
-    num_seeds: int | None = None
-    """seeds of a cell that count, the first ones [default: all]"""
-    runs: tuple[Path, ...] = (Path("runs"), Path("benchmark/results"))
-    """folders that hold runs; of two runs of a cell with a seed in common the one with more seeds
-    counts"""
-    out: Path = Path("benchmark/results")
-    """folder of the results"""
+class Args(run.Args):
+    out: Path | None = None
+    """folder of the results [default: benchmark/results, of own runs runs/report]"""
+    mix: bool = False  # draw runs of different data or evaluations together; the page says so
 
 
-class Run(NamedTuple):
-    config: dict
-    commits: tuple[str, ...]  # those that the run was started and continued with
+class Result(NamedTuple):
+    """What the runs of a cell ended with, over their seeds."""
+
+    runs: list[run.Run]
     seeds: np.ndarray  # [seeds]
     final: np.ndarray  # [seeds], mean return of the final evaluation
-    score: np.ndarray  # [seeds], normalised
+    final_returns: np.ndarray  # [seeds, episodes]
+    score: np.ndarray  # [seeds], normalised; nan where the references are not known
     updates: np.ndarray  # [evaluations]
-    returns: np.ndarray  # [seeds, evaluations]
+    returns: np.ndarray  # [seeds, evaluations, episodes]
+    hours: np.ndarray  # [seeds, evaluations]
 
 
-def read_run(folder: Path) -> Run | None:
-    """Reads the folder of a run; None if it is not finished."""
-    config = json.loads((folder / "config.json").read_text())
-    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    final = {x["seed"]: x for x in lines if "final/returns" in x}
-    first, count = config["args"]["seed"], config["args"].get("num_seeds", 1)
-    seeds = range(first, first + count)
-    if set(final) != set(seeds) or final[first]["update"] != config["args"]["total_updates"]:
+def normalized_score(env_id: str, score):
+    """(score - random) / (online DQN - random), or None where these are not known."""
+    if env_id not in REFERENCE_RETURNS:
         return None
-    curves = [[x for x in lines if x["seed"] == s and "eval/return_mean" in x] for s in seeds]
-    commits = tuple((start.get("commit") or "unknown")[:7] for start in config["starts"])
-    return Run(
-        config,
-        commits,
-        np.array(seeds),
-        np.array([final[s]["final/return_mean"] for s in seeds]),
-        np.array([final[s]["final/normalized_score"] for s in seeds]),
-        np.array([x["update"] for x in curves[0]]),
-        np.array([[x["eval/return_mean"] for x in curve] for curve in curves]),
+    random, online = REFERENCE_RETURNS[env_id]
+    return (score - random) / (online - random)
+
+
+def put_together(runs: list[run.Run], seeds: tuple[int, ...] | None = None) -> Result | None:
+    """The runs of a cell as one; None if there are none."""
+    if not runs:
+        return None
+    all_seeds = np.concatenate([x.seeds for x in runs])
+    order = [i for i in np.argsort(all_seeds) if seeds is None or all_seeds[i] in seeds]
+    names = ("final", "final_returns", "returns", "hours")
+    final, final_returns, returns, hours = (
+        np.concatenate([getattr(x, name) for x in runs])[order] for name in names
     )
+    score = normalized_score(runs[0].config["args"]["env_id"], final)
+    score = np.full(len(final), np.nan) if score is None else score
+    rest = (score, runs[0].updates, returns, hours)
+    return Result(runs, all_seeds[order], final, final_returns, *rest)
 
 
-def read_runs(folders: tuple[Path, ...]) -> list[Run]:
-    paths = [p.parent for folder in folders for p in sorted(folder.rglob("config.json"))]
-    runs = [read_run(path) for path in paths if (path / "metrics.jsonl").exists()]
-    return sorted((run for run in runs if run), key=lambda run: -len(run.final))
+# What the runs learned from
+# --------------------------
 
 
-def find_run(
-    runs: list[Run], script: str, arguments: dict, num_seeds: int | None = None
-) -> Run | None:
-    """The runs of a script with these arguments and else its defaults, their seeds put together."""
-    module = importlib.import_module(script)
-    irrelevant = {
-        *module.NOT_COMPARED.split(),
-        *"seed num_seeds log_every checkpoint_every".split(),
-    }
-    wanted = json.loads(json.dumps(dataclasses.asdict(module.Args(**arguments)), default=str))
-    parts = []
-    for run in runs:
-        args = run.config["args"]
-        if run.config["script"] != f"{script}.py" or any(
-            args.get(k) != v for k, v in wanted.items() if k not in irrelevant
-        ):
-            continue
-        if not any(set(run.seeds) & set(part.seeds) for part in parts):
-            parts.append(run)
-    if not parts:
-        return None
-    order = np.argsort(np.concatenate([run.seeds for run in parts]))[:num_seeds]
-    arrays = ("seeds", "final", "score", "returns")
-    arrays = {k: np.concatenate([getattr(run, k) for run in parts])[order] for k in arrays}
-    commits = [commit for run in parts for commit in run.commits]
-    return parts[0]._replace(**arrays, commits=tuple(dict.fromkeys(commits)))
+def data_facts(data: dict | str) -> dict:
+    """Source, size and checksums of a run's data, as far as it wrote them down."""
+    if isinstance(data, str):  # old runs on BSuite
+        match = re.match(r"(\d+) episodes, (\d+) transitions, mean return (\S+)", data)
+        if not match:
+            return {}
+        return {"episodes": int(match[1]), "steps": int(match[2]), "mean": match[3]}
+    facts = {k: data[k] for k in ("source", "rom") if k in data}
+    facts["episodes"] = data.get("episodes", data.get("num_episodes"))
+    facts["steps"] = data.get("transitions", data.get("steps", data.get("num_steps")))
+    facts["rom"] = data.get("rom", data.get("rom_sha256"))
+    if "mean_return" in data:
+        facts |= {"mean": f"{data['mean_return']:.2f}", "crc32": data.get("crc32")}
+    return {k: v for k, v in facts.items() if v is not None}
 
 
-def find_cells(item: Item, runs: list[Run], args: Args) -> dict[tuple, Run | None]:
-    """Runs, by (method, value, task)."""
-    cells = {}
-    for method, (script, arguments) in item.methods.items():
-        for value in item.values:
-            for task in item.tasks:
-                cell = dict(item.common) | arguments | {"env_id": task, item.parameter: value}
-                cell["total_updates"] = args.total_updates
-                cells[method, value, task] = find_run(runs, script, cell, args.num_seeds)
-    return cells
+def describe(data: dict | str) -> str:
+    """What a run learned from, in words; old runs on BSuite kept the words themselves."""
+    if isinstance(data, str):
+        return data
+    facts = {"source": "", "mean": None} | data_facts(data)
+    unit = "transitions" if "transitions" in data else "steps"
+    text = f"{facts['episodes']:,} episodes, {facts['steps']:,} {unit}"
+    text += f", mean return {facts['mean']}" if facts["mean"] else ""
+    return f"{facts['source']}, {text}" if facts["source"] else text
 
 
-def interquartile_means(
-    item: Item, cells: dict, tasks: tuple[str, ...]
-) -> dict[tuple, tuple[float, float, float]]:
-    """IQM over seeds and tasks of the normalised score, with a 95% stratified bootstrap interval.
+def conflicts(item: Item, cells: dict[tuple, Result | None]) -> list[str]:
+    """Sentences on runs that learned from different data, or are evaluated differently."""
+    groups, protocols, sources, found = {}, {}, {}, []
+    for (method, value, task), result in cells.items():
+        for one in result.runs if result else []:
+            args, facts = one.config["args"], data_facts(one.config["data"])
+            # A run on BSuite describes the whole dataset, one on Atari its share of it.
+            share = None if "num_seeds" in args else args.get("data_percent")
+            key = (task, args.get("noise"), args.get("truncation_as_termination"), share)
+            name = f"{method} {item.label(value)}".strip()
+            text = describe(one.config["data"])
+            groups.setdefault(key, []).append((name, facts, text))
+            sources.setdefault(facts.get("source", "?"), []).append(f"{name} on {task}")
+            protocol = {k: args[k] for k in sorted(PROTOCOL & args.keys()) if k[:2] in ("ev", "fi")}
+            for k, v in protocol.items():
+                protocols.setdefault(k, {}).setdefault(str(v), []).append(f"{name} on {task}")
+    for (task, *_), members in groups.items():
+        name, facts, text = members[0]
+        for other, other_facts, other_text in members[1:]:
+            keys = [k for k in facts if k in other_facts and facts[k] != other_facts[k]]
+            if keys:
+                what = ", ".join(
+                    {"crc32": "content", "mean": "mean return"}.get(k, k) for k in keys
+                )
+                found.append(
+                    f"the data of {task} differ in {what}: {name} has {text}; {other} has "
+                    f"{other_text}"
+                )
+                break
+    sources.pop("?", None)
+    for what, values in {"the data's source": sources, **protocols}.items():
+        if len(values) > 1:
+            words = "; ".join(f"{v} with {names[0]}" for v, names in values.items())
+            found.append(f"{what} differs: {words}")
+    return found
 
-    Returns:
-      (estimate, low, high) by (method, value), where each of `tasks` has a run.
-    """
+
+def left_out(item: Item, cells: dict, runs: list, wanted: dict) -> list[str]:
+    """Finished runs that lack a cell's evaluation or dataset alone, and what differs."""
+    lines = []
+    for key, result in cells.items():
+        for one in runs if result is None else []:
+            script_args = wanted[key]
+            if one.config["script"] != f"{type(script_args).__module__}.py":
+                continue
+            difference = run.different(one, script_args)
+            if difference and difference.keys() <= PROTOCOL:
+                words = ", ".join(f"{k} {a}, not {b}" for k, (a, b) in difference.items())
+                lines.append(f"{one.folder}: {words}")
+    return list(dict.fromkeys(lines))
+
+
+# Statistics
+# ----------
+
+
+def intervals(scores: dict, aggregate: Callable, bootstraps: int | None = None) -> dict:
+    """aggregate(scores) and its 95% stratified bootstrap interval, arrays [3, ...], by key."""
+    # rliable draws from NumPy's global state, even if it is given another.
+    np.random.seed(0)  # noqa: NPY002
+    reps = bootstraps or BOOTSTRAPS
+    estimates, bounds = library.get_interval_estimates(scores, aggregate, reps=reps)
+    return {k: np.stack([estimates[k], *bounds[k]]) for k in scores}
+
+
+AGGREGATES = {
+    "IQM": metrics.aggregate_iqm,
+    "mean": metrics.aggregate_mean,
+    "median": metrics.aggregate_median,
+    "optimality gap": metrics.aggregate_optimality_gap,
+}
+
+
+def score_matrices(item: Item, cells: dict, tasks: tuple[str, ...]) -> dict[tuple, np.ndarray]:
+    """Normalised scores [seeds, tasks] by (method, value), where each task has a run."""
     scores = {}
     for method in item.methods:
         for value in item.values:
             column = [cells[method, value, task] for task in tasks]
-            if None not in column:
-                count = min(len(run.seeds) for run in column)
-                scores[method, value] = np.stack([run.score[:count] for run in column], axis=1)
-    if not scores:
-        return {}
-    aggregate = lambda x: np.array([metrics.aggregate_iqm(x)])  # noqa: E731
-    # rliable draws from NumPy's global state, even if it is given another.
-    np.random.seed(0)  # noqa: NPY002
-    means, intervals = library.get_interval_estimates(scores, aggregate, reps=BOOTSTRAPS)
-    return {k: (float(means[k][0]), *map(float, intervals[k][:, 0])) for k in scores}
+            if None not in column and not any(np.isnan(x.score).any() for x in column):
+                count = min(len(x.seeds) for x in column)
+                scores[method, value] = np.stack([x.score[:count] for x in column], axis=1)
+    return scores
 
 
-def draw_aggregate(item: Item, cells: dict, path: Path) -> None:
+def aggregates(item: Item, cells: dict, tasks: tuple[str, ...]) -> dict[tuple, np.ndarray]:
+    """IQM, mean, median and optimality gap with intervals, [3, 4], by (method, value)."""
+    scores = score_matrices(item, cells, tasks)
+    every = lambda x: np.array([aggregate(x) for aggregate in AGGREGATES.values()])  # noqa: E731
+    return intervals(scores, every) if scores else {}
+
+
+def improvement_probability(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """P(X > Y) over pairs of seeds, mean over tasks; ties count half. [seeds, tasks] -> [1]."""
+    difference = x[:, None] - y[None]
+    return np.array([np.mean((difference > 0) + 0.5 * (difference == 0))])
+
+
+def pooled_iqm(episodes: np.ndarray) -> np.ndarray:
+    """IQM [3] of returns [seeds, episodes], all together, with an interval over seeds."""
+    pick = lambda i: np.array([trim_mean(episodes[i[:, 0]].ravel(), 0.25)])  # noqa: E731
+    return intervals({"": np.arange(len(episodes))[:, None]}, pick)[""][:, 0]
+
+
+def curve(returns: np.ndarray) -> np.ndarray:
+    """IQM [3, evaluations] of values [seeds, tasks, evaluations, episodes], and its interval."""
+    num_seeds, num_tasks, length, _ = returns.shape
+
+    def pick(index):
+        values = returns[index, np.arange(num_tasks)]  # [seeds, tasks, evaluations, episodes]
+        return trim_mean(np.moveaxis(values, 2, -1).reshape(-1, length), 0.25, axis=0)
+
+    index = np.repeat(np.arange(num_seeds)[:, None], num_tasks, axis=1)
+    return intervals({"": index}, pick, CURVE_BOOTSTRAPS)[""]
+
+
+# Figures
+# -------
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Moving average over the last axis, evaluations."""
+    n = window(values.shape[-1])
+    return np.apply_along_axis(np.convolve, -1, values, np.ones(n) / n, "valid")
+
+
+def window(evaluations: int) -> int:
+    return 1 + evaluations // 25
+
+
+def cell_curve(item: Item, task: str, result: Result) -> np.ndarray:
+    """Middle, low and high of a cell's learning curve, [3, evaluations less the average's]."""
+    scale = (lambda x: normalized_score(task, x)) if item.unit != "return" else (lambda x: x)
+    if item.average == "IQM":
+        values = smooth(curve(scale(result.returns[:, None])))
+    else:
+        values = scale(smooth(result.returns.mean(axis=2)))
+        mean, std = values.mean(axis=0), values.std(axis=0)
+        low = np.maximum(mean - std, values.min(axis=0))  # no seed is beyond
+        values = np.stack([mean, low, np.minimum(mean + std, values.max(axis=0))])
+    return values
+
+
+def draw_line(axes, x, values: np.ndarray, color: str, several: bool):
+    """A line [3, points] with its band, if it has several seeds."""
+    line = axes.plot(x, values[0], color=color, marker="o" if len(x) < 4 else None)[0]
+    if several:
+        axes.fill_between(x, values[1], values[2], color=color, alpha=0.2)
+    return line
+
+
+def draw_curves(item: Item, cells: dict, path: Path, against: str) -> None:
+    """Panels of learning curves against updates or hours; those without a run are left out.
+
+    With one task a panel for each value, with one value for each task, else a row for each task.
+    """
+    tasks = dict.fromkeys(task for _, _, task in cells)
+    tasks = [t for t in tasks if any(cells[k] for k in by(cells, 2, t))]
+    values = [v for v in item.values if any(cells[k] for k in by(cells, 1, v))]
+    panels, is_grid = [(task, value) for task in tasks for value in values], False
+    if min(len(tasks), len(values)) > 1:
+        is_grid, columns = True, len(values)
+    else:
+        columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    figure = Figure((max(3.3 * columns, 5.2), 2.7 * rows + 0.7), layout="constrained")
+    share = {"sharey": "row"} if is_grid or len(tasks) == 1 else {}
+    grid = figure.subplots(rows, columns, sharex=against == "updates", squeeze=False, **share)
+    drawn, shown = {}, {}  # a line of each method; axes by (row, column)
+    for i, axes in enumerate(grid.flat):
+        results = {m: cells[m, *panels[i][::-1]] for m in item.methods} if i < len(panels) else {}
+        axes.set_visible(any(results.values()))
+        if axes.get_visible():
+            shown[divmod(i, columns)] = axes
+            title = item.label(panels[i][1]) if is_grid or len(tasks) == 1 else panels[i][0]
+            axes.set_title(title)
+        for color, (method, result) in enumerate(results.items()):
+            if result is not None:
+                n = window(len(result.updates))
+                x = (result.updates if against == "updates" else result.hours.mean(axis=0))[n - 1 :]
+                line = cell_curve(item, panels[i][0], result)
+                drawn[method] = draw_line(axes, x, line, f"C{color}", len(result.seeds) > 1)
+    for (i, j), axes in shown.items():
+        if against == "updates":
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
+        axes.locator_params(axis="x", nbins=5)
+        if not any(row > i and column == j for row, column in shown):  # the lowest
+            axes.xaxis.set_tick_params(labelbottom=True)
+            axes.set_xlabel(against)
+        if not any(row == i and column < j for row, column in shown):  # the first
+            axes.yaxis.set_tick_params(labelleft=True)
+            task = panels[i * columns + j][0]
+            axes.set_ylabel(f"{task}, {item.unit}" if is_grid or len(tasks) == 1 else item.unit)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+def by(cells: dict, position: int, value) -> list[tuple]:
+    """The cells of a method (0), a value (1) or a task (2)."""
+    return [key for key in cells if key[position] == value]
+
+
+def pooled_curves(item: Item, cells: dict, tasks: tuple[str, ...]) -> dict[str, tuple]:
+    """(updates, hours, IQM [3, ...]) of the score over all tasks, by method with all of them."""
+    curves = {}
+    for method in item.methods:
+        row = [cells[method, None, task] for task in tasks]
+        if None not in row and all(task in REFERENCE_RETURNS for task in tasks):
+            count = min(len(x.seeds) for x in row)
+            scores = [
+                normalized_score(task, x.returns[:count].mean(axis=2, keepdims=True))
+                for task, x in zip(tasks, row, strict=True)
+            ]
+            n = window(len(row[0].updates))
+            hours = np.mean([x.hours[:count] for x in row], axis=(0, 1))[n - 1 :]
+            line = smooth(curve(np.stack(scores, axis=1)))
+            curves[method] = (row[0].updates[n - 1 :], hours, line, count)
+    return curves
+
+
+def draw_pooled(item: Item, curves: dict, path: Path, with_time: bool) -> None:
+    figure = Figure((9.5 if with_time else 5.2, 4), layout="constrained")
+    row = figure.subplots(1, 1 + with_time, sharey=True, squeeze=False)[0]
+    for axes, (i, label) in zip(row, enumerate(("updates", "hours")), strict=False):
+        for method, points in curves.items():
+            color = f"C{list(item.methods).index(method)}"
+            draw_line(axes, points[i], points[2], color, points[3] > 1).set_label(method)
+        if item.level:
+            axes.axhline(item.level[0], color="grey", linewidth=0.8, linestyle=":")
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel(label)
+    row[0].set_ylabel("IQM of the normalised score")
+    row[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_aggregate(item: Item, cells: dict, tasks: tuple[str, ...], path: Path) -> None:
     """One panel for all tasks, where they have been run, and one for each."""
-    groups = {"all tasks": item.tasks} | {task: (task,) for task in item.tasks}
-    panels = {name: interquartile_means(item, cells, tasks) for name, tasks in groups.items()}
+    groups = {"all tasks": tasks} | {task: (task,) for task in tasks}
+    panels = {name: aggregates(item, cells, group) for name, group in groups.items()}
     panels = {name: estimates for name, estimates in panels.items() if estimates}
-    figure = Figure((0.8 + 3.2 * len(panels), 3.6), layout="constrained")
+    figure = Figure((max(0.8 + 3.2 * len(panels), 5.2), 3.6), layout="constrained")
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    drawn = {}
     for axes, (name, estimates) in zip(row, panels.items(), strict=True):
         for i, method in enumerate(item.methods):
             values = [value for value in item.values if (method, value) in estimates]
             if values:
-                mean, low, high = np.transpose([estimates[method, value] for value in values])
+                points = np.transpose([estimates[method, value][:, 0] for value in values])
                 positions = [item.values.index(value) for value in values]
-                axes.plot(positions, mean, color=f"C{i}", marker="o", label=method)
-                axes.fill_between(positions, low, high, color=f"C{i}", alpha=0.2)
-        axes.set_xticks(range(len(item.values)), item.values)
-        axes.set(xlabel=item.parameter, title=name)
+                drawn[method] = axes.plot(positions, points[0], color=f"C{i}", marker="o")[0]
+                axes.fill_between(positions, points[1], points[2], color=f"C{i}", alpha=0.2)
+        labels = [f"{x:g}" if isinstance(x, float) else x for x in item.values]
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_title(name)
+    figure.supxlabel(item.axis, fontsize="medium")
     row[0].set_ylabel("IQM of the normalised score")
-    row[0].legend()
-    figure.suptitle(item.title, wrap=True)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
-def draw_curves(item: Item, cells: dict, path: Path) -> None:
-    """A row of panels for each task, one for each value: mean and deviation over the seeds."""
-    size = (3.2 * len(item.values), 2.6 * len(item.tasks) + 0.6)
-    figure = Figure(size, layout="constrained")
-    shape = (len(item.tasks), len(item.values))
-    grid = figure.subplots(*shape, sharex=True, sharey="row", squeeze=False)
-    drawn = {}  # a line of each method that has a run
-    for row, task in zip(grid, item.tasks, strict=True):
-        for axes, value in zip(row, item.values, strict=True):
-            for i, method in enumerate(item.methods):
-                if (run := cells[method, value, task]) is None:
-                    continue
-                n = 1 + len(run.updates) // 25  # evaluations in the moving average
-                smooth = [np.convolve(x, np.ones(n) / n, "valid") for x in run.returns]
-                mean, std, x = np.mean(smooth, axis=0), np.std(smooth, axis=0), run.updates[n - 1 :]
-                drawn[method] = axes.plot(x, mean, color=f"C{i}")[0]
-                axes.fill_between(x, mean - std, mean + std, color=f"C{i}", alpha=0.2)
-        row[0].set_ylabel(f"{task}, return")
-    for top, bottom, value in zip(grid[0], grid[-1], item.values, strict=True):
-        top.set_title(item.label(value))
-        bottom.set_xlabel("updates")
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=2)
+def draw_profiles(item: Item, scores: dict, path: Path) -> None:
+    """Share of the runs whose score is above τ, a panel for each value."""
+    values = [v for v in item.values if any(key[1] == v for key in scores)]
+    every = np.concatenate([x.ravel() for x in scores.values()])
+    tau = np.linspace(min(0.0, every.min()), max(1.0, every.max()), 61)
+    above = lambda x, tau: (x[..., None] > tau).mean(axis=(0, 1))  # noqa: E731
+    np.random.seed(0)  # noqa: NPY002
+    profiles, bounds = library.create_performance_profile(
+        scores, tau, custom_profile_func=above, reps=min(BOOTSTRAPS, 500)
+    )
+    columns = min(len(values), 4)
+    rows = -(-len(values) // columns)
+    figure = Figure((max(3.2 * columns, 5.2), 2.7 * rows + 0.7), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    drawn = {}
+    for axes in grid.flat[len(values) :]:
+        axes.set_visible(False)
+    for axes, value in zip(grid.flat, values, strict=False):
+        for i, method in enumerate(item.methods):
+            if (method, value) in scores:
+                line = np.stack([profiles[method, value], *bounds[method, value]])
+                several = len(scores[method, value]) > 1
+                drawn[method] = draw_line(axes, tau, line, f"C{i}", several)
+        axes.set_title(item.label(value))
+    figure.supxlabel("normalised score τ", fontsize="medium")
+    figure.supylabel("share of the runs above τ", fontsize="medium")
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
-def write_page(name: str, item: Item, cells: dict, estimates: dict, args: Args) -> None:
-    rows = []  # of the .csv
-    for (method, value, task), run in cells.items():
-        if run:
-            rows += [
-                (method, value, task, seed, final, score)
-                for seed, final, score in zip(run.seeds, run.final, run.score, strict=True)
-            ]
-    with (args.out / f"{name}.csv").open("w", newline="") as file:
+# Pages
+# -----
+
+
+def table(head: list, rows: list[list]) -> list[str]:
+    lines = ["| " + " | ".join(map(str, head)) + " |", "|" + "---|" * len(head)]
+    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+
+def swept(item: Item, *text) -> list:
+    """Cells of a table that items without a swept argument do not have."""
+    return list(text) if item.argument else []
+
+
+def with_interval(estimate, several: bool = True) -> str:
+    middle, low, high = estimate
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]" if several else f"{middle:.3f}"
+
+
+def returns_text(item: Item, result: Result | None) -> str:
+    if result is None:
+        return ""
+    if item.average == "IQM":
+        return with_interval(pooled_iqm(result.final_returns), len(result.seeds) > 1)
+    if len(result.seeds) == 1:
+        return f"{result.final[0]:.3f}"
+    return f"{result.final.mean():.3f} ± {result.final.std():.3f}"
+
+
+def result_tables(item: Item, cells: dict, tasks: tuple[str, ...]) -> list[str]:
+    """Final returns: a table for each task, or one of all where nothing is swept."""
+    text = {key: returns_text(item, result) for key, result in cells.items()}
+    if item.argument is None:
+        rows = [[task, *(text[m, None, task] for m in item.methods)] for task in tasks]
+        return table(["task", *item.methods], rows)
+    lines = []
+    for task in tasks:
+        if not any(cells[key] for key in by(cells, 2, task)):
+            continue
+        rows = [[m, *(text[m, v, task] for v in item.values)] for m in item.methods]
+        lines += table([task, *map(item.label, item.values)], rows)
+    return lines
+
+
+def paper_table(item: Item, cells: dict, estimates: dict) -> list[str]:
+    """Our numbers beside the paper's, where its text has them."""
+    rows = []
+    for (method, value, task), (theirs, spread) in item.numbers.items():
+        if task == "IQM":
+            ours = estimates[method, value][0, 0] if (method, value) in estimates else None
+        else:
+            result = cells.get((method, value, task))
+            ours = None if result is None else result.final.mean()
+            if result is not None and item.average == "IQM":
+                ours = pooled_iqm(result.final_returns)[0]
+        if ours is not None:
+            difference = f"{ours - theirs:+,.2f} ({(ours - theirs) / abs(theirs):+.0%})"
+            paper = f"{theirs:,.2f}" + ("" if np.isnan(spread) else f" ± {spread:,.2f}")
+            rows.append([task, method, f"{ours:,.2f}", paper, difference])
+    head = ["task", "method", "here", "paper", "difference"]
+    return ["## Beside the paper's numbers", "", *table(head, rows)] if rows else []
+
+
+def level_table(item: Item, curves: dict, with_time: bool) -> list[str]:
+    """When each method's curve reaches the item's level for the first time."""
+    level, hours = item.level
+    rows = []
+    for method, (updates, time, line, _) in curves.items():
+        reached = np.flatnonzero(line[0] >= level)
+        first = reached[0] if len(reached) else None
+        rows.append([method, f"{updates[first]:,}" if len(reached) else "never"])
+        rows[-1].append(f"{time[first]:.2f}" if len(reached) and with_time else "-")
+        rows[-1].append(f"{hours[method]:g}" if method in hours else "-")
+    head = ["method", f"updates until {level:.0%}", "hours here", "hours in the paper"]
+    return table(head, rows)
+
+
+def statistics(item: Item, cells: dict, tasks: tuple, estimates: dict) -> list[str]:
+    """Aggregate metrics, and probabilities that one method's seed is better than another's."""
+    scores = score_matrices(item, cells, tasks)
+    if not any(x.size > 1 for x in scores.values()):
+        return []
+    rows = []
+    for (method, value), seeds in scores.items():
+        columns = [with_interval(x, len(seeds) > 1) for x in estimates[method, value].T]
+        rows.append([method, *swept(item, item.label(value)), *columns])
+    lines = ["## Normalised scores", ""]
+    lines += table(["method", *swept(item, item.axis), *AGGREGATES], rows)
+    best = "ROSMO" if "ROSMO" in item.methods else next(iter(item.methods))
+    pairs = {
+        (f"{best} > {m}", v): [scores[best, v], x]
+        for (m, v), x in scores.items()
+        if m != best and (best, v) in scores
+    }
+    if pairs:
+        chances = intervals(pairs, improvement_probability)
+        rows = [
+            [name, *swept(item, item.label(value)), with_interval(chances[name, value][:, 0])]
+            for name, value in pairs
+        ]
+        lines += table(["probability of improvement", *swept(item, item.axis), ""], rows)
+    names = "all tasks together" if len(tasks) > 1 else tasks[0]
+    lines += [f"Over seeds and {names}, with 95% intervals of a stratified bootstrap.", ""]
+    return lines
+
+
+def time_table(item: Item, cells: dict) -> list[str]:
+    """Hours of a run by the part of the work, where the runs tell."""
+    rows = []
+    for method in item.methods:
+        for value in item.values:
+            runs = [x for k, r in cells.items() if r and k[:2] == (method, value) for x in r.runs]
+            runs = [x for x in runs if any(x.seconds.values())]
+            if runs:
+                mean = [np.mean([x.seconds[part] for x in runs]) / 3600 for part in run.PARTS]
+                label = swept(item, item.label(value))
+                rows.append([method, *label, *(f"{x:.3f}" for x in mean)])
+    head = ["hours of a run", *swept(item, item.axis)]
+    head += ["compilation", "data wait", "update", "evaluation"]
+    return ["## Time", "", *table(head, rows)] if rows else []
+
+
+def caption(item: Item, cells: dict, has_curves: bool) -> str:
+    found = [result for result in cells.values() if result]
+    counts = sorted({r.final_returns.shape[1] for r in found})
+    episodes = f"{' or '.join(map(str, counts))} episodes"
+    single = all(len(r.seeds) == 1 for r in found)
+    if single:
+        text = f"Final mean return, {episodes}. One seed in each cell: there is no interval, and "
+        text += "a difference may be chance."
+    elif item.average == "IQM":
+        text = f"IQM of the returns of all seeds' final {episodes}, 95% bootstrap over seeds."
+    else:
+        text = f"Mean and standard deviation over seeds of the final mean return, {episodes}."
+    if item.form in ("aggregate", "pooled curves"):
+        text += " IQM of the normalised score over seeds and tasks; shaded: 95% stratified"
+        text += " bootstrap."
+    if has_curves:
+        n = max(window(len(r.updates)) for r in found)
+        text += f" Curves are moving averages over {n} evaluations" if n > 1 else " Curves are"
+        if single:
+            text += "." if n > 1 else " single evaluations."
+        elif item.form == "pooled curves":
+            text += f"{' of' * (n > 1)} the IQM."
+        elif item.average == "IQM":
+            text += f"{' of' * (n > 1)} the IQM; shaded: its 95% bootstrap interval over seeds."
+        else:
+            text += f"{' of' * (n > 1)} the mean over seeds; shaded: the standard deviation over"
+            text += " seeds, but not beyond the lowest and the highest one."
+        if not any(any(x.seconds.values()) for r in found for x in r.runs):
+            text += " These runs' hours include evaluation."
+        else:
+            text += " Hours are those of training, without evaluation."
+    return text
+
+
+def not_run(item: Item, cells: dict) -> str:
+    """The cells without a run, those of a method with the same values together."""
+    groups = {}
+    for (method, value, task), result in cells.items():
+        if result is None:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            groups.setdefault((method, task), []).append(text)
+    tasks = {}
+    for (method, task), values in groups.items():
+        tasks.setdefault((method, tuple(values)), []).append(task)
+    words = []
+    for (method, values), names in tasks.items():
+        with_values = "" if len(values) == len(item.values) else f", {item.column}"
+        *first, last = values
+        with_values = with_values.format(f"{', '.join(first)} and {last}" if first else last)
+        words.append(f"{method}{with_values} on {', '.join(names)}")
+    return "; ".join(words)
+
+
+def runs_table(item: Item, cells: dict) -> list[str]:
+    rows = []
+    for (method, value, task), result in cells.items():
+        if result:
+            configs = [x.config for x in result.runs]
+            starts = [start for config in configs for start in config["starts"]]
+            commits = dict.fromkeys((start.get("commit") or "unknown")[:7] for start in starts)
+            devices = dict.fromkeys(start["device"] for start in starts)
+            texts = dict.fromkeys(describe(config["data"]) for config in configs)
+            updates = dict.fromkeys(f"{config['args']['total_updates']:,}" for config in configs)
+            cell = ", ".join(filter(None, (task, item.label(value))))
+            row = [method, cell, len(result.seeds), "; ".join(updates), ", ".join(commits)]
+            rows.append([*row, "; ".join(devices), "; ".join(texts)])
+    head = ["Method", "Cell", "Seeds", "Updates", "Commit", "Device", "Data"]
+    return ["## Runs", "", *table(head, rows)]
+
+
+def write_csv(item: Item, cells: dict, path: Path) -> None:
+    with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("method", item.parameter, "task", "seed", "return", "normalized_score"))
-        writer.writerows(rows)
+        names = ("task", "seed", "return", "normalized_score")
+        writer.writerow(("method", item.argument or "value", *names))
+        for (method, value, task), result in cells.items():
+            if result:
+                rows = zip(result.seeds, result.final, result.score, strict=True)
+                writer.writerows((method, value, task, *row) for row in rows)
+
+
+def write_page(
+    name: str, item: Item, cells: dict, tasks: tuple, notes: list, words: list[str], out: Path
+) -> None:
+    """{name}.md, {name}.csv and the figures of an item; `words` are the command's."""
+    for path in out.glob(f"{name}*.png"):
+        if re.fullmatch(rf"{re.escape(name)}(-time|-profiles)?\.png", path.name):
+            path.unlink()  # of a page that is drawn anew
+    found = [result for result in cells.values() if result]
+    estimates = aggregates(item, cells, tasks)
+    scores = score_matrices(item, cells, tasks)
+    devices = {s["device"] for r in found for x in r.runs for s in x.config["starts"]}
+    with_time = len(devices) == 1 and not any(np.isnan(r.hours).any() for r in found)
+    curves, extra = {}, []
+    has_curves = any(len(r.updates) for r in found) and "curves" in item.form
+    images = {"": item.title}
+    if item.form == "aggregate" and any(aggregates(item, cells, (t,)) for t in tasks):
+        draw_aggregate(item, cells, tasks, out / f"{name}.png")
+    elif item.form == "pooled curves" and (curves := pooled_curves(item, cells, tasks)):
+        draw_pooled(item, curves, out / f"{name}.png", with_time)
+        extra = level_table(item, curves, with_time) if item.level else []
+    elif item.form == "curves" and has_curves:
+        draw_curves(item, cells, out / f"{name}.png", "updates")
+        if with_time:
+            draw_curves(item, cells, out / f"{name}-time.png", "hours")
+            images["-time"] = f"{item.title}, against wall-clock"
+    several = any(len(x) > 1 for x in scores.values())
+    summary = item.of is None or item.form == "pooled curves"
+    if len(tasks) > 1 and scores and several and summary:
+        draw_profiles(item, scores, out / f"{name}-profiles.png")
+        images["-profiles"] = "Performance profiles: share of the runs above a score"
 
     lines = [f"# {item.title}", ""]
-    runs = {k: run for k, run in cells.items() if run}
-    text = {k: f"{run.final.mean():.3f} ± {run.final.std():.3f}" for k, run in runs.items()}
-    text |= {
-        (*k, "IQM"): f"{m:.3f} [{low:.3f}, {high:.3f}]" for k, (m, low, high) in estimates.items()
-    }
-    for head in (*(["IQM"] if estimates else []), *item.tasks):
-        lines += ["| " + " | ".join([head, *map(item.label, item.values)]) + " |"]
-        lines += ["|" + "---|" * (1 + len(item.values))]
-        for method in item.methods:
-            row = [text.get((method, value, head), "") for value in item.values]
-            lines += ["| " + " | ".join([method, *row]) + " |"]
-        lines += [""]
-    counts = sorted({run.config["args"]["final_eval_episodes"] for run in runs.values()})
-    caption = "Mean and standard deviation over seeds of the final mean return, "
-    caption += f"{' or '.join(map(str, counts))} episodes."
-    if estimates:
-        caption += " IQM of the normalised score over seeds and tasks, 95% stratified bootstrap."
-    lines += [caption, ""]
     if item.claim:
         lines += [f"The paper's claim: {item.claim}", ""]
-    if item.form != "table":
-        lines += [f"![{item.title}]({name}.png)", ""]
-    missing = [f"{m}, {item.label(v)}, {t}" for (m, v, t), run in cells.items() if not run]
-    if missing:
-        lines += [f"Not run at {args.total_updates:,} updates: {'; '.join(missing)}.", ""]
-    lines += ["## Runs", ""]
-    lines += [
-        "| Method | Cell | Seeds | Updates | Commit | Device | Data |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for (method, value, task), run in cells.items():
-        if run:
-            device, data = run.config["starts"][0]["device"], run.config["data"]
-            if not isinstance(data, str):  # the facts of an Atari store
-                data = "{env_id}-{source}, {num_episodes:,} episodes, {num_steps:,} steps".format(
-                    **data
-                )
-            lines.append(
-                f"| {method} | {task}, {item.label(value)} | {len(run.seeds)} | "
-                f"{args.total_updates:,} | {', '.join(run.commits)} | {device} | {data} |"
-            )
-    command = f"python benchmark/report.py {name} --total-updates {args.total_updates}"
-    command += f" --num-seeds {args.num_seeds}" if args.num_seeds else ""
-    lines += ["", f"Made by `{command}`."]
-    (args.out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    if estimates and item.form != "table":
+        rows = [
+            [m, *(
+                with_interval(estimates[m, v][:, 0], len(scores[m, v]) > 1)
+                if (m, v) in estimates else "" for v in item.values
+            )]
+            for m in item.methods
+        ]  # fmt: skip
+        lines += table(["IQM", *(item.label(v) or "all tasks" for v in item.values)], rows)
+    lines += extra + result_tables(item, cells, tasks)
+    lines += [caption(item, cells, has_curves), ""]
+    for suffix, text in images.items():
+        if (out / f"{name}{suffix}.png").exists():
+            lines += [f"![{text}]({name}{suffix}.png)", ""]
+    if has_curves and not with_time:
+        why = f"the devices differ ({', '.join(sorted(devices))})"
+        why = why if len(devices) > 1 else "not all runs tell their times"
+        lines += [f"No curves against wall-clock: {why}.", ""]
+    done = len(found)
+    lines += [f"{done} of {len(cells)} cells are finished.", ""]
+    if done < len(cells):
+        lines[-2] += f" Not run: {not_run(item, cells)}."
+    for note in notes:
+        lines += [note, ""]
+    lines += paper_table(item, cells, estimates)
+    lines += statistics(item, cells, tasks, estimates) if summary else []
+    lines += time_table(item, cells) + runs_table(item, cells)
+    lines += [f"Made by `{shlex.join(words)}`."]
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    write_csv(item, cells, out / f"{name}.csv")
 
 
-def main(args: Args) -> None:
-    if not args.items:
-        raise SystemExit(f"Name at least one of {', '.join(ITEMS)}.")
-    runs = read_runs(args.runs)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.items:
-        item = ITEMS[name]
-        cells = find_cells(item, runs, args)
-        if not any(cells.values()):
-            where = ", ".join(map(str, args.runs))
-            raise SystemExit(f"No run of {name} with {args.total_updates:,} updates in {where}.")
-        estimates = interquartile_means(item, cells, item.tasks) if item.form != "table" else {}
-        if item.form == "aggregate":
-            draw_aggregate(item, cells, args.out / f"{name}.png")
-        elif item.form == "curves":
-            draw_curves(item, cells, args.out / f"{name}.png")
-        write_page(name, item, cells, estimates, args)
-        done = sum(run is not None for run in cells.values())
-        print(f"{name}: {done} of {len(cells)} cells, see {args.out / name}.md.")
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 0 1rem;
+       color: #222; background: #fff; }
+nav a { display: inline-block; margin: 0 .8rem .3rem 0; }
+h1 { font-size: 1.5rem; margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1rem; }
+h2 { font-size: 1.1rem; }
+.scroll { overflow-x: auto; }
+.scroll img { max-width: 100%; }
+table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; }
+td:not(:first-child) { font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { border-bottom: 2px solid #888; }
+code { background: #f2f2f2; overflow-wrap: anywhere; }
+"""
+
+
+def write_html(out: Path) -> None:
+    """report.html: every page of the folder, with the images in the file."""
+    order = [*ITEMS, "compare"]
+    pages = sorted(
+        (path for path in out.glob("*.md") if path.stem in order),
+        key=lambda path: order.index(path.stem),
+    )
+    markdown, parts, links = MarkdownIt("commonmark").enable("table"), [], []
+
+    def embed(match) -> str:
+        path = out / match[1]
+        if not path.exists():
+            return match[0]
+        data = path.read_bytes()
+        width = int.from_bytes(data[16:20], "big") // 2  # narrower it could not be read
+        source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        return f'style="min-width:{width}px" src="{source}"'
+
+    for path in pages:
+        text, _, runs = path.read_text().partition("## Runs\n")
+        html = markdown.render(text)
+        html += f"<details><summary>Runs</summary>{markdown.render(runs)}</details>"
+        html = re.sub(r'src="([^"]+\.png)"', embed, html)
+        html = html.replace("<table>", '<div class="scroll"><table>')
+        html = html.replace("</table>", "</table></div>")
+        html = html.replace("<p><img", '<p class="scroll"><img')
+        parts.append(f'<section id="{path.stem}">{html}</section>')
+        title = text.partition("\n")[0].removeprefix("# ").partition(":")[0]
+        links.append(f'<a href="#{path.stem}">{title}</a>')
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    page = f"<!doctype html><html lang=en><head>{head}<title>ROSMO suite: results</title>"
+    page += f"<style>{STYLE}</style></head><body><nav>{''.join(links)}</nav>"
+    (out / "report.html").write_text(f"{page}{''.join(parts)}</body></html>\n")
+
+
+# Commands
+# --------
+
+
+def refuse_conflicts(item: Item, cells: dict, mix: bool, name: str) -> list[str]:
+    """Ends the program if runs cannot be compared; with --mix, notes for the page."""
+    found = conflicts(item, cells)
+    if found and not mix:
+        message = f"{name} would mix runs that cannot be compared: {'; and '.join(found)}"
+        raise SystemExit(f"{message}. Choose folders with --runs, or give --mix.")
+    return [f"Mixed runs: {text}." for text in found]
+
+
+def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str]) -> bool:
+    """Writes an item's page; False if there is no run of it."""
+    wanted = {tuple(cell[:3]): a for cell, a in run.cell_args(item, args, further)}
+    cells = {
+        key: put_together(run.find_runs(runs, a, args.seeds), args.seeds)
+        for key, a in wanted.items()
+    }
+    nearly = left_out(item, cells, runs, wanted)
+    updates = sorted({a.total_updates for a in wanted.values()})
+    if not any(cells.values()):
+        where = ", ".join(map(str, args.runs))
+        message = f"No run of {name} with {updates[-1]:,} updates in {where}."
+        message += f" These do not count: {'; '.join(nearly)}." if nearly else ""
+        print(message, file=sys.stderr)
+        return False
+    notes = refuse_conflicts(item, cells, args.mix, name)
+    if nearly:
+        notes.append(f"Left out, as they differ: {'; '.join(nearly[:10])}.")
+    other, asked = [], args.total_updates or item.total_updates
+    if asked != item.total_updates:
+        other.append(f"{asked:,} updates, not {item.total_updates:,}")
+    other += [f"`{shlex.join(further)}`"] if further else []
+    sources = {
+        data_facts(x.config["data"]).get("source") for r in cells.values() if r for x in r.runs
+    }
+    other += ["data of a local online DQN, not of RL Unplugged"] if "dqn" in sources else []
+    if other and not name.startswith(("atari_small", "sweep")):
+        notes.append(f"Not the paper's setting: {'; '.join(other)}.")
+    tasks = args.env_ids or item.tasks
+    words = ["python", "benchmark/report.py", name]
+    for option in ("methods", "seeds", "env_ids", "total_updates"):
+        value = getattr(args, option)
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{option.replace('_', '-')}", *map(str, values)] if value else []
+    words += ["--mix"] * args.mix + further
+    write_page(name, item, cells, tasks, notes, words, args.out or Path("benchmark/results"))
+    done = sum(result is not None for result in cells.values())
+    print(f"{name}: {done} of {len(cells)} cells, see {args.out or 'benchmark/results'}/{name}.md.")
+    return True
+
+
+def compare(pairs: tuple[str, ...], args: Args) -> None:
+    """Draws folders of runs side by side, each under its label."""
+    cells, tasks, several = {}, {}, "several runs of the same seed; name a folder of one setting"
+    for pair in pairs:
+        label, equals, folder = pair.partition("=")
+        runs = run.read_runs((Path(folder),)) if equals else []
+        if not runs:
+            raise SystemExit(f"{pair} is not LABEL=FOLDER with a finished run in the folder.")
+        for one in runs:
+            tasks.setdefault(one.config["args"]["env_id"], {}).setdefault(label, []).append(one)
+    labels = list(dict.fromkeys(pair.partition("=")[0] for pair in pairs))
+    varies = {}
+    for task, by_label in tasks.items():
+        for label in labels:
+            runs = by_label.get(label, [])
+            seeds = [int(seed) for one in runs for seed in one.seeds]
+            if len(seeds) != len(set(seeds)):
+                raise SystemExit(f"{label} holds {several}.")
+            cells[label, None, task] = put_together(runs)
+            for one in runs:
+                script = importlib.import_module(one.config["script"].removesuffix(".py"))
+                settings = run.plain(script.Args()) | one.config["args"]
+                settings |= {"script": one.config["script"]}
+                for k in settings.keys() - run.NOT_COMPARED - {"env_id"}:
+                    varies.setdefault(k, {}).setdefault(label, set()).add(json.dumps(settings[k]))
+    item = Item(f"Own runs: {', '.join(labels)}", "curves", dict.fromkeys(labels), tuple(tasks), ())
+    notes = refuse_conflicts(item, cells, args.mix, "compare")
+    lines = []
+    for name, by_label in sorted(varies.items()):
+        if len(by_label) == len(labels) and len(set.union(*by_label.values())) > 1:
+            words = ", ".join(f"{label} {' or '.join(sorted(x))}" for label, x in by_label.items())
+            lines.append(f"{name}: {words}")
+    notes += [f"Arguments that differ: {'; '.join(lines)}."] if lines else []
+    words = ["python", "benchmark/report.py", "compare", *pairs]
+    out = args.out or Path("runs/report")
+    write_page("compare", item, cells, tuple(tasks), notes, words, out)
+
+
+def main(args: Args, further: list[str]) -> None:
+    if args.dry_run or args.launcher == "slurm":
+        print("The report can be made when the runs are finished.")
+        return
+    is_compare = args.items[:1] == ("compare",)
+    out = args.out or Path("runs/report" if is_compare else "benchmark/results")
+    out.mkdir(parents=True, exist_ok=True)
+    if is_compare:
+        compare(args.items[1:], args)
+    else:
+        items, runs = run.get_items(args), run.read_runs(args.runs)
+        if not any([draw_item(name, item, runs, args, further) for name, item in items.items()]):
+            raise SystemExit(1)
+    write_html(out)
+    print(f"See {out / 'report.html'}.")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    own, further = run.split_arguments(sys.argv[1:], Args)
+    main(tyro.cli(Args, args=own, description=__doc__), further)

@@ -1,118 +1,128 @@
-"""Updates per second of a script's training step, compilation excluded.
+"""Updates per second of the scripts of a domain, side by side in one process.
 
-    python benchmark/throughput.py rosmo_bsuite
-    python benchmark/throughput.py rosmo_bsuite --num-seeds 5
-    python benchmark/throughput.py rosmo_atari --batch-size 8 --updates 5
-    python benchmark/throughput.py rosmo_atari --store data/atari/Pong-dqn-200k
-    python benchmark/throughput.py rosmo_bsuite muzero_unplugged_bsuite    # side by side
-    python benchmark/throughput.py loader --store data/atari/Pong-dqn-200k # throughput_loader.py
+    python benchmark/throughput.py bsuite
+    python benchmark/throughput.py atari --channels 16 --batch-size 16
+    python benchmark/throughput.py atari --store data/atari/Pong-dqn-200k    # with the loader
+    python benchmark/throughput.py atari --scripts rosmo_atari muzero_unplugged_atari --updates 5
 
-The step is the script's own, with the metrics that it logs: on BSuite on made-up data of the size
-of the cartpole dataset, on Atari on the batches of a store or, without one, on one made-up batch.
-The figure is the median of several windows of updates.
+The update is the script's own, with the metrics that it logs: on BSuite on made-up episodes of the
+size of cartpole's, on Atari on the batches of a store or, without one, on one made-up batch. The
+scripts take turns, window by window, so that a slow moment of the machine meets them all; figures
+are medians over the windows. A device's peak is that of a float32 matrix product (bfloat16 on
+accelerators), measured in the same run. `--out` puts the table into a page of results.
 """
 
 import dataclasses
 import importlib
-import inspect
 import itertools
 import json
+import os
+import platform
 import re
-import resource
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+METHODS = ("rosmo", "muzero_unplugged", "crr", "cql", "bc")
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    scripts: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """scripts to measure in turn, such as rosmo_bsuite"""
-    batch_size: int | None = None
-    """windows in a batch [default: the script's]"""
-    store: Path | None = None
-    """store to load batches from (Atari)"""
-    channels: int | None = None
-    """channels of the network (Atari) [default: the script's]"""
-    dtype: str | None = None
-    """of activations: bfloat16 or float32 (Atari) [default: the script's]"""
-    loader_threads: int = 4
-    """threads that decode batches of the store (Atari)"""
-    compile_only: bool = False
-    """print memory and FLOPs of the compiled update and stop (Atari)"""
-    num_seeds: int = 1
-    """seeds trained side by side (BSuite)"""
-    num_steps: int = 300_000
-    """steps in the made-up dataset (BSuite)"""
-    updates: int = 200
-    """updates in a window"""
-    windows: int = 9
-    """windows, of which the median is quoted"""
+    domain: Annotated[Literal["atari", "bsuite"], tyro.conf.Positional]
+    scripts: tuple[str, ...] = ()  # scripts to measure [default: all but the model-based]
+    batch_size: int | None = None  # windows in a batch [default: the script's]
+    channels: int | None = None  # channels of the network (Atari) [default: the script's]
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the network [default: the script's]
+    store: Path | None = None  # store to load batches from (Atari)
+    loader_threads: int = 4  # threads that decode batches of the store (Atari)
+    num_seeds: int = 1  # seeds trained side by side (BSuite)
+    num_steps: int = 300_000  # steps of the made-up dataset (BSuite)
+    updates: int = 20  # updates in a window
+    windows: int = 5  # windows of every script
+    compile_only: bool = False  # print parameters, FLOPs and memory of the compiled updates alone
+    out: Path | None = None  # page of results, in which the table replaces the one of its title
 
 
-def bsuite_step(script, args: Args):
-    """Returns run(num_updates), which trains all seeds on made-up cartpole episodes."""
-    rng = np.random.default_rng(0)
+class Step(NamedTuple):
+    """The compiled update of a script."""
+
+    run: Callable  # number of updates -> seconds that waited for data
+    compilation: float  # seconds
+    gflop: float  # of an update
+    megabytes: float  # of temporary memory on a device
+    parameters: int
+
+
+def settings_of(script, args: Args):
+    names = ("batch_size", "channels", "dtype", "num_seeds")
+    fields = {field.name for field in dataclasses.fields(script.Args)} & set(names)
+    changed = {name: value for name in fields if (value := getattr(args, name)) is not None}
+    return dataclasses.replace(script.Args(), **changed)
+
+
+def compiled(function, *inputs, **static):
+    """A jitted function compiled for its inputs -> (it, seconds, GFLOP, MB)."""
+    start = time.perf_counter()
+    program = function.lower(*inputs, **static).compile()
+    seconds = time.perf_counter() - start
+    # Counted as for a CPU, since XLA does not see into the libraries that a GPU's program calls.
+    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    like = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=cpu)  # noqa: E731
+    one_device = static | ({"by_device": cpu} if "by_device" in static else {})
+    flops = function.lower(*jax.tree.map(like, inputs), **one_device).cost_analysis()["flops"]
+    return program, seconds, flops / 1e9, program.memory_analysis().temp_size_in_bytes / 1e6
+
+
+def bsuite_step(script, args: Args, mesh) -> Step:
+    rng, settings = np.random.default_rng(0), settings_of(script, args)
     is_last = np.arange(1, args.num_steps + 1) % 600 == 0
     is_last[-1] = True
-    steps = script.Steps(
-        rng.normal(size=(args.num_steps, 1, 6)).astype(np.float32),
-        rng.integers(0, 3, args.num_steps).astype(np.int32),
-        np.ones(args.num_steps, np.float32),
-        is_last,
-        is_last,
-    )
-    settings = script.Args(env_id="cartpole", num_seeds=args.num_seeds)
-    if args.batch_size:
-        settings = dataclasses.replace(settings, batch_size=args.batch_size)
-    network = script.make_network(3, settings)
-    seeds = list(range(args.num_seeds))
-    starts, num_starts = script.window_starts(is_last, 100.0, seeds)
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    observation = rng.normal(size=(args.num_steps, 1, 6)).astype(np.float32)
+    action = rng.integers(0, 3, args.num_steps).astype(np.int32)
+    reward = np.ones(args.num_steps, np.float32)
+    steps = script.Steps(observation, action, reward, is_last, is_last)
+    network, by_device = script.make_network(3, settings), NamedSharding(mesh, P("data"))
+    starts, num_starts = script.window_starts(is_last, 100.0, list(range(args.num_seeds)))
+    keys = jax.random.split(jax.random.key(0), args.num_seeds)
     init = jax.jit(script.init_state, static_argnums=(1, 3))
     states = [init(key, network, steps.observation[0], settings) for key in keys]
-    axis_types = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=axis_types)
-    train = script.make_train(network, mesh, settings)
-    current = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    current, *data = jax.device_put((current, keys, steps, starts, num_starts), replicated)
+    states = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    data = (keys, steps, starts, num_starts)
+    static = {"network": network, "args": settings, "by_device": by_device}
+    states, data = jax.device_put((states, data), NamedSharding(mesh, P()))
+    _, metrics = jax.eval_shape(lambda *x: script.update_seeds(*x, **static), states, *data)
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+    sums = jax.device_put(sums, NamedSharding(mesh, P()))
+    train, *facts = compiled(script.train, jnp.int32(1), states, sums, data, **static)
+    current = [states, sums]
 
-    def run(num_updates: int) -> None:
-        nonlocal current
-        current, metrics = train(num_updates, current, *data)
-        jax.device_get(metrics)
+    def run(num_updates: int) -> float:
+        current[:] = train(jnp.int32(num_updates), *current, data)
+        jax.block_until_ready(current)
+        return 0.0
 
-    return run
-
-
-# Dense bfloat16 peak in FLOP/s by the name of the device.
-PEAK = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "TPU v4": 275e12}
+    return Step(run, *facts, sum(x.size for x in jax.tree.leaves(states.params)) // len(keys))
 
 
-def atari_step(script, args: Args):
-    """Returns run(num_updates), which gives its share of waiting, and the FLOPs of an update."""
-    settings = script.Args()
-    for name in ("batch_size", "channels", "dtype"):
-        if value := getattr(args, name):
-            settings = dataclasses.replace(settings, **{name: value})
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    by_device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    # The baselines learn from transitions, behavior cloning from single steps.
-    length = getattr(settings, "unroll_steps", 1) + 1 + getattr(settings, "td_steps", 0)
-    length = 1 if script.__name__ == "bc_atari" else length
+def atari_step(script, args: Args, mesh) -> Step:
+    rng, settings = np.random.default_rng(0), settings_of(script, args)
+    by_device, length = NamedSharding(mesh, P("data")), script.window_length(settings)
+    shape, num_actions = (settings.batch_size, length), 9
     if args.store:
         env_id = json.loads((args.store / "meta.json").read_text())["env_id"]
-        store = script.open_store(args.store, env_id)
+        store = script.open_store(dataclasses.replace(settings, env_id=env_id, dataset=args.store))
         num_actions = store.meta["num_actions"]
 
         def load(step: int):
@@ -121,100 +131,118 @@ def atari_step(script, args: Args):
 
         batches = script.load_batches(load, 0, args.loader_threads)
     else:
-        rng, shape, num_actions = np.random.default_rng(0), (settings.batch_size, length), 9
         is_last = rng.random(shape) < 0.01
         made_up = script.Batch(
             frames=rng.integers(0, 256, (shape[0], length + 3, 84, 84), dtype=np.uint8),
             history=np.full(shape, 3, np.uint8),
             action=rng.integers(0, num_actions, shape).astype(np.int32),
             reward=rng.random(shape).astype(np.float32),
-            is_first=np.roll(is_last, 1, axis=1),
             is_last=is_last,
             is_terminal=is_last,
         )
         batches = itertools.repeat(jax.device_put(made_up, by_device))
-    network = script.make_network(num_actions, settings)
-    init = jax.jit(script.init_state, static_argnums=(1, 2), out_shardings=replicated)
-    key = jax.random.key(0)
-    current = init(key, network, settings)
-    parameters = sum(x.size for x in jax.tree.leaves(current.params))
-    keys = {"key": key} if "key" in inspect.signature(script.update).parameters else {}
-    options, batch = keys | {"network": network, "args": settings}, next(batches)
-    update = script.update.lower(current, batch=batch, **options).compile()
-    memory = update.memory_analysis()
-    # Counted as for a CPU, since XLA does not see into the libraries that a GPU's program calls.
-    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu)  # noqa: E731
-    on_cpu = jax.tree.map(shape, (current, batch, keys))
-    lowered = script.update.lower(on_cpu[0], batch=on_cpu[1], **(options | on_cpu[2]))
-    flops = lowered.cost_analysis()["flops"]
-    print(
-        f"{script.__name__}: {parameters:,} parameters, {num_actions} actions, batch "
-        f"{settings.batch_size}, {network.dtype}: {flops / 1e12:.3g} TFLOP an update, "
-        f"{memory.temp_size_in_bytes / 1e9:.2f} GB of temporary memory on a device",
-        flush=True,
-    )
+    network, key = script.make_network(num_actions, settings), jax.random.key(0)
+    init = jax.jit(script.init_state, static_argnums=(1, 2), out_shardings=NamedSharding(mesh, P()))
+    state, static = init(key, network, settings), {"network": network, "args": settings}
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    update, *facts = compiled(script.update, state, key, next(batches), **static)
 
     def run(num_updates: int) -> float:
-        nonlocal current
-        start, waited, previous = time.perf_counter(), 0.0, None
+        nonlocal state
+        waited, previous = 0.0, None
         for _ in range(num_updates):
             before = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - before
-            current, loss = update(current, batch=batch, **keys)
+            state, metrics = update(state, key, batch)
             jax.block_until_ready(previous)
-            previous = loss
-        jax.block_until_ready(previous)
-        return waited / (time.perf_counter() - start)
+            previous = metrics
+        jax.block_until_ready(state)
+        return waited
 
-    return run, flops
+    return Step(run, *facts, parameters)
+
+
+def matrix_peak(seconds: float = 2.0) -> float:
+    """GFLOP/s of the matrix product of all devices together."""
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    product = jax.jit(lambda x: (x @ x) / size)
+    inputs = [jax.device_put(jnp.ones((size, size), dtype), device) for device in jax.devices()]
+    outputs, count = [product(x) for x in inputs], 0
+    jax.block_until_ready(outputs)
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        outputs = [product(x) for x in outputs]
+        jax.block_until_ready(outputs)
+        count += len(outputs)
+    return count * 2 * size**3 / (time.perf_counter() - start) / 1e9
+
+
+def machine() -> str:
+    """Processor and devices, in words."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.exists() else []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processor = names[0] if names else platform.processor() or platform.machine()
+    return f"{cores} core(s) of {processor}; {jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def write_section(path: Path, title: str, text: str) -> None:
+    """Puts a section into a Markdown page, in the place of the one with the same title."""
+    page = path.read_text() if path.exists() else "# Throughput\n"
+    sections = [part for part in re.split(r"(?m)^(?=## )", page) if not part.startswith(title)]
+    path.write_text("\n".join(part.rstrip() + "\n" for part in [*sections, f"{title}\n\n{text}"]))
 
 
 def main(args: Args) -> None:
-    steps, flops = {}, {}
-    for name in args.scripts:
-        if not re.fullmatch(r"\w+_(atari|bsuite)", name):
-            raise SystemExit(f"There is no script {name}; give one such as rosmo_bsuite.")
-        if name == "morel_atari":
-            raise SystemExit("morel_atari learns from a world model; its metrics tell its speed.")
-        script = importlib.import_module(name)
-        if name.endswith("_atari"):
-            steps[name], flops[name] = atari_step(script, args)
-        else:
-            steps[name] = bsuite_step(script, args)
-        if not args.compile_only:
-            steps[name](args.updates)  # compiles
+    names = args.scripts or tuple(f"{method}_{args.domain}" for method in METHODS)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    make_step = {"atari": atari_step, "bsuite": bsuite_step}[args.domain]
+    steps = {}
+    for name in names:
+        if not re.fullmatch(rf"({'|'.join(METHODS)})_{args.domain}", name):
+            raise SystemExit(f"{name} is not one of {', '.join(METHODS)} with _{args.domain}.")
+        steps[name] = make_step(importlib.import_module(name), args, mesh)
+        x = steps[name]
+        print(f"{name}: {x.parameters:,} parameters, {x.gflop:.4g} GFLOP an update", flush=True)
     if args.compile_only:
         return
-    rates, waits = {name: [] for name in steps}, {name: [] for name in steps}
-    for _ in range(args.windows):  # in turn, so that a slow moment of the machine meets them all
-        for name, run in steps.items():
-            start = time.perf_counter()
-            waits[name].append(run(args.updates))
-            rates[name].append(args.updates / (time.perf_counter() - start))
-    first = np.median(rates[args.scripts[0]])
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    peak = sum(value for name, value in PEAK.items() if name in device) * jax.device_count()
-    for name, values in rates.items():
-        low, median, high = np.min(values), np.median(values), np.max(values)
-        spread = f"{low:.2f} to {high:.2f} over {args.windows} windows of {args.updates}"
-        remark = f" of {args.num_seeds} seed(s)"
-        if name in flops:
-            remark = f", waiting for data {np.median(waits[name]):.1%}"
-        if name in flops and peak and "muzero" not in name:  # XLA counts its search's body once
-            share = flops[name] * median / peak
-            remark += f", {share:.1%} of the bfloat16 peak of {peak / 1e12:.0f} TFLOP/s"
-        ratio = f", {median / first:.2f} times {args.scripts[0]}" if len(rates) > 1 else ""
-        print(f"{name}: {median:.2f} updates/s{remark}{ratio} ({spread})")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    print(f"{device}, peak memory of the process {memory:.2f} GiB")
+    rates, cores, waits = ({name: [] for name in names} for _ in range(3))
+    for window in range(args.windows + 1):  # the first is not counted
+        for name, step in steps.items():
+            start, cpu_start = time.perf_counter(), time.process_time()
+            waited = step.run(args.updates)
+            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+            if window:
+                rates[name].append(args.updates / seconds)
+                cores[name].append(cpu_seconds / seconds)
+                waits[name].append(waited / seconds)
+    peak = matrix_peak()
+    columns = ["Script", "Updates/s", "Lowest to highest", "Times the first", "Cores busy"]
+    columns += ["Waits for data", "GFLOP an update", "Share of the peak", "Compilation, s"]
+    columns += ["Memory, MB"]
+    table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, step in steps.items():
+        rate, first = np.median(rates[name]), np.median(rates[names[0]])
+        # XLA counts the body of the search's loop once.
+        share = "" if "muzero" in name else f"{step.gflop * rate / peak:.0%}"
+        table.append(
+            f"| {name} | {rate:.4g} | {min(rates[name]):.4g} to {max(rates[name]):.4g} "
+            f"| {rate / first:.2f} | {np.median(cores[name]):.1f} | {np.median(waits[name]):.1%} "
+            f"| {step.gflop:.4g} | {share} | {step.compilation:.0f} | {step.megabytes:.0f} |"
+        )
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    options = [x for x in sys.argv[1:] if x != "--out" and x != str(args.out)]
+    command = " ".join(["python benchmark/throughput.py", *options])
+    facts = f"`{command}` at {commit}, {time.strftime('%Y-%m-%d')}, on {machine()}, whose matrix "
+    facts += f"product reaches {peak:,.0f} GFLOP/s."
+    text = "\n".join([*table, "", facts])
+    print(text)
+    if args.out:
+        write_section(args.out, f"## {' '.join(options)}", text)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["loader"]:
-        import throughput_loader
-
-        throughput_loader.main(tyro.cli(throughput_loader.Args, args=sys.argv[2:]))
-    else:
-        main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description=__doc__))

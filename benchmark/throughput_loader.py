@@ -1,6 +1,6 @@
 """How fast, and in how much memory, the Atari loader makes batches from a store.
 
-    python benchmark/throughput.py loader --store data/atari/MsPacman-dqn-50k
+    python benchmark/throughput_loader.py --store data/atari/MsPacman-dqn-50k
 
 The figure per CPU second is that of one core, whatever else the machine does. `--tfdata` also
 measures a tf.data pipeline in the manner of the published loaders on the same steps: PNG frames
@@ -26,18 +26,12 @@ import rosmo_atari as script
 
 @dataclass
 class Args:
-    store: str
-    """folder of the store"""
-    seconds: float = 20
-    """time per measurement"""
-    batch_size: int = 512
-    """windows per batch"""
-    length: int = 11
-    """states per window; three frames before them are read as well"""
-    threads: int = 1
-    """loader threads"""
-    tfdata: bool = False
-    """also measure the tf.data pipeline"""
+    store: str  # folder of the store
+    seconds: float = 20  # time per measurement
+    batch_size: int = 512  # windows per batch
+    length: int = 11  # states per window; three frames before them are read as well
+    threads: int = 1  # loader threads
+    tfdata: bool = False  # also measure the tf.data pipeline
     tfdata_steps: int = 4000
     """steps of the store that the tf.data pipeline reads, over and over"""
 
@@ -62,10 +56,10 @@ def rate(batches: Iterable, seconds: float, warm_up: int) -> tuple[float, float]
 def tfdata_pipeline(store: script.Store, args: Args) -> Iterable:
     import tensorflow as tf
 
-    frames = script.read_frames(store, np.arange(args.tfdata_steps))
+    frames = script.read_frames(store, store.index[: args.tfdata_steps])
     pngs = [cv2.imencode(".png", frame)[1].tobytes() for frame in frames]
-    steps = store.steps[: args.tfdata_steps]
-    columns = {name: np.ascontiguousarray(steps[name]) for name in script.STEP.names}
+    steps = store.steps[store.index[: args.tfdata_steps]]
+    columns = {name: np.ascontiguousarray(steps[name]) for name in steps.dtype.names}
     data = tf.data.Dataset.from_tensor_slices((pngs, columns)).repeat()
     data = data.map(lambda png, step: (tf.io.decode_png(png, 1)[..., 0], step))
 
@@ -86,12 +80,13 @@ def tfdata_pipeline(store: script.Store, args: Args) -> Iterable:
 def main(args: Args) -> None:
     before = peak_mb()
     start = time.perf_counter()
-    env_id = json.loads((Path(args.store) / "meta.json").read_text())["env_id"]
-    store = script.open_store(Path(args.store), env_id)
+    path = Path(args.store)
+    env_id = json.loads((path / "meta.json").read_text())["env_id"]
+    store = script.open_store(script.Args(env_id=env_id, dataset=path))
     opened = time.perf_counter() - start
-    size = sum(file.stat().st_size for file in store.path.iterdir())
+    size = sum(file.stat().st_size for file in path.iterdir())
     print(
-        f"{store.path.name}: {store.num_steps:,} steps, {size / 1e6:.1f} MB, "
+        f"{path.name}: {len(store.index):,} steps, {size / 1e6:.1f} MB, "
         f"{store.offsets[-1] / store.meta['num_steps']:.0f} bytes per frame, "
         f"{size / store.meta['num_steps']:.0f} per step with all else; opened in {opened:.2f} s"
     )

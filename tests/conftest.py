@@ -1,10 +1,13 @@
-"""Paths and small datasets for the tests. Nothing here needs a network, a GPU or an account."""
+"""Fixtures for the tests. Nothing here needs a network, a GPU or an account."""
 
-import json
+import gc
+import importlib
+import io
 import os
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,38 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmark"))
 
+import helpers  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-
-
-def write_catch_dataset(path: Path, num_episodes: int, seed: int = 0) -> Path:
-    """Random play on catch in the format of benchmark/collect_bsuite.py."""
-    from bsuite.environments.catch import Catch
-
-    environment, rng = Catch(seed=seed), np.random.default_rng(seed)
-    steps = {name: [] for name in ("observation", "action", "reward", "is_last")}
-    for _ in range(num_episodes):
-        timestep = environment.reset()
-        while True:
-            last = timestep.last()
-            action = 0 if last else int(rng.integers(3))
-            steps["observation"].append(timestep.observation)
-            steps["action"].append(action)
-            steps["is_last"].append(last)
-            timestep = None if last else environment.step(action)
-            steps["reward"].append(0.0 if last else timestep.reward)
-            if last:
-                break
-    arrays = {name: np.asarray(x) for name, x in steps.items()}
-    arrays["observation"] = arrays["observation"].astype(np.float32)
-    arrays["action"] = arrays["action"].astype(np.int32)
-    arrays["reward"] = arrays["reward"].astype(np.float32)
-    arrays["is_first"] = np.roll(arrays["is_last"], 1)
-    arrays["is_terminal"] = arrays["is_last"]
-    header = json.dumps({"schema": 1, "env_id": "catch", "noise": 0.0})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, header=np.array(header), **arrays)
-    return path
+import tyro  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -77,41 +52,32 @@ def hurry():
 
 @pytest.fixture(scope="session")
 def catch_dataset(tmp_path_factory) -> Path:
-    return write_catch_dataset(tmp_path_factory.mktemp("data") / "catch.npz", num_episodes=100)
+    return helpers.write_catch_dataset(tmp_path_factory.mktemp("data") / "catch.npz", 100)
 
 
 @pytest.fixture(scope="session")
 def toy_store(tmp_path_factory):
     """Every pixel of a frame is 40 (a + 1), a the last action, 0 at first; r_t = a_t / 4."""
-    import morel_atari as morel
-
-    path, rng = tmp_path_factory.mktemp("store") / "Pong-dqn-toy", np.random.default_rng(0)
-    meta = {"env_id": "Pong", "source": "dqn", "percent": 100.0, "num_actions": 6}
-    meta |= {"steps_per_checkpoint": 100, "rom_sha256": morel.rom_digest("Pong")}
-    with morel.write_store(path, meta) as writer:
-        for i in range(8):
-            action = rng.integers(0, 6, 25 + i)
-            shade = np.concatenate([[0], 40 * (action[:-1] + 1)]).astype(np.uint8)
-            frames = np.broadcast_to(shade[:, None, None], (len(action), 84, 84))
-            writer.add(frames, action, action / 4, i % 2 == 0, 0, i, float(action.sum() / 4))
-    return morel.open_store(path, "Pong")
+    rng, episodes = np.random.default_rng(0), []
+    for i in range(8):
+        action = rng.integers(0, 6, 25 + i)
+        action[-1] = 0
+        shade = np.concatenate([[0], 40 * (action[:-1] + 1)]).astype(np.uint8)
+        frames = np.broadcast_to(shade[:, None, None], (len(action), 84, 84))
+        episode = {"frames": frames, "action": action, "reward": action / 4}
+        episodes.append(episode | {"is_terminal": i % 2 == 0})
+    path = tmp_path_factory.mktemp("store") / "Pong-dqn-toy"
+    return helpers.open_store(helpers.write_store(path, "Pong", episodes, 6), "Pong")
 
 
 @pytest.fixture(scope="session")
 def asterix_store(tmp_path_factory) -> Path:
-    """Five short episodes of random frames in the native format."""
-    import rosmo_atari
-
-    path, rng = tmp_path_factory.mktemp("store") / "Asterix-dqn-test", np.random.default_rng(0)
-    meta = {"env_id": "Asterix", "source": "dqn", "percent": 100.0, "num_actions": 9}
-    meta |= {"steps_per_checkpoint": 100, "rom_sha256": rosmo_atari.rom_digest("Asterix")}
-    with rosmo_atari.write_store(path, meta) as writer:
-        for i in range(5):
-            frames = rng.integers(0, 256, (30 + i, 84, 84), dtype=np.uint8)
-            action = rng.integers(0, 9, len(frames))
-            reward = rng.normal(size=len(frames)).astype(np.float32)
-            writer.add(frames, action, reward, i % 2 == 0, i // 2, i, float(reward.sum()))
-    return path
+    """Five short episodes of random frames."""
+    rng = np.random.default_rng(0)
+    ends = [{"is_terminal": i % 2 == 0, "checkpoint": i // 2} for i in range(5)]
+    episodes = [helpers.random_episode(rng, 30 + i, 9, **end) for i, end in enumerate(ends)]
+    path = tmp_path_factory.mktemp("store") / "Asterix-dqn-test"
+    return helpers.write_store(path, "Asterix", episodes, 9)
 
 
 @pytest.fixture(scope="session")
@@ -123,9 +89,12 @@ def cache_dir(tmp_path_factory) -> Path:
 @pytest.fixture
 def script(cache_dir, tmp_path):
     """Starts a script of the suite as a user would: script("rosmo_bsuite.py", "--seed", 1)."""
+    processes = []
 
-    def start(name: str, *arguments, wait: bool = True, **environment):
+    def start(name: str, *arguments, wait: bool = True, shell: str = "", **environment):
         command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+        if shell:  # what the shell that starts it does before
+            command = ["sh", "-c", f'{shell}; exec "$@"', "sh", *command]
         process = subprocess.Popen(
             command,
             cwd=tmp_path,
@@ -134,9 +103,122 @@ def script(cache_dir, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
+        processes.append(process)
         if not wait:
             return process
         stdout, stderr = process.communicate(timeout=300)
         return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
+    yield start
+    for process in processes:
+        if process.poll() is None:  # the test has failed
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def started(script, catch_dataset, asterix_store):
+    """A tiny run as a user starts it: started("rosmo_bsuite", "--seed", 1)."""
+
+    def start(name: str, *arguments, **options):
+        dataset = catch_dataset if name.endswith("_bsuite") else asterix_store
+        arguments = [*helpers.tiny(name), "--dataset", dataset, *arguments]
+        return script(f"{name}.py", *arguments, **options)
+
     return start
+
+
+class InProcess:
+    """The same in the process of the tests, which is quicker: in_process("rosmo_bsuite", ...).
+
+    The folder of a run is base/{folder}/run: it is always called "run", so that runs with equal
+    arguments share their programs. `handlers` has the signal handlers of the run that is going on.
+    """
+
+    def __init__(self, base: Path, cache_dir: Path, datasets: dict[str, Path]):
+        self.base, self.cache_dir, self.datasets = base, cache_dir, datasets
+        self.handlers = {}
+
+    def __call__(self, name: str, *arguments, folder: str = "."):
+        module, domain = importlib.import_module(name), name.rsplit("_", 1)[1]
+        (self.base / folder).mkdir(exist_ok=True, parents=True)
+        options = [*helpers.tiny(name), "--dataset", self.datasets[domain], "--run-dir", "run"]
+        options = [str(option) for option in (*options, *arguments)]
+        status, message, out, err = 0, "", io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.chdir(self.base / folder)
+            patch.setenv("XDG_CACHE_HOME", str(self.cache_dir))
+            patch.setattr(signal, "signal", self.handlers.__setitem__)
+            try:
+                module.main(tyro.cli(module.Args, args=options))
+            except SystemExit as end:  # the interpreter writes a text to stderr and returns 1
+                is_text = isinstance(end.code, str)
+                status, message = (1, end.code) if is_text else (end.code or 0, "")
+        self.handlers.clear()
+        gc.collect()  # of the run, whose lock goes with it
+        return subprocess.CompletedProcess(
+            options, status, out.getvalue(), err.getvalue() + message
+        )
+
+    def interrupt(self, *_) -> None:
+        self.handlers[signal.SIGTERM](signal.SIGTERM, None)
+
+
+@pytest.fixture
+def in_process(tmp_path, cache_dir, catch_dataset, asterix_store) -> InProcess:
+    return InProcess(tmp_path, cache_dir, {"atari": asterix_store, "bsuite": catch_dataset})
+
+
+@pytest.fixture(scope="module")
+def in_process_of_module(tmp_path_factory, cache_dir, catch_dataset, asterix_store) -> InProcess:
+    """For runs that several tests of a module look at or copy."""
+    datasets = {"atari": asterix_store, "bsuite": catch_dataset}
+    return InProcess(tmp_path_factory.mktemp("runs"), cache_dir, datasets)
+
+
+KILLED = """
+import os, signal, sys, tyro
+from functools import partial
+sys.path.insert(0, {root!r})
+import {name} as module
+
+log, last = module.Run.log, {last}
+
+def log_and_die(run, done, seed, values):
+    log(run, done, seed, values)
+    if done >= last:
+        with open(run.dir / "metrics.jsonl", "a") as file:
+            file.write('{{"update": 1')  # a line that is cut short
+        os.kill(os.getpid(), signal.SIGKILL)
+
+module.Run.log = log_and_die
+if {short}:
+    module.evaluate = partial(module.evaluate, **{short})
+module.main(tyro.cli(module.Args))
+"""
+
+
+@pytest.fixture
+def killed(cache_dir, tmp_path, catch_dataset, asterix_store):
+    """Runs a script until it kills itself when it has logged update `last`: killed(name, last).
+
+    Its folder is tmp_path/{folder}/run, as in `in_process`. short: settings of Atari's games.
+    """
+
+    def run(name: str, last: int, *arguments, folder: str = "killed", **short) -> Path:
+        (tmp_path / folder).mkdir()
+        dataset = catch_dataset if name.endswith("_bsuite") else asterix_store
+        options = [*helpers.tiny(name), "--dataset", dataset, "--run-dir", "run", *arguments]
+        code = KILLED.format(root=str(ROOT), name=name, last=last, short=short)
+        result = subprocess.run(
+            [sys.executable, "-c", code, *map(str, options)],
+            cwd=tmp_path / folder,
+            env=os.environ | {"XDG_CACHE_HOME": str(cache_dir)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        return tmp_path / folder / "run"
+
+    return run

@@ -7,21 +7,30 @@ and CQL clip rewards.
 import dataclasses
 import importlib
 import inspect
+from functools import partial
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import rosmo_atari
-from test_rosmo_atari import random_batch
 
 pytestmark = pytest.mark.usefixtures("hurry")
-LOSSES = {"rosmo": "rosmo_loss", "muzero_unplugged": "muzero_loss"}
-LOSSES |= {name: f"{name}_loss" for name in ("bc", "crr", "cql")}
+# A low discount, so that losses and signs of advantages depend on it.
 SETTINGS = {"channels": 4, "num_bins": 21, "dtype": "float32", "unroll_steps": 2, "td_steps": 2}
 SETTINGS |= {"eval_epsilon": 0.5, "dirichlet_fraction": 0.5, "eval_dirichlet_fraction": 1.0}
+SETTINGS |= {"discount": 0.5}
 KEY = jax.random.key(0)
+TRUNCATION = {"truncation_as_termination": True}
+VARIANTS = {
+    "rosmo": [{"num_samples": 2}, {"behavior_advantage": "next-observation"} | TRUNCATION],
+    "muzero_unplugged": [TRUNCATION],
+    "bc": [{}],
+    "crr": [{}, {"weight": "binary", "num_action_samples": 2, "clip_rewards": False} | TRUNCATION],
+    "cql": [{}, {"clip_rewards": False} | TRUNCATION],
+}
 
 
 def quick_search(network, params, state, prediction, key, noise, args):
@@ -31,21 +40,22 @@ def quick_search(network, params, state, prediction, key, noise, args):
     return jax.nn.softmax(logits + noise * jax.random.normal(key, logits.shape)), value
 
 
-@pytest.fixture(scope="module", params=LOSSES)
+def uneven(look_ahead, network, params, state, action, discount):
+    """With what makes the sign of an advantage depend on the action."""
+    return look_ahead(network, params, state, action, discount) + 2 * jnp.cos(2.0 * action)
+
+
+@pytest.fixture(scope="module", params=helpers.LOSSES)
 def pair(request):
     """The scripts of a method with arguments, a network and two sets of parameters."""
-    ours, theirs = (importlib.import_module(f"{request.param}_{d}") for d in ("atari", "bsuite"))
-    fields = {field.name for field in dataclasses.fields(ours.Args)}
-    args = ours.Args(**{k: v for k, v in SETTINGS.items() if k in fields})
-    network, rng = ours.make_network(4, args), np.random.default_rng(0)
-    inputs = [jnp.zeros((84, 84, 4), jnp.uint8)]
-    inputs += [jnp.int32(0)] if "unroll_steps" in fields else []
-    zero_heads = jax.jit(network.init)(KEY, *inputs)
-    noise = lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32)  # noqa: E731
-    params = [jax.tree.map(noise, zero_heads) for _ in range(2)]
+    ours, args = helpers.script_and_args(f"{request.param}_atari", **SETTINGS)
+    theirs = importlib.import_module(f"{request.param}_bsuite")
+    network = ours.make_network(4, args)
+    params = [helpers.make_params(ours, network, seed, scale=0.1) for seed in range(2)]
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "rosmo":  # a state has three axes, not one
-            patch.setattr(theirs, "look_ahead", ours.look_ahead)
+            for module in (ours, theirs):
+                patch.setattr(module, "look_ahead", partial(uneven, ours.look_ahead))
         if request.param == "muzero_unplugged":
             patch.setattr(ours, "search", quick_search)
             patch.setattr(theirs, "search", quick_search)
@@ -54,25 +64,27 @@ def pair(request):
 
 def test_losses(pair):
     name, ours, theirs, network, args, (params, target_params) = pair
-    lengths = {"bc": 1, "crr": 2, "cql": 2}
-    length = lengths.get(name, 5)  # K + 1 + n
-    batch = random_batch(batch_size=8)
-    batch = jax.tree.map(lambda x: x[:, : length + 3 * (x.ndim == 4)], batch)
+    length = ours.window_length(args)
+    batch = helpers.random_batch(8, length)
     observation = [rosmo_atari.stack_frames(batch.frames, batch.history, t) for t in range(length)]
-    reward = np.clip(batch.reward, -1, 1) if name in ("crr", "cql") else batch.reward
-    flags = batch.is_last, batch.is_terminal
-    steps = theirs.Steps(jnp.stack(observation, axis=1), batch.action, reward, *flags)
+    observation, flags = jnp.stack(observation, axis=1), (batch.is_last, batch.is_terminal)
+    assert np.abs(batch.reward).max() > 1  # some are clipped
 
-    def metrics(script, batch):
-        function = getattr(script, LOSSES[name])
+    def metrics(script, batch, args):
+        function = getattr(script, helpers.LOSSES[name])
         inputs = {"params": params, "target_params": target_params, "batch": batch, "key": KEY}
         inputs |= {"network": network, "args": args}
         parameters = inspect.signature(function).parameters
         return jax.jit(lambda: function(**{k: inputs[k] for k in parameters})[1])()
 
-    expected = metrics(theirs, steps)
-    for key, value in metrics(ours, batch).items():
-        assert value == pytest.approx(float(expected[key]), rel=1e-4, abs=1e-6), key
+    for variant in VARIANTS[name]:
+        changed = dataclasses.replace(args, **variant)
+        clips = getattr(changed, "clip_rewards", False)
+        reward = np.clip(batch.reward, -1, 1) if clips else batch.reward
+        steps = theirs.Steps(observation, batch.action, reward, *flags)
+        expected = metrics(theirs, steps, changed)
+        for key, value in metrics(ours, batch, changed).items():
+            assert value == pytest.approx(float(expected[key]), rel=1e-3, abs=1e-5), (variant, key)
 
 
 def test_actions(pair):
@@ -82,7 +94,7 @@ def test_actions(pair):
     actions = []
     for greedy in (True, False):
         expected = jax.jit(lambda greedy=greedy: theirs.act(
-            greedy, network, args, params, observation, KEY
+            params, observation, KEY, greedy, network, args
         ))()  # fmt: skip
         actions.append(ours.act(params, observation, KEY, greedy, network, args).tolist())
         assert actions[-1] == expected.tolist()

@@ -5,10 +5,12 @@ import importlib
 import math
 from functools import partial
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import two_hot_cross_entropy
 from scipy.special import logsumexp, softmax
 
 import bc_bsuite as bc
@@ -21,38 +23,14 @@ NAMES = ("bc", "crr", "cql")
 OBSERVATION = jnp.zeros((10, 5))
 
 
-def random_params(network, seed: int):
-    """Parameters with heads that are not zero."""
-    params = network.init(jax.random.key(seed), OBSERVATION)
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(seed)
-    return tree.unflatten([x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
-
-
 def random_batch(batch_size: int = 32):
-    rng = np.random.default_rng(0)
-    is_last = rng.random((batch_size, 2)) < 0.3
-    return rosmo.Steps(
-        rng.normal(size=(batch_size, 2, 10, 5)).astype(np.float32),
-        rng.integers(0, 3, (batch_size, 2)).astype(np.int32),
-        rng.normal(size=(batch_size, 2)).astype(np.float32) * ~is_last,
-        is_last,
-        is_last & (rng.random((batch_size, 2)) < 0.5),
-    )
-
-
-def two_hot_cross_entropy(value: float, logits) -> float:
-    """-Σ φ(h(value)) log softmax(logits), in plain numbers."""
-    y = math.copysign(math.sqrt(abs(value) + 1) - 1, value) + 0.001 * value
-    low = math.floor(y)
-    log_probs = logits - logsumexp(logits)
-    return -((low + 1 - y) * log_probs[low + 9] + (y - low) * log_probs[low + 10])
+    return helpers.random_steps(batch_size, 2)
 
 
 def test_behavior_cloning_against_a_loop():
     args = bc.Args()
     network = bc.make_network(3, args)
-    params, batch = random_params(network, 0), random_batch()
+    params, batch = helpers.make_params(bc, network, 0), random_batch()
     loss, metrics = jax.jit(partial(bc.bc_loss, network=network, args=args))(params, batch)
     expected, hits = 0.0, 0
     for i in range(32):
@@ -69,8 +47,8 @@ def test_crr_against_a_loop(weight):
     args = crr.Args(weight=weight, beta=0.5, discount=0.9)
     network = crr.make_network(3, args)
     params, target_params, batch = (
-        random_params(network, 0),
-        random_params(network, 1),
+        helpers.make_params(crr, network, 0),
+        helpers.make_params(crr, network, 1),
         random_batch(),
     )
     loss = jax.jit(partial(crr.crr_loss, network=network, args=args))
@@ -111,8 +89,8 @@ def test_crr_weights_have_one_axis_are_capped_and_gate_in_binary_form():
 
 def test_crr_value_from_samples_approaches_the_exact_one():
     network = crr.make_network(3, crr.Args())
-    params, batch = random_params(network, 0), random_batch()
-    inputs = params, random_params(network, 1), batch, jax.random.key(0)
+    params, batch = helpers.make_params(crr, network, 0), random_batch()
+    inputs = params, helpers.make_params(crr, network, 1), batch, jax.random.key(0)
     advantages = []
     for num_action_samples in (None, 4000):
         args = crr.Args(num_action_samples=num_action_samples)
@@ -124,8 +102,8 @@ def test_crr_value_from_samples_approaches_the_exact_one():
 def test_the_weight_of_crr_carries_no_gradient_and_the_critic_sees_no_policy_loss():
     network = crr.make_network(3, crr.Args())
     params, target_params, batch = (
-        random_params(network, 0),
-        random_params(network, 1),
+        helpers.make_params(crr, network, 0),
+        helpers.make_params(crr, network, 1),
         random_batch(),
     )
 
@@ -144,8 +122,8 @@ def test_cql_against_a_loop():
     args = cql.Args(cql_alpha=0.7, discount=0.9)
     network = cql.make_network(3, args)
     params, target_params, batch = (
-        random_params(network, 0),
-        random_params(network, 1),
+        helpers.make_params(cql, network, 0),
+        helpers.make_params(cql, network, 1),
         random_batch(),
     )
     loss = jax.jit(partial(cql.cql_loss, network=network, args=args))
@@ -199,19 +177,13 @@ def test_a_known_problem(name):
     if name == "cql":  # so that the bootstrap moves within the test
         args = dataclasses.replace(args, target_update_every=100, cql_alpha=0.1)
     network = script.make_network(3, args)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(script.AxisType.Auto,))
-    starts, num_starts = script.window_starts(steps.is_last, 100.0, [0])
-    state = script.init_state(jax.random.key(0), network, steps.observation[0], args)
-    states, key = jax.tree.map(lambda x: x[None], state), jax.random.key(1)[None]
-    states, metrics = script.make_train(network, mesh, args)(
-        1500, states, key, steps, starts, num_starts
-    )
+    states, metrics = helpers.train_seeds(script, steps, args, network, [0], 1500)
     params = jax.tree.map(lambda x: x[0], states.params)
     observation = jnp.repeat(steps.observation[:2], 3000, axis=0)
-    actions = script.act(False, network, args, params, observation, jax.random.key(0))
+    actions = script.act(params, observation, jax.random.key(0), False, network, args)
     chosen = np.array(actions).reshape(2, 3000)
     right = np.mean(chosen == [[1], [2]], axis=1)
-    greedy = script.act(True, network, args, params, steps.observation[:2], jax.random.key(0))
+    greedy = script.act(params, steps.observation[:2], jax.random.key(0), True, network, args)
     assert greedy.tolist() == [1, 2]
     if name == "bc":
         np.testing.assert_allclose(right, 0.5, atol=0.08)
@@ -247,27 +219,8 @@ def test_all_methods_have_the_representation_of_rosmo(name):
 def test_cql_acts_at_random_with_the_probability_of_eval_epsilon():
     args = cql.Args(eval_epsilon=0.3)
     network = cql.make_network(3, args)
-    params, observation = random_params(network, 0), jnp.zeros((5000, 10, 5))
-    best = cql.act(True, network, args, params, observation, jax.random.key(0))
+    params, observation = helpers.make_params(cql, network, 0), jnp.zeros((5000, 10, 5))
+    best = cql.act(params, observation, jax.random.key(0), True, network, args)
     assert len(set(best.tolist())) == 1
-    actions = cql.act(False, network, args, params, observation, jax.random.key(0))
+    actions = cql.act(params, observation, jax.random.key(0), False, network, args)
     assert np.mean(np.array(actions) != best) == pytest.approx(0.2, abs=0.02)  # 0.3 · 2/3
-
-
-@pytest.mark.parametrize("domain", ["bsuite", "atari"])
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("bc", {"batch_size": 0}, "--batch-size is 0; give at least 1"),
-        ("crr", {"beta": 0.0}, "--beta is 0; give more than 0"),
-        ("crr", {"num_bins": 2}, "--num-bins is 2; give at least 3"),
-        ("cql", {"discount": 1.5}, "--discount is 1.5; give a factor from 0 to 1"),
-        ("crr", {"num_action_samples": 0}, "--num-action-samples is 0; give at least 1"),
-        ("cql", {"cql_alpha": -1.0}, "--cql-alpha must be at least 0"),
-        ("cql", {"eval_epsilon": 2.0}, "--eval-epsilon from 0 to 1"),
-    ],
-)
-def test_bad_arguments_give_one_sentence(domain, name, change, message):
-    module = importlib.import_module(f"{name}_{domain}")
-    with pytest.raises(SystemExit, match=message):
-        module.check_args(module.Args(**change))

@@ -1,22 +1,16 @@
-"""What the five BSuite scripts have in common: evaluation, batches, target networks, `main`."""
+"""What the five BSuite scripts have in common: data, evaluation, `main`."""
 
-import dataclasses
-import importlib
 import json
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tyro
 
-import collect_bsuite
+import bc_bsuite
 import rosmo_bsuite as rosmo
-from test_runs_bsuite import SCRIPTS, TINY
 
 pytestmark = pytest.mark.usefixtures("hurry")
-SCRIPTS = [name.removesuffix(".py") for name in SCRIPTS]
 
 
 def test_evaluation_shows_each_observation_and_draws_noise_at_its_rate():
@@ -29,66 +23,127 @@ def test_evaluation_shows_each_observation_and_draws_noise_at_its_rate():
     assert play(1.0).mean() < 0 < play(0.25).mean() < 1
 
 
-def test_scores_are_normalised_with_table_6():
-    assert rosmo.REFERENCE_RETURNS == collect_bsuite.PAPER_TABLE6
-    for env_id, (random, online) in rosmo.REFERENCE_RETURNS.items():
-        assert rosmo.normalized_score(env_id, random) == 0
-        assert rosmo.normalized_score(env_id, online) == 1
-    assert rosmo.normalized_score("catch", 0.17) == pytest.approx(0.5)
+def test_an_evaluation_is_broken_off_and_may_have_no_episodes():
+    times = []
+
+    def three_times(boards, t):
+        times.append(t)
+        return np.zeros(boards.shape[:2], int) if t < 3 else None
+
+    assert rosmo.evaluate(three_times, "catch", [0, 1], 0, 2, 0.0) is None
+    assert times == [0, 1, 2, 3]
+    assert rosmo.evaluate(three_times, "catch", [0, 1], 0, 0, 0.0).shape == (2, 0)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_update_draws_another_batch_and_some_copy_the_target(name, catch_dataset):
-    script = importlib.import_module(name)
-    args = dataclasses.replace(script.Args(), num_seeds=1, batch_size=16, dataset=catch_dataset)
-    if name != "bc_bsuite":
-        args = dataclasses.replace(args, target_update_every=3)
-    steps, _ = script.load_dataset(args)
-    network = script.make_network(3, args)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(script.AxisType.Auto,))
-    starts, num_starts = script.window_starts(steps.is_last, 100.0, [0])
-    init = jax.jit(script.init_state, static_argnums=(1, 3))
-    first = init(jax.random.key(0), network, steps.observation[0], args)
-    first, key = jax.tree.map(lambda x: x[None], first), jax.random.key(1)[None]
-    train = script.make_train(network, mesh, args)
-    data = key, steps, starts, num_starts
+def test_evaluations_depend_on_the_seed_the_update_and_the_episode_alone():
+    def play(seeds, done, episodes):
+        first = []
 
-    states = [train(1, first._replace(step=first.step + i), *data) for i in range(4)]
-    norms = [float(metrics["charts/grad_norm"][0, 0]) for _, metrics in states]
-    assert len(set(norms)) == 4
+        def act(boards, t):
+            first.append(boards[..., 0, :].argmax(-1))  # where the ball falls
+            return np.zeros(boards.shape[:2], int)
 
-    state, copied = first, []
-    for _ in range(4):
-        state, _ = train(1, state, *data)
-        if name != "bc_bsuite":
-            same = jax.tree.map(lambda a, b: (a == b).all(), state.params, state.target_params)
-            copied.append(bool(jax.tree.all(same)))
-    # The first learning rate of the warm-up is zero.
-    assert copied == ([] if name == "bc_bsuite" else [True, False, True, False])
+        rosmo.evaluate(act, "catch", seeds, done, episodes, 0.0)
+        return first[0].tolist()
+
+    both = play([0, 1], 7, 20)
+    assert play([1], 7, 20)[0] == both[1] != both[0]
+    assert play([0], 7, 5)[0] == both[0][:5]
+    assert play([0], 8, 20)[0] != both[0]
+    assert len(set(both[0])) > 1
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
 def test_final_evaluations_sample_then_take_the_best_and_need_no_noise(
-    name, catch_dataset, cache_dir, tmp_path, monkeypatch
+    in_process, tmp_path, monkeypatch
 ):
-    script, noises = importlib.import_module(name), []
+    noises = []
 
-    def act(greedy, network, args, params, observation, key):
+    def act(params, observation, key, greedy, network, args):
         return jnp.full(len(observation), int(greedy))
 
-    def evaluate(policy, env_id, seeds, update, num_episodes, noise):
+    def evaluate(policy, env_id, seeds, done, num_episodes, noise):
         noises.append(noise)
         return np.array(policy(np.zeros((len(seeds), num_episodes, 10, 5), np.float32), 0))
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
-    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(script, "act", act)
-    monkeypatch.setattr(script, "evaluate", evaluate)
-    options = [*TINY, "--dataset", catch_dataset, "--run-dir", tmp_path / "run", "--noise", 0.5]
-    options += ["--total-updates", 20, "--checkpoint-every", 20, "--eval-greedy"]
-    script.main(tyro.cli(script.Args, args=[str(option) for option in options]))
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    monkeypatch.setattr(bc_bsuite, "act", act)
+    monkeypatch.setattr(bc_bsuite, "evaluate", evaluate)
+    options = ["--noise", 0.5, "--total-updates", 20, "--eval-greedy"]
+    assert in_process("bc_bsuite", *options).returncode == 0
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     assert [x["eval/return_mean"] for x in lines if "eval/returns" in x] == [1, 1]
     assert [x["final/return_mean"] for x in lines if "final/returns" in x] == [0, 0]
     assert [x["final/return_mean_greedy"] for x in lines if "final/returns" in x] == [1, 1]
     assert noises == [0, 0, 0]
+    options = ["--noise", 0.5, "--total-updates", 20, "--eval-noise"]
+    assert in_process("bc_bsuite", *options, folder="noisy").returncode == 0
+    assert noises[3:] == [0.5, 0.5, 0.5]
+
+
+# Data. An episode of T actions has T + 1 rows.
+
+ROWS = {"observation": np.zeros((8, 10, 5)), "action": np.array([0, 1, 2, 0, 1, 2, 0, 0])}
+ROWS |= {"reward": np.array([0, 0.5, -1, 0, 1, 1, 1, 0]), "is_last": np.arange(8) % 4 == 3}
+ROWS |= {"is_terminal": np.arange(8) == 3}
+
+
+def check(**changes):
+    arrays = ROWS | changes
+    return rosmo.check_steps(rosmo.Steps(*(arrays[x] for x in rosmo.Steps._fields)), "catch")
+
+
+def at(name: str, index: int, value) -> dict:
+    array = ROWS[name].copy()
+    array[index] = value
+    return {name: array}
+
+
+def test_whole_episodes_are_taken_in_the_types_of_the_suite():
+    steps = check(action=ROWS["action"].astype(np.uint8))
+    dtypes = [x.dtype for x in steps]
+    assert dtypes == [np.float32, np.int32, np.float32, np.dtype(bool), np.dtype(bool)]
+    for name, array in ROWS.items():
+        np.testing.assert_array_equal(getattr(steps, name), array)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (at("reward", 3, 1.0), "last rows have a reward: an episode of T actions has T \\+ 1 rows"),
+        ({"action": ROWS["action"][:, None]}, "all but observation have one axis"),
+        ({"reward": ROWS["reward"][:, None]}, "all but observation have one axis"),
+        ({"is_last": ROWS["is_last"][:, None]}, "all but observation have one axis"),
+        ({"reward": ROWS["reward"][:7]}, "all but observation have one axis"),
+        ({"observation": np.zeros((8, 50))}, r"observation is not \[steps, \*\(10, 5\)\]"),
+        ({"observation": np.zeros((7, 10, 5))}, "observation is not"),
+        ({"action": ROWS["action"] * 1.0}, "action is not of integers"),
+        (at("action", 1, 3), "action goes from 0 to 2"),
+        (at("action", 1, -1), "action goes from 0 to 2"),
+        (at("action", 1, 2**32 + 1), "action goes from 0 to 2"),  # 1 in an int32
+        ({"is_last": ROWS["is_last"] * 1}, "is_last and is_terminal are not bool"),
+        ({"is_terminal": ROWS["is_terminal"] * 1.0}, "is_last and is_terminal are not bool"),
+        (at("is_last", 7, False), "does not end with an episode's last step"),
+        ({k: v[:0] for k, v in ROWS.items()}, "does not end with an episode's last step"),
+        (at("is_terminal", 2, True), "is_terminal is set where is_last is not"),
+        (at("is_last", 6, True), "an episode without a transition"),
+        (at("is_last", 0, True), "an episode without a transition"),  # the first one
+        ({k: v[3:4] for k, v in ROWS.items()}, "an episode without a transition"),
+        (at("reward", 1, np.nan), "numbers that are not finite"),
+        (at("observation", 1, np.inf), "numbers that are not finite"),
+    ],
+)
+def test_other_steps_are_refused(changes, fault):
+    if fault == "action goes from 0 to 2":
+        changes = {name: array.astype(np.int64) for name, array in changes.items()}
+    with pytest.raises(ValueError, match=fault):
+        check(**changes)
+
+
+def test_a_dataset_is_known_by_all_of_its_numbers():
+    facts = rosmo.describe(check())
+    assert {k: v for k, v in facts.items() if k != "crc32"} == {
+        "episodes": 2, "transitions": 6, "mean_return": 1.25,
+    }  # fmt: skip
+    swapped = rosmo.describe(check(action=ROWS["action"][[1, 0, *range(2, 8)]]))
+    assert swapped["crc32"] != facts["crc32"]
+    assert json.loads(json.dumps(facts)) == facts

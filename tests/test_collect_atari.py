@@ -1,11 +1,13 @@
 """The collector of Atari data: what it records, and that a kill loses nothing that was saved."""
 
-import itertools
+import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,8 @@ import numpy as np
 import pytest
 
 import collect_atari
-import rosmo_atari
+import prepare_atari
+from test_prepare_atari import contents, read, wait_until_gone
 
 # One worker does it all, so that the collection runs once.
 
@@ -28,15 +31,6 @@ TINY += ["--target-every", "80", "--replay-size", "200", "--epsilon-steps", "100
 def command(out: Path, *more: str) -> list[str]:
     script = Path(collect_atari.__file__)
     return [sys.executable, str(script), *TINY, "--out", str(out), *more]
-
-
-def episodes_of(store: rosmo_atari.Store) -> list[dict]:
-    """Reads a store back, episode by episode."""
-    bounds = np.concatenate([[0], store.ends])
-    return [
-        {"steps": store.steps[a:b], "frames": rosmo_atari.read_frames(store, np.arange(a, b))}
-        for a, b in itertools.pairwise(bounds)
-    ]
 
 
 @pytest.fixture(scope="session")
@@ -71,34 +65,31 @@ def killed_and_resumed(tmp_path_factory) -> Path:
 def test_resumed_collection_is_whole(killed_and_resumed):
     names = {p.name for p in killed_and_resumed.parent.iterdir()}
     assert names == {"Pong-tiny", "kept"}
-    store = rosmo_atari.open_store(killed_and_resumed, "Pong")
-    assert store.num_steps >= 400
-    assert store.meta["steps_per_checkpoint"] == 100
-    assert store.meta["rom_sha256"] == rosmo_atari.rom_digest("Pong")
-    # Episodes of 160 frames are 40 steps and the state after them.
-    assert set(store.episodes["length"]) == {41}
-    assert store.episodes["checkpoint"].tolist()[:7] == [0, 0, 0, 1, 1, 1, 2]
-    assert store.episodes["id"].tolist()[:7] == [0, 1, 2, 0, 1, 2, 0]
-    assert rosmo_atari.open_store(killed_and_resumed, "Pong", 1).num_steps == 41 * 4
-    for episode in episodes_of(store):
-        steps = episode["steps"]
-        assert np.flatnonzero(steps["is_first"]).tolist() == [0]
-        assert np.flatnonzero(steps["is_last"]).tolist() == [40]
-        assert not steps["is_terminal"].any()  # cut off, not over
-        assert steps["action"].max() < 6
-        assert (steps["action"][-1], steps["reward"][-1]) == (0, 0)
+    meta = json.loads((killed_and_resumed / "meta.json").read_text())
+    assert meta["num_steps"] >= 400
+    assert meta["steps_per_checkpoint"] == 100
+    assert meta["rom_sha256"] == prepare_atari.rom_digest("Pong")
+    assert meta["collector"]["max_frames"] == 160
+    assert (meta["source"], meta["percent"], meta["num_actions"]) == ("dqn", 100, 6)
+    episodes = read(killed_and_resumed)  # a reader of the format, which has its own checks
+    labels = [(e["checkpoint"], e["id"]) for e in episodes]
+    assert labels[:7] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+    for episode in episodes:
+        # Episodes of 160 frames are 40 steps and the state after them.
+        assert len(episode["action"]) == 41
+        assert not episode["is_terminal"]  # cut off, not over
+        assert episode["action"].max() < 6
         assert episode["frames"].any(axis=(1, 2)).all()
 
 
 def test_saved_episodes_survive_the_kill(killed_and_resumed):
     kept = sorted((killed_and_resumed.parent / "kept").glob("*.npz"))
     recorder = SimpleNamespace(folder=killed_and_resumed.parent / "kept")
-    store = rosmo_atari.open_store(killed_and_resumed, "Pong")
     assert kept
-    for number, episode in zip(range(len(kept)), episodes_of(store), strict=False):
+    for number, episode in zip(range(len(kept)), read(killed_and_resumed), strict=False):
         recorded = collect_atari.Recorder.read(recorder, number)
-        np.testing.assert_array_equal(recorded["frames"], episode["frames"])
-        np.testing.assert_array_equal(recorded["action"], episode["steps"]["action"])
+        for name in ("frames", "action", "reward"):
+            np.testing.assert_array_equal(recorded[name], episode[name])
 
 
 def test_finished_collection_is_not_overwritten(killed_and_resumed):
@@ -109,15 +100,98 @@ def test_finished_collection_is_not_overwritten(killed_and_resumed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_envs": 0}, "--num-envs is 0; give at least 1"),
-        ({"epsilon_steps": 0}, "--epsilon-steps is 0; give at least 1"),
-        ({"width": 0.01}, "--width is 0.01; give at least 0.03125"),
+        ({"num_envs": 0}, "--num-envs is 0; give 1 to 1024"),
+        ({"epsilon_steps": 0}, "--epsilon-steps is 0; give 1 to"),
+        ({"width": 0.01}, "--width is 0.01; give 0.03125 to"),
+        ({"learning_rate": float("nan")}, "--learning-rate is nan; give 1e-09 to 1"),
+        ({"learning_rate": 0.0}, "--learning-rate is 0.0; give"),
+        ({"epsilon": 5.0}, "--epsilon is 5.0; give 0 to 1"),
+        ({"epsilon": -0.1}, "--epsilon is -0.1; give"),
+        ({"discount": 7.0}, "--discount is 7.0; give 0 to 1"),
+        ({"replay_size": 1}, "--replay-size is 1; give 100 to"),
+        ({"n_step": 100_000}, "--n-step is 100000; give 1 to 100"),
+        ({"seed": -1}, "--seed is -1; give 0 to"),
+        ({"num_steps": 10**12}, "--num-steps is 1000000000000; give 1 to 1000000000"),
     ],
 )
 def test_bad_arguments_give_one_sentence(tmp_path, change, message):
     with pytest.raises(SystemExit, match=message):
         collect_atari.main(collect_atari.Args(out=str(tmp_path / "store"), **change))
     assert not list(tmp_path.iterdir())
+
+
+def test_every_number_has_limits():
+    numbers = {k for k, v in vars(collect_atari.Args()).items() if isinstance(v, int | float)}
+    assert set(collect_atari.LIMITS) == numbers
+    collect_atari.check_args(collect_atari.Args())
+
+
+@pytest.mark.parametrize("seed", [2147, 2148, 2**31, 2**63, 2**64])
+def test_any_seed_works(tmp_path, seed):
+    options = {"num_steps": 20, "num_envs": 2, "max_frames": 40, "width": 0.1, "seed": seed}
+    args = collect_atari.Args(**options, replay_size=100)
+    recorder = collect_atari.Recorder(tmp_path / "r", args)
+    collect_atari.collect(args, recorder)
+    assert sum(recorder.lengths) >= 20
+
+
+def test_signal_ends_a_collection(tmp_path):
+    """With one sentence, status 130 and no bar, as nobody is watching."""
+    process = subprocess.Popen(
+        command(tmp_path / "Pong", "--num-steps", "100000"), stderr=subprocess.PIPE, text=True
+    )
+    lines = [process.stderr.readline() for _ in range(2)]
+    assert all(line.startswith("Pong: ") and line.endswith("return 0.0\n") for line in lines[1:])
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "%|" not in stderr
+    assert stderr.splitlines()[-1].startswith("Stopped; the same command goes on")
+
+
+def test_collection_ends_with_its_parent(tmp_path):
+    code = (
+        "import os, subprocess, sys, time\n"
+        "environment = os.environ | {'ROSMO_PARENT': str(os.getpid())}\n"
+        "child = subprocess.Popen(sys.argv[1:], stderr=subprocess.PIPE, env=environment)\n"
+        "child.stderr.readline()\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(300)"
+    )
+    words = command(tmp_path / "Pong", "--num-steps", "100000")
+    parent = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE)
+    child = int(parent.stdout.readline())
+    os.kill(child, 0)
+    parent.kill()
+    parent.wait()
+    wait_until_gone([child])
+
+
+def test_rlu_shards_become_the_same_store(killed_and_resumed, tmp_path, monkeypatch):
+    """As many shards as the data has, and prepare_atari.py reads them."""
+    args = collect_atari.Args(out=str(tmp_path / "Pong-dqn"), format="rlu", num_steps=400)
+    episodes = read(killed_and_resumed)
+
+    def collect(args, recorder):
+        for episode in episodes:
+            recorder.add({k: np.array(v) for k, v in episode.items()})
+
+    monkeypatch.setattr(collect_atari, "collect", collect)
+    args.num_checkpoints = 4
+    collect_atari.main(args)
+    shards = sorted((tmp_path / "Pong-dqn-rlu/atari_episodes_ordered/Pong").iterdir())
+    number = len({e["checkpoint"] for e in episodes})
+    assert [p.name for p in shards] == [f"run_1-{i:05d}-of-{number:05d}" for i in range(number)]
+    prefix, store = str(tmp_path / "Pong-dqn-rlu"), tmp_path / "imported"
+    _, names = prepare_atari.find_source(prepare_atari.Args("Pong", rlu_prefix=prefix))
+    reader = partial(prepare_atari.read_rlu, prefix, "Pong", 1)
+    found = [e for name in names for e in reader(name)]
+    meta = json.loads((tmp_path / "Pong-dqn/meta.json").read_text())
+    prepare_atari.write_store(store, {k: meta[k] for k in prepare_atari.META}, found)
+    new, old, direct = (contents(p) for p in (store, tmp_path / "Pong-dqn", killed_and_resumed))
+    for name in ("frames.bin", "frames_offsets.npy", "steps.npy", "episodes.npy"):
+        assert new[name] == old[name] == direct[name]
 
 
 def test_recorded_play_can_be_replayed(tmp_path):

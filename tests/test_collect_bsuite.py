@@ -1,12 +1,16 @@
 """The BSuite collector: its record against the real environments, its noise, its files."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from bsuite.environments.catch import Catch
+from conftest import ROOT
 
 import collect_bsuite as collector
 
@@ -75,7 +79,7 @@ def test_header_describes_the_arrays(dataset):
     returns = reward.reshape(80, 10).sum(1).tolist()
     arguments = {
         "env_id": "catch", "seed": 3, "noise": 0.1, "num_episodes": 80,
-        "data_dir": str(dataset.parent), "overwrite": False,
+        "data_dir": str(dataset.parent), "overwrite": False, "from_rlds": None, "out": None,
     }  # fmt: skip
     assert header.pop("versions").keys() == {"jax", "bsuite", "numpy"}
     assert -1 <= header.pop("random_return") < 0
@@ -180,6 +184,7 @@ def test_command_line_gives_the_same_data_again(dataset, script, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("recent mean return") == 10  # ten plain lines, not a bar
+    assert result.stderr == ""
     for paper in ("18000", "0.60", "-0.66"):
         assert paper in result.stdout
     path = tmp_path / "data/bsuite" / dataset.name
@@ -210,15 +215,85 @@ def test_existing_data_are_kept_unless_told(dataset, tmp_path, capsys):
         assert len(file["action"]) == 10
 
 
-def test_interrupted_run_writes_nothing(script, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_writes_nothing(script, tmp_path, number):
     arguments = ("--env-id", "mountain_car", "--data-dir", tmp_path / "data")
     process = script("benchmark/collect_bsuite.py", *arguments, wait=False)
     assert process.stdout.readline().startswith("Collecting")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stderr == "Interrupted: nothing was written.\n"
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def run_with(code: str, *arguments):
+    """Runs the collector's command line after this code, in a process of its own."""
+    code = f"import os, signal, numpy, collect_bsuite as collector\n{code}\ncollector.run()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "benchmark")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_ctrl_c_counts_where_an_exception_would_be_swallowed(tmp_path):
+    """As in a callback of JAX."""
+    code = """
+update = collector.update
+def interrupted_update(*args):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        pass
+    return update(*args)
+collector.update = interrupted_update
+"""
+    result = run_with(code, "--num-episodes", 80, "--data-dir", tmp_path)
+    assert result.returncode == 130
+    assert result.stderr == "Interrupted: nothing was written.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_writing_leaves_nothing_half_written(tmp_path):
+    code = """
+savez = numpy.savez_compressed
+def interrupted_savez(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGINT)
+    savez(*args, **kwargs)
+numpy.savez_compressed = interrupted_savez
+"""
+    result = run_with(code, "--num-episodes", 1, "--data-dir", tmp_path)
+    assert result.returncode == 130
+    assert result.stderr == "Interrupted: nothing was written.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_ends_with_the_process_that_started_it(tmp_path):
+    collect = ["benchmark/collect_bsuite.py", "--env-id", "mountain_car", "--data-dir", tmp_path]
+    command = [sys.executable, *map(str, collect)]
+    code = f"""
+import os, subprocess
+subprocess.run({command!r}, env=os.environ | {{"ROSMO_PARENT": str(os.getpid())}})
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes)
+    assert parent.stdout.readline().startswith("Collecting")
+    parent.kill()
+    _, stderr = parent.communicate(timeout=60)  # the collector holds the other end of the pipes
+    assert stderr == "Interrupted: nothing was written.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_one_sentence(tmp_path):
+    code = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
+    result = run_with(code, "--num-episodes", 400, "--data-dir", tmp_path)
+    assert result.returncode == 1
+    path = tmp_path / "catch-noise0-seed0.npz"
+    assert result.stderr == f"Cannot write {path}: File too large.\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -243,11 +318,18 @@ def test_half_written_file_never_has_the_final_name(monkeypatch, tmp_path, error
     ("arguments", "message"),
     [
         ({"env_id": "pong"}, "Unknown --env-id pong.*cartpole, catch, mountain_car"),
-        ({"noise": -0.1}, "--noise must .* not -0.1"),
+        ({"noise": -0.1}, "--noise must be from 0 to 1, not -0.1"),
         ({"noise": 1.5}, "--noise must .* not 1.5"),
         ({"noise": float("nan")}, "--noise must .* not nan"),
-        ({"seed": -1}, "--seed must .* not -1"),
-        ({"num_episodes": 0}, "--num-episodes must .* not 0"),
+        ({"noise": float("inf")}, "--noise must .* not inf"),
+        ({"seed": -1}, "--seed must be from 0 to 4294967295, not -1"),
+        ({"seed": 2**32}, "--seed must .* not 4294967296"),
+        ({"num_episodes": 0}, "--num-episodes must be from 1 to 100000, not 0"),
+        ({"num_episodes": 10**9}, "--num-episodes must .* not 1000000000"),
+        ({"from_rlds": ROOT}, "--from-rlds needs --out"),
+        ({"from_rlds": ROOT, "out": ROOT / "x.npz", "noise": 0.1}, "no use with --from-rlds"),
+        ({"from_rlds": ROOT / "none", "out": ROOT / "x.npz"}, "There is no folder .*none"),
+        ({"out": ROOT}, "is a folder; --out must be a file"),
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(tmp_path, arguments, message):
@@ -256,9 +338,216 @@ def test_bad_arguments_are_refused_in_a_sentence(tmp_path, arguments, message):
     assert not (tmp_path / "data").exists()
 
 
+def test_every_numeric_argument_has_a_range():
+    types = collector.Args.__annotations__
+    numeric = {name for name, kind in types.items() if kind in (int, float, int | None)}
+    assert numeric == set(collector.RANGES)
+
+
 def test_error_goes_to_stderr_without_traceback(script, tmp_path):
     (tmp_path / "file").touch()
     result = script("benchmark/collect_bsuite.py", "--data-dir", tmp_path / "file")
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr == f"Cannot make the folder {tmp_path / 'file'}: File exists.\n"
+
+
+def test_folder_that_cannot_be_written_is_refused_before_work(monkeypatch, tmp_path):
+    def no_file(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(collector.tempfile, "TemporaryFile", no_file)
+    monkeypatch.setattr(collector, "collect", None)
+    message = f"Cannot write to the folder {tmp_path}: Permission denied."
+    with pytest.raises(SystemExit, match=message):
+        collector.main(collector.Args(data_dir=tmp_path))
+
+
+def test_paths_may_begin_with_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    collector.main(collector.Args(num_episodes=1, data_dir=collector.Path("~/data")))
+    assert (tmp_path / "data" / "catch-noise0-seed0.npz").exists()
+    assert not (tmp_path / "~").exists()
+
+
+# Conversion of TFDS/RLDS folders.
+
+
+def catch_episodes(num_episodes=3):
+    """Episodes as `read_rlds` returns them, of random play."""
+    steps, *_ = collector.collect(CATCH, num_episodes, noise=1.0, seed=0)
+    return [
+        {name: x[i : i + 10].copy() for name, x in steps.items()}
+        for i in range(0, len(steps["action"]), 10)
+    ]
+
+
+def convert(monkeypatch, episodes):
+    monkeypatch.setattr(collector, "read_rlds", lambda folder: episodes)
+    return collector.convert(collector.Path("FOLDER"), CATCH)
+
+
+def test_conversion_keeps_whole_episodes(monkeypatch, capsys):
+    episodes = catch_episodes()
+    for episode in episodes:  # other kinds that lose nothing
+        episode["action"] = episode["action"].astype(np.int64)
+        episode["reward"] = episode["reward"].astype(np.float64)
+        episode["observation"] = episode["observation"].astype(np.uint8)
+        del episode["is_terminal"]
+    steps = convert(monkeypatch, episodes)
+    expected, *_ = collector.collect(CATCH, 3, noise=1.0, seed=0)
+    assert steps.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(steps[name], array)
+        assert steps[name].dtype == array.dtype
+    assert capsys.readouterr().err == ""
+
+
+def test_void_actions_become_zero_with_a_warning(monkeypatch, capsys):
+    episodes = catch_episodes(8)
+    for episode in episodes[1:]:
+        episode["action"][-1] = -1  # of no task
+    steps = convert(monkeypatch, episodes)
+    assert not steps["action"][steps["is_last"]].any()
+    assert capsys.readouterr().err == (
+        "Warning: FOLDER: the last rows of 7 episodes (1, 2, 3, 4, 5, ...) have an action, which "
+        "RLDS calls void: it is set to 0.\n"
+    )
+
+
+def test_episodes_of_t_rows_are_refused(monkeypatch):
+    """D4RL and d3rlpy keep the last action and its reward in the last row."""
+    rows = [{name: x[:-1] for name, x in episode.items()} for episode in catch_episodes()]
+    for episode in rows:
+        episode["is_last"][-1] = episode["is_terminal"][-1] = True
+    with pytest.raises(SystemExit) as refusal:
+        convert(monkeypatch, rows)
+    assert str(refusal.value) == (
+        "FOLDER: the last row of an episode has a reward, as in data of D4RL or d3rlpy, where RLDS "
+        "has one row more, the final observation without action and reward (first in row 8 of "
+        "episode 0, both counted from 0); append this row to every episode, and move is_last to it."
+    )
+
+
+def put(name, row, value):
+    def fault(episode):
+        episode[name][row] = value
+
+    return fault
+
+
+def change(name, function):
+    def fault(episode):
+        episode[name] = function(episode[name])
+
+    return fault
+
+
+def leave_one_row(episode):
+    episode.update({name: x[-1:] for name, x in episode.items()})
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (put("is_last", 4, True), "is_last is set before the end of an episode (first in row 4"),
+        (put("is_last", 9, False), "is_last is not set at the end of an episode (first in row 9"),
+        (put("is_terminal", 2, True), "is_terminal is set where is_last is not (first in row 2"),
+        (leave_one_row, "an episode has one row, and so no transition (first in row 0"),
+        (put("observation", 3, np.nan), "an observation is not a finite float32 (first in row 3"),
+        (put("reward", 3, np.inf), "a reward is not a finite float32 (first in row 3"),
+        (put("reward", 9, np.nan), "a reward is not a finite float32 (first in row 9"),
+        (
+            change("reward", lambda x: x.astype(np.float64) + 1e300 * (np.arange(10) == 5)),
+            "a reward is not a finite float32 (first in row 5",
+        ),
+        (put("action", 5, 3), "an action is not one of the task's, 0 to 2 (first in row 5"),
+        (put("action", 6, -1), "an action is not one of the task's, 0 to 2 (first in row 6"),
+        (
+            change("action", lambda x: x.astype(np.int64) + 2**32 * (np.arange(10) == 2)),
+            "an action is not one of the task's, 0 to 2 (first in row 2",
+        ),
+        (
+            change("action", lambda x: x + np.float32(0.7)),
+            "action is float64 where an integer is needed (first in row 0",
+        ),
+        (
+            change("is_last", lambda x: x.astype(np.float32)),
+            "is_last is float32 where a bool is needed (first in row 0",
+        ),
+        (
+            change("reward", lambda x: x[:, None]),
+            "reward has the shape (1,) where () is needed (first in row 0",
+        ),
+        (
+            change("observation", lambda x: x[..., None]),
+            "observation has the shape (10, 5, 1) where (10, 5) is needed (first in row 0",
+        ),
+        (
+            change("observation", lambda x: np.array([{}] * 10)),
+            "observation is object where a number is needed (first in row 0",
+        ),
+    ],
+)
+def test_faulty_episodes_are_refused_in_a_sentence(monkeypatch, fault, message):
+    episodes = catch_episodes()
+    fault(episodes[1])
+    with pytest.raises(SystemExit) as refusal:
+        convert(monkeypatch, episodes)
+    assert str(refusal.value) == f"FOLDER: {message} of episode 1, both counted from 0)."
+
+
+def test_steps_without_a_field_are_refused(monkeypatch):
+    episodes = [{"observation": np.zeros((10, 10, 5)), "reward": np.zeros(10)}]
+    message = "FOLDER is not in RLDS form: its steps have no action, is_last, is_terminal."
+    with pytest.raises(SystemExit, match=message):
+        convert(monkeypatch, episodes)
+
+
+def test_a_tfds_folder_becomes_a_file(tmp_path, capsys):
+    """RLDS through TFDS's own writer and reader, as in the authors' released data."""
+    import tensorflow_datasets as tfds
+
+    episodes = catch_episodes(5)
+    step_features = {
+        "observation": tfds.features.Tensor(shape=(10, 5), dtype=np.float32),
+        "action": np.int64,
+        "reward": np.float32,
+        "is_first": np.bool_,
+        "is_last": np.bool_,
+        "is_terminal": np.bool_,
+        "discount": np.float32,
+    }
+    features = {"steps": tfds.features.Dataset(step_features), "episode_id": np.int64}
+    rows = [episode | {"discount": np.ones(10, np.float32)} for episode in episodes]
+    builder = tfds.dataset_builders.AdhocBuilder(
+        name="catch",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(features),
+        split_datasets={"train": [(i, {"steps": x, "episode_id": i}) for i, x in enumerate(rows)]},
+        data_dir=str(tmp_path),
+    )
+    builder.download_and_prepare()
+    out = tmp_path / "new" / "catch.npz"
+    args = collector.Args(from_rlds=collector.Path(builder.data_path), out=out)
+    collector.main(args)
+    assert f"{out}: 5 episodes, 45 transitions, mean return" in capsys.readouterr().out
+    with np.load(out) as file:
+        header, arrays = json.loads(str(file["header"])), {name: file[name] for name in NAMES}
+    # TFDS writes the episodes in the order of a hash of their keys.
+    read = [{name: x[i : i + 10] for name, x in arrays.items()} for i in range(0, 50, 10)]
+    theirs, ours = (
+        sorted([episode[name].tobytes() for name in NAMES] for episode in both)
+        for both in (read, episodes)
+    )
+    assert theirs == ours
+    assert (header["schema"], header["source"], header["env_id"]) == (1, "rlds", "catch")
+    assert header["returns"] == [float(episode["reward"].sum()) for episode in read]
+    assert (header["num_episodes"], header["num_transitions"]) == (5, 45)
+    assert header["mean_return"] == pytest.approx(np.mean(header["returns"]))
+
+    collector.main(args)
+    assert "exists already" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"cannot be read as a TFDS/RLDS dataset: .*\.$"):
+        collector.read_rlds(tmp_path / "new")

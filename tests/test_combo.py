@@ -5,9 +5,10 @@ import difflib
 import inspect
 import json
 import math
-import shutil
 import signal
+import zlib
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from scipy.special import logsumexp, softmax
 
 import combo_atari as combo
 import cql_atari as cql
+import prepare_atari
 
 pytestmark = pytest.mark.usefixtures("hurry")
 SIZES = "--members 2 --deter 16 --hidden 16 --latents 4 --classes 4 --depth 2 --head-units 16"
@@ -40,21 +42,28 @@ LOSS = {
     push_up: jax.jit(partial(combo.combo_loss, network=NETWORK, args=args))
     for push_up, args in LOSS_ARGS.items()
 }
-SPEED = ("wall_time", "charts/updates_per_second", "charts/data_wait")
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Eight short episodes of random frames."""
+def path(tmp_path_factory):
+    """A store of eight short episodes of random frames."""
     path, rng = tmp_path_factory.mktemp("store") / "Pong-dqn-test", np.random.default_rng(0)
     meta = {"env_id": "Pong", "source": "dqn", "percent": 100.0, "num_actions": 6}
-    meta |= {"steps_per_checkpoint": 100, "rom_sha256": combo.rom_digest("Pong")}
-    with combo.write_store(path, meta) as writer:
-        for i in range(8):
-            frames = rng.integers(0, 256, (4 + i, 84, 84), dtype=np.uint8)
-            action, reward = rng.integers(0, 6, len(frames)), rng.normal(size=len(frames))
-            writer.add(frames, action, reward, i % 2 == 0, 0, i, float(reward.sum()))
-    return combo.open_store(path, "Pong")
+    meta |= {"steps_per_checkpoint": 100, "rom_sha256": None}
+    episodes = []
+    for i in range(8):
+        frames = rng.integers(0, 256, (4 + i, 84, 84), dtype=np.uint8)
+        action, reward = rng.integers(0, 6, len(frames)), rng.normal(size=len(frames))
+        reward[-1] = 0
+        episode = {"frames": frames, "action": action, "reward": reward}
+        episodes.append(episode | {"is_terminal": i % 2 == 0})
+    prepare_atari.write_store(path, meta, episodes)
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(path):
+    return combo.open_store(dataclasses.replace(ARGS, dataset=path))
 
 
 def noisy(params, seed: int):
@@ -75,7 +84,9 @@ def q_params():
 @pytest.fixture(scope="module")
 def members():
     """Two members that say of every step: reward 0.25 or -0.5, and never terminal."""
-    members = combo.init_members(jax.random.key(1), MODEL, 2)
+    members = jax.tree.map(
+        lambda *x: jnp.stack(x), *combo.init_members(jax.random.key(1), MODEL, 2)
+    )
     for name, bias in (("reward_head", (0.25, -0.5)), ("terminal_head", (-9.0, -9.0))):
         layer = members["params"][name]["Dense_0"]
         layer |= {"kernel": 0 * layer["kernel"], "bias": np.array(bias, np.float32)[:, None]}
@@ -97,8 +108,7 @@ def rollouts(store, q_params, members):
     for generation in range(2):
         key = jax.random.fold_in(jax.random.key(3), generation)
         starts = combo.load_starts(store, generation, ARGS)
-        ring, masked = PREDICT(ring, starts, generation, False, q_params[0], members, key)
-        np.testing.assert_allclose(masked, 1 - np.mean(ring.counts[generation]), atol=1e-6)
+        ring = PREDICT(ring, starts, generation, False, q_params[0], members, key)
     return ring
 
 
@@ -118,12 +128,12 @@ def test_every_transition_of_a_rollout_comes_from_one_member(store, q_params, me
     ring, key = combo.empty_rollouts(ARGS), jax.random.key(0)
     starts = combo.load_starts(store, 0, ARGS)
     assert starts.windows.frame.shape == (4, 2, 5, 84, 84)
-    ring, _ = PREDICT(ring, starts, 0, False, q_params[0], members, key)
+    ring = PREDICT(ring, starts, 0, False, q_params[0], members, key)
     np.testing.assert_allclose(ring.reward[0, :, 0], 0.25, rtol=1e-6)
     np.testing.assert_allclose(ring.reward[0, :, 1], -0.5, rtol=1e-6)
     assert not np.any(ring.counts[1])  # no second generation yet
     swapped = jax.tree.map(lambda x: x[::-1], members)
-    other, _ = PREDICT(combo.empty_rollouts(ARGS), starts, 0, False, q_params[0], swapped, key)
+    other = PREDICT(combo.empty_rollouts(ARGS), starts, 0, False, q_params[0], swapped, key)
     np.testing.assert_allclose(other.reward[0, :, 0], -0.5, rtol=1e-6)
     assert np.mean(other.frames[0, :, :, 4:] != ring.frames[0, :, :, 4:]) > 0.5
 
@@ -133,9 +143,9 @@ def test_a_generation_is_that_of_its_actions_whatever_q_is(rollouts, store, q_pa
     members, key = with_ends(members), jax.random.fold_in(jax.random.key(3), 1)
     starts = combo.load_starts(store, 1, ARGS)
     ring = combo.empty_rollouts(ARGS)._replace(action=rollouts.action + 0)
-    replayed, _ = PREDICT(ring, starts, 1, True, q_params[1], members, key)
+    replayed = PREDICT(ring, starts, 1, True, q_params[1], members, key)
     ring = combo.empty_rollouts(ARGS)._replace(action=rollouts.action + 0)
-    anew, _ = PREDICT(ring, starts, 1, False, q_params[1], members, key)
+    anew = PREDICT(ring, starts, 1, False, q_params[1], members, key)
     for ours, theirs in zip(replayed, rollouts, strict=True):
         np.testing.assert_array_equal(ours[1], theirs[1])
     assert np.any(anew.action[1] != rollouts.action[1])
@@ -174,13 +184,13 @@ def test_a_rollout_against_a_loop(rollouts, store, q_params, members):
 
 def test_a_rollout_starts_with_the_stack_of_its_logged_frame(rollouts, store):
     """Zeros stand for frames from before the episode, as in the environment."""
-    lengths = store.episodes["length"]
-    begins = np.cumsum(lengths) - lengths
-    everything = combo.read_frames(store, np.arange(store.num_steps))
+    begins, num_steps = store.episodes["start"], len(store.index)  # its rows are all in order
+    np.testing.assert_array_equal(store.index, np.arange(num_steps))
+    everything = combo.read_frames(store, store.index)
     short = 0
     for g in range(2):
         rng = np.random.default_rng((ARGS.seed, 2**31 + g))
-        last = (rng.integers(store.num_steps, size=8) + 5) % store.num_steps
+        last = (rng.integers(num_steps, size=8) + 5) % num_steps
         for i, position in enumerate(last):
             begin = begins[begins <= position].max()
             stack = [
@@ -320,7 +330,7 @@ def test_the_penalty_has_the_value_computed_by_hand(push_up, pushed, q_params):
     action = np.array([[1, 2, 3, 4] * 3 + [0] * 5 + [5] * 3, [0] * 20], np.int32).T
     frames, none = np.zeros((20, 5, 84, 84), np.uint8), np.zeros((20, 2), bool)
     reward, history = np.zeros((20, 2), np.float32), np.full((20, 2), 3, np.uint8)
-    batch = combo.Batch(frames, history, action, reward, none, none, none)
+    batch = combo.Batch(frames, history, action, reward, none, none)
     _, metrics = LOSS[push_up](params, params, batch)
     expected = 0.7 * (math.log(math.exp(v) + 5) - pushed * v)
     assert metrics["losses/conservative"] == pytest.approx(expected, rel=1e-4)
@@ -349,48 +359,67 @@ def test_the_gradient_reaches_every_parameter(batch, q_params):
 
 
 def lines(folder) -> list[dict]:
+    """The metrics of a run without the time that it took."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
+    times = ("wall_time", "seconds")
+    return [{k: v for k, v in row.items() if k.split("/")[0] not in times} for row in rows]
 
 
 @pytest.fixture
-def run(store, cache_dir, tmp_path, monkeypatch):
+def run(path, cache_dir, tmp_path, monkeypatch):
     """Runs main in this process, with short games: run("folder", "--seed", 1).
 
-    Runs of the same arguments share their compiled programs. `stop` is Ctrl-C at an evaluation.
+    Runs of the same arguments share their compiled programs. `stop` names the function at whose
+    call Ctrl-C is pressed.
     """
-    short, handlers = partial(combo.evaluate, max_num_frames_per_episode=400), {}
+    handlers = {}
+    no_lock = SimpleNamespace(acquire=lambda blocking: None)  # the runs come one by one
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(combo, "FileLock", lambda path: no_lock)
+    short = partial(combo.evaluate, max_num_frames_per_episode=400)
+    monkeypatch.setattr(combo, "evaluate", short)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
 
-    def start(folder, *arguments, stop=False):
+    def start(folder, *arguments, stop=None):
         (tmp_path / folder).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / folder)
-        interrupt = lambda *x: handlers[signal.SIGINT]() or short(*x)  # noqa: E731
-        monkeypatch.setattr(combo, "evaluate", interrupt if stop else short)
-        options = [*TINY.split(), "--dataset", store.path, "--run-dir", "run"]
-        options = [str(option) for option in (*options, *arguments)]
-        combo.main(tyro.cli(combo.Args, args=options))
+        options = [*TINY.split(), "--dataset", path, "--run-dir", "run", *arguments]
+        args = tyro.cli(combo.Args, args=[str(option) for option in options])
+        with monkeypatch.context() as patch:
+            if stop:
+                original = getattr(combo, stop)
+
+                def interrupt(*inputs, **options):
+                    handlers[signal.SIGINT]()
+                    return original(*inputs, **options)
+
+                patch.setattr(combo, stop, interrupt)
+            combo.main(args)
 
     return start
 
 
+def save_world_model(folder, members) -> None:
+    """A folder as the training of a world model leaves it; test_world_model.py trains one."""
+    members = [jax.tree.map(lambda x, i=i: np.asarray(x[i]), members) for i in range(2)]
+    content = combo.serialization.to_bytes(members)
+    crc32 = zlib.crc32(content).to_bytes(4, "little")
+    (folder / "members.msgpack").write_bytes(crc32 + content)
+    (folder / "config.json").write_text(json.dumps({"args": vars(ARGS)}, default=str))
+
+
 @pytest.fixture
 def world_model(members, tmp_path):
-    """A folder as train_world_model leaves it; test_runs_atari.py runs both phases."""
     folder = tmp_path / "world-model"
     folder.mkdir()
-    args = json.dumps({"args": dataclasses.asdict(ARGS)}, default=str)
-    (folder / "config.json").write_text(args)
-    with combo.ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "members", with_ends(members))
+    save_world_model(folder, with_ends(members))
     return folder
 
 
 def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(
-    run, world_model, members, tmp_path
+    run, world_model, members, tmp_path, capsys
 ):
-    options = ["--eval-every", 8, "--checkpoint-every", 8, "--rollout-every", 3]
+    options = ["--eval-every", 8, "--checkpoint-every", 5, "--rollout-every", 3]
     options += ["--total-updates", 24, "--world-model", world_model]
     run("whole", *options)
     whole = lines(tmp_path / "whole" / "run")
@@ -398,25 +427,47 @@ def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(
     assert [x["update"] for x in losses] == list(range(2, 25, 2))
     assert all(0.3 < x["charts/model_share"] < 0.9 for x in losses)
     assert len({x["charts/masked"] for x in losses}) > 5
-    with pytest.raises(SystemExit, match="130"):
-        run("stopped", *options, stop=True)
-    assert lines(tmp_path / "stopped" / "run")[-1]["update"] == 8
-    (world_model / "members").rename(tmp_path / "members")
-    with combo.ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(world_model / "members", with_ends(members, bias=-23.0))
-    with pytest.raises(SystemExit, match="holds a run on other data"):
+    stops = [("evaluate", 8), ("add_rollouts", 8), ("update", 9), ("add_rollouts", 9)]
+    for stop, update in [*stops, ("evaluate", 16), ("finish_run", 24)]:
+        with pytest.raises(SystemExit, match="130"):
+            run("stopped", *options, stop=stop)
+        assert f"Stopped at update {update}; the same" in capsys.readouterr().err
+    save_world_model(world_model, with_ends(members, bias=-23.0))
+    with pytest.raises(SystemExit, match="holds a run with another world model"):
         run("stopped", *options)
-    shutil.rmtree(world_model / "members")
-    (tmp_path / "members").rename(world_model / "members")
+    save_world_model(world_model, with_ends(members))
     run("stopped", *options)
     assert lines(tmp_path / "stopped" / "run") == whole
+
+
+def test_both_phases_run_and_stop_in_the_first(run, tmp_path, capsys):
+    run("whole")
+    with pytest.raises(SystemExit, match="130"):
+        run("stopped", stop="update_model")
+    assert "Stopped at update 1; the same" in capsys.readouterr().err
+    run("stopped")
+    for folder in ("run", "run-world-model"):
+        written = lines(tmp_path / "whole" / folder)
+        assert written == lines(tmp_path / "stopped" / folder)
+        assert any("losses/total" in line for line in written)
+    with pytest.raises(SystemExit) as end:
+        run("whole")
+    assert end.value.code == 0
+    with pytest.raises(SystemExit, match="130"):  # and the old policy is gone
+        run("whole", "--overwrite", stop="update_model")
+    assert not (tmp_path / "whole" / "run" / "metrics.jsonl").exists()
 
 
 def test_a_world_model_that_does_not_fit_is_refused_with_one_sentence(run, world_model, tmp_path):
     with pytest.raises(SystemExit, match="a world model with depth 2: give the same"):
         run("run", "--world-model", world_model, "--depth", 3)
     with pytest.raises(SystemExit, match="There is no trained world model in"):
-        run("run", "--world-model", tmp_path)
+        run("other", "--world-model", tmp_path)
+
+
+def check(args) -> None:
+    combo.check_args(args, combo.RANGES)
+    combo.check_mix(args)
 
 
 @pytest.mark.parametrize(
@@ -426,16 +477,15 @@ def test_a_world_model_that_does_not_fit_is_refused_with_one_sentence(run, world
         ({"rollout_starts": 6}, "--rollout-starts 6 must be a multiple of --members 4"),
         ({"model_share": 1.0}, "--model-share 1.0 of --batch-size 512 leaves no logged"),
         ({"model_share": 0.0}, "cql_atari.py is COMBO without"),
-        ({"rollout_epsilon": 2.0}, "--rollout-epsilon from 0 to 1"),
-        ({"cql_alpha": -1.0}, "--cql-alpha must be at least 0"),
-        ({"heldout_percent": 100.0}, "--heldout-percent is 100"),
-        ({"kl_balance": -1.0}, "--kl-balance must be from 0 to 1"),
-        ({"eval_every": 300}, "--eval-every 300 must be a multiple of --log-every 200"),
+        ({"rollout_epsilon": 2.0}, "--rollout-epsilon is 2.0; give at least 0 and at most 1"),
+        ({"cql_alpha": -1.0}, "--cql-alpha is -1.0; give at least 0"),
+        ({"heldout_percent": 100.0}, "--heldout-percent is 100.0; give more than 0"),
+        ({"kl_balance": -1.0}, "--kl-balance is -1.0; give at least 0"),
     ],
 )
 def test_bad_arguments_give_one_sentence(change, message):
     with pytest.raises(SystemExit, match=message):
-        combo.check_args(combo.Args(**change))
+        check(combo.Args(**change))
 
 
 @pytest.mark.parametrize(
@@ -448,6 +498,6 @@ def test_bad_arguments_give_one_sentence(change, message):
 )
 def test_what_several_devices_cannot_share_is_named(change, message, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    combo.check_args(combo.Args())
+    check(combo.Args())
     with pytest.raises(SystemExit, match=message):
-        combo.check_args(combo.Args(**change))
+        check(combo.Args(**change))

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import tomllib
 
+import helpers
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
-SCRIPTS = sorted((*ROOT.glob("*_atari.py"), *ROOT.glob("*_bsuite.py")))
+SCRIPTS = [ROOT / f"{name}.py" for name in helpers.SCRIPTS]
 PROGRAMS = [*SCRIPTS, *sorted((ROOT / "benchmark").glob("*.py"))]
 MODULES = {path.stem for path in PROGRAMS}
 by_name = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -25,10 +26,24 @@ def metadata(path) -> dict:
     return tomllib.loads(re.sub(r"^# ?", "", match[1], flags=re.MULTILINE))
 
 
-def args_fields(path) -> dict[str, ast.AnnAssign]:
-    tree = ast.parse(path.read_text())
-    (args,) = [x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == "Args"]
-    return {x.target.id: x for x in args.body if isinstance(x, ast.AnnAssign)}
+def args_class(path) -> ast.ClassDef:
+    (args,) = [
+        x
+        for x in ast.parse(path.read_text()).body
+        if isinstance(x, ast.ClassDef) and x.name == "Args"
+    ]
+    return args
+
+
+def imports(path, top_level: bool = False) -> set[str]:
+    """The packages that a program imports, or those of its top level alone."""
+    tree, names = ast.parse(path.read_text()), set()
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
 
 
 @by_program
@@ -56,43 +71,45 @@ def test_metadata_names_every_package_that_is_imported(path):
         "ale_py": "ale-py", "cv2": "opencv-python-headless", "orbax": "orbax-checkpoint",
         "tensorflow_datasets": "tensorflow-datasets",
     }  # fmt: skip
-    imported = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module.split(".")[0])
-    imported -= set(sys.stdlib_module_names)
+    imported = imports(path) - set(sys.stdlib_module_names) - MODULES
     named = {re.split(r"[=\[]", x)[0] for x in metadata(path)["dependencies"]}
-    optional = {"tensorflow", "tensorflow-datasets"} if path.stem.endswith("_bsuite") else set()
+    # It converts TFDS folders, too, which few need and whose packages are large.
+    optional = {"tensorflow-datasets"} if path.stem == "collect_bsuite" else set()
     missing = {distributions.get(name, name) for name in imported} - named - optional
     assert not missing
 
 
 @by_name
 def test_every_argument_is_documented_and_read(path):
-    text = path.read_text()
-    (body,) = [
-        x.body for x in ast.parse(text).body if isinstance(x, ast.ClassDef) and x.name == "Args"
-    ]
-    for field, doc in zip(body[::2], body[1::2], strict=True):
-        assert isinstance(field, ast.AnnAssign)
-        assert isinstance(doc, ast.Expr), f"{field.target.id} has no docstring"
-        assert doc.value.value.strip()
-    for name in args_fields(path):
-        assert re.search(rf"\bargs\.{name}\b", text), f"nothing reads --{name}"
+    """By the comment behind it or the text below it; tyro shows either."""
+    text, args = path.read_text(), args_class(path)
+    for field, following in zip(args.body, [*args.body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        line = text.splitlines()[field.end_lineno - 1]
+        comment = line[len(ast.get_source_segment(text, field).splitlines()[-1]) + 4 :]
+        is_text = isinstance(following, ast.Expr) and following.value.value.strip()
+        assert re.fullmatch(r"  # \S.*", comment) or is_text, f"nothing says what {line} is"
+        assert re.search(rf"\bargs\.{field.target.id}\b", text), f"nothing reads it: {line}"
 
 
 @by_name
 def test_a_script_imports_nothing_of_the_repository(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        assert not {name.split(".")[0] for name in names} & (MODULES | {"benchmark", "tests"})
+    assert not imports(path) & (MODULES | {"benchmark", "tests", "helpers"})
+
+
+HEAVY = {"tensorflow", "tensorflow_datasets", "cv2", "orbax", "wandb", "rlax"}
+
+
+@by_name
+def test_training_needs_neither_tensorflow_nor_opencv_nor_orbax(path):
+    """And Weights & Biases only with --track."""
+    assert not imports(path) & (HEAVY - {"wandb"})
+    assert not imports(path, top_level=True) & (HEAVY | {"matplotlib"})
 
 
 def test_importing_a_script_touches_nothing(tmp_path):
-    """No device, no file, no TensorFlow, no Weights & Biases, no command line.
+    """No device, no file, no package that training does not need, no command line.
 
     One process imports all, first those of Atari, as bsuite itself brings plotting in.
     """
@@ -101,7 +118,7 @@ def test_importing_a_script_touches_nothing(tmp_path):
         "import importlib, json, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "sys.argv = ['x', '--nonsense']\n"
-        "heavy = {'tensorflow', 'tensorflow_datasets', 'wandb', 'rlax', 'matplotlib.pyplot'}\n"
+        f"heavy = {HEAVY | {'matplotlib.pyplot'}}\n"
         f"for name in {names}:\n"
         "    importlib.import_module(name)\n"
         "    from jax._src import xla_bridge\n"
@@ -124,6 +141,35 @@ def test_importing_a_script_touches_nothing(tmp_path):
 def test_no_function_has_a_hidden_key(path):
     """A literal seed in the middle of a function makes every seed the same."""
     assert not re.search(r"(PRNGKey|random\.key)\(\d+\)", path.read_text())
+
+
+# Lines of a script in DESIGN.md, by algorithm: on Atari, on BSuite.
+BUDGETS = {"rosmo": (900, 750), "muzero_unplugged": (900, 750), "crr": (800, 660)}
+BUDGETS |= {"cql": (800, 660), "bc": (680, 560), "morel": (1650, 0), "combo": (1550, 0)}
+
+
+def test_the_algorithm_comes_first():
+    """The paper's first formula stands above line 300, the loss above the run folder.
+
+    Sizes are shown (pytest -rP), not asserted.
+    """
+    for path in SCRIPTS:
+        algorithm, domain = path.stem.rsplit("_", 1)
+        lines = path.read_text().splitlines()
+        begin = args_class(path).end_lineno
+        formula = re.compile(r"Eq\. |\(Appendix A")
+        first = next((i for i, x in enumerate(lines, 1) if i > begin and formula.search(x)), 0)
+        print(
+            f"{path.stem}: {len(lines)} of {BUDGETS[algorithm][domain == 'bsuite']}, from {first}"
+        )
+        if algorithm in ("rosmo", "muzero_unplugged"):
+            assert first < 300, path.stem
+        names = [x.split()[2] for x in lines if x.startswith("# --- ") and "(identical" in x]
+        blocks = ["data", "evaluate", "run", "checks", "entry"]
+        assert [names.index(block) for block in blocks] == sorted(map(names.index, blocks))
+        loss = next(i for i, x in enumerate(lines) if re.match(r"def \w+_loss\(", x))
+        run_folder = next(i for i, x in enumerate(lines) if x.startswith("# --- run folder"))
+        assert loss < run_folder, path.stem
 
 
 SHARED = {"total_updates": 200_000, "weight_decay": 1e-4, "learning_rate": 7e-4}

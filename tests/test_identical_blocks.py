@@ -1,70 +1,115 @@
 """What is the same in several scripts is the same to the byte."""
 
+import ast
 import subprocess
 import sys
 
 import pytest
 import sync_blocks
-from conftest import ROOT
+from helpers import ATARI, BSUITE, ROOT, SCRIPTS
 
-SCRIPTS = sorted(path.name for path in (*ROOT.glob("*_atari.py"), *ROOT.glob("*_bsuite.py")))
-BSUITE = [name for name in SCRIPTS if name.endswith("_bsuite.py")]
-ATARI = [name for name in SCRIPTS if name.endswith("_atari.py")]
-MUZERO = [name for name in SCRIPTS if name.startswith(("rosmo", "muzero_unplugged"))]
-CATEGORICAL = sorted(
-    MUZERO + [name for name in SCRIPTS if name.startswith(("crr", "cql", "combo"))]
-)
-MODEL_BASED = [name for name in SCRIPTS if name.startswith(("morel", "combo"))]
+
+def files(*prefixes: str, among: list[str] = SCRIPTS) -> list[str]:
+    return sorted(f"{name}.py" for name in among if name.startswith(prefixes))
+
+
+MUZERO = "rosmo", "muzero_unplugged"
+MODEL_BASED = files("morel", "combo")
+BY_DOMAIN = {"atari": files("", among=ATARI), "bsuite": files("", among=BSUITE)}
 
 # Which scripts must hold which block.
 MANIFEST = {
-    "run folder": SCRIPTS,
-    "evaluate": {"bsuite": BSUITE, "atari": ATARI},
-    "data": {"bsuite": BSUITE, "atari": ATARI},
-    "network": {
-        "bsuite": [name for name in MUZERO if name in BSUITE],
-        "atari": [name for name in MUZERO if name in ATARI],
+    "torso": BY_DOMAIN,
+    "network": {"atari": files(*MUZERO, among=ATARI), "bsuite": files(*MUZERO, among=BSUITE)},
+    "CQL network": ["combo_atari.py", "cql_atari.py"],
+    "value transform": files(*MUZERO, "crr", "cql", "combo"),
+    "windows": files(*MUZERO),
+    "policy targets": files("rosmo"),
+    "search": files("muzero_unplugged"),
+    "cross entropy": files("crr", "cql", "combo"),
+    "conservative penalty": files("cql", "combo"),
+    "optimizer": files(*MUZERO, "crr", "cql", "bc", "combo"),
+    "batch": files("", among=ATARI),
+    "steps": files("", among=BSUITE),
+    "train": files("", among=BSUITE),
+    "data": BY_DOMAIN,
+    "environment": [*files("", among=ATARI), "benchmark/prepare_atari.py"],
+    "evaluate": BY_DOMAIN,
+    "run folder": files(""),
+    "checks": files(""),
+    "processes": files("", among=ATARI),
+    "main": {
+        "atari": files(*MUZERO, "crr", "cql", "bc", among=ATARI),
+        "bsuite": files("", among=BSUITE),
     },
-    "value transform": CATEGORICAL,
-    "windows": MUZERO,
-    "policy targets": [name for name in SCRIPTS if name.startswith("rosmo")],
-    "search": [name for name in SCRIPTS if name.startswith("muzero_unplugged")],
-    "cross entropy": [name for name in SCRIPTS if name.startswith(("crr", "cql", "combo"))],
-    "conservative penalty": [name for name in SCRIPTS if name.startswith(("cql", "combo"))],
-    "CQL network": ["cql_atari.py", "combo_atari.py"],
-    "optimizer": [name for name in SCRIPTS if not name.startswith("morel")],
-    "torso": {"bsuite": BSUITE, "atari": ATARI},
-    "environment": [*ATARI, "benchmark/collect_atari.py"],
-    "store writer": [*ATARI, "benchmark/collect_atari.py"],
+    "entry": files(""),
     "world model": MODEL_BASED,
     "world model data": MODEL_BASED,
     "world model training": MODEL_BASED,
+    "training": MODEL_BASED,
 }
 
 
 def families():
-    for name, files in MANIFEST.items():
-        for domain, members in files.items() if isinstance(files, dict) else {"": files}.items():
+    for name, group in MANIFEST.items():
+        for domain, members in group.items() if isinstance(group, dict) else {"": group}.items():
             yield pytest.param(name, members, id=f"{name} {domain}".strip())
 
 
-@pytest.mark.parametrize(("name", "files"), families())
-def test_block_is_identical_in_its_family(name, files):
-    texts = {file: sync_blocks.blocks((ROOT / file).read_text()).get(name) for file in files}
-    assert files, "a block of the manifest has no script"
+@pytest.mark.parametrize(("name", "members"), families())
+def test_block_is_identical_in_its_family(name, members):
+    texts = {file: sync_blocks.blocks((ROOT / file).read_text()).get(name) for file in members}
+    assert len(members) > 1, "a block of the manifest has no two scripts"
     assert None not in texts.values(), f"missing in {[f for f, t in texts.items() if t is None]}"
     assert len(set(texts.values())) == 1, f"{name} differs; see python tests/sync_blocks.py"
-    text = texts[files[0]]
-    siblings = {path.relative_to(ROOT).as_posix() for path in sync_blocks.siblings(text)}
-    assert siblings == set(files)
+    siblings = sync_blocks.siblings(texts[members[0]])
+    assert {path.relative_to(ROOT).as_posix() for path in siblings} == set(members)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*files(""), "benchmark/prepare_atari.py"])
 def test_every_marker_belongs_to_a_block_of_the_manifest(script):
     text = (ROOT / script).read_text()
     found = sync_blocks.blocks(text)
     assert text.count("\n# --- ") == 2 * len(found), "a marker without its pair"
     assert set(found) <= set(MANIFEST)
+
+
+def unmarked(text: str) -> dict[tuple[str, str], int]:
+    """Name and source of the functions and classes outside of blocks, with their lines' number.
+
+    Of two lines or more: an init_state or a window_length of one line is no block.
+    """
+    for block in sync_blocks.blocks(text).values():
+        text = text.replace(block, "\n" * block.count("\n"))
+    kinds = ast.FunctionDef, ast.ClassDef
+    nodes = [node for node in ast.parse(text).body if isinstance(node, kinds)]
+    sources = [(node, ast.get_source_segment(text, node)) for node in nodes]
+    return {(node.name, x): node.end_lineno - node.lineno for node, x in sources}
+
+
+def repeated(texts: dict[str, str], longest: int) -> dict[str, list[str]]:
+    """The functions of more lines than `longest` that stand in two files outside of blocks."""
+    owners = {}
+    for file, text in texts.items():
+        for key, lines in unmarked(text).items():
+            if lines > longest:
+                owners.setdefault(key, []).append(file)
+    return {name: found for (name, _), found in owners.items() if len(found) > 1}
+
+
+def test_what_is_identical_is_marked():
+    """But for a few lines of glue, whose markers would be as long as themselves."""
+    programs = [*files(""), "benchmark/prepare_atari.py"]
+    assert repeated({file: (ROOT / file).read_text() for file in programs}, longest=7) == {}
+
+
+def test_an_unmarked_copy_is_found():
+    function = "def f(x):\n    y = x\n    return y\n"
+    block = "# --- maths (identical in *.py) ---\n" + function + "# --- end maths ---\n"
+    texts = {"a.py": "x = 1\n\n\n" + function, "b.py": function + "\n\nz = 2\n", "c.py": block}
+    assert repeated(texts, longest=1) == {"f": ["a.py", "b.py"]}
+    assert repeated({"a.py": function, "b.py": block, "c.py": block}, longest=1) == {}
+    assert repeated({"a.py": function, "b.py": function.replace("y", "z")}, longest=1) == {}
 
 
 def test_the_check_and_the_copy_see_a_changed_byte(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import zlib
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 import tyro
+from flax import serialization
 
 import morel_atari as morel
-import test_runs_atari
+import prepare_atari
 
 TINY = "--env-id Pong --members 3 --deter 8 --hidden 8 --latents 3 --classes 3 --depth 1"
 TINY += " --head-units 8 --rollout-length 4 --minibatches 2 --epochs 2 --horizon 3 --warm-up 5"
@@ -24,6 +25,7 @@ ARGS = tyro.cli(morel.Args, args=TINY.split())
 NETWORK = morel.make_world_model(6, ARGS)
 STEP = jax.jit(partial(morel.imagined_step, NETWORK, args=ARGS))
 START = jax.jit(partial(morel.start_episodes, NETWORK))
+HALTING = ["charts/threshold", "charts/halt_rate_logged", "charts/halt_rate_random"]
 HURRY = {"xla_backend_optimization_level": 0}  # quick to compile
 
 
@@ -38,7 +40,30 @@ class Linear(nn.Module):
 
 @pytest.fixture(scope="module")
 def members():
-    return morel.init_members(jax.random.key(0), NETWORK, 3)
+    members = morel.init_members(jax.random.key(0), NETWORK, 3)
+    return jax.tree.map(lambda *x: jnp.stack(x), *members)
+
+
+@pytest.fixture(scope="module")
+def toy_path(tmp_path_factory):
+    """Every pixel of a frame is 40 (a + 1), a the last action, 0 at first; r_t = a_t / 4."""
+    path, rng = tmp_path_factory.mktemp("store") / "Pong-dqn-toy", np.random.default_rng(0)
+    meta = {"env_id": "Pong", "source": "dqn", "percent": 100.0, "num_actions": 6}
+    meta |= {"steps_per_checkpoint": 100, "rom_sha256": None}
+    episodes = []
+    for i in range(8):
+        action = np.append(rng.integers(0, 6, 24 + i), 0)
+        shade = np.concatenate([[0], 40 * (action[:-1] + 1)]).astype(np.uint8)
+        frames = np.broadcast_to(shade[:, None, None], (len(action), 84, 84))
+        episode = {"frames": frames, "action": action, "reward": action / 4}
+        episodes.append(episode | {"is_terminal": i % 2 == 0})
+    prepare_atari.write_store(path, meta, episodes)
+    return path
+
+
+@pytest.fixture(scope="module")
+def toy_store(toy_path):
+    return morel.open_store(dataclasses.replace(ARGS, dataset=toy_path))
 
 
 @pytest.fixture(scope="module")
@@ -251,16 +276,18 @@ def test_a_rollout_goes_through_the_starts_and_bootstraps_with_the_true_next_fra
     np.testing.assert_allclose(steps.log_prob, expected[..., 0], atol=1e-5)
     assert env.member.tolist() == [110, 120]  # an episode keeps its start's
     assert env.steps.tolist() == [1, 4]
-    sums = {"episodes": 5, "halt_rate": 4, "episode_length": 13, "episode_return": 4 * 3 + 15}
-    sums["discrepancy"] = np.mean(after)
-    assert metrics == pytest.approx({f"charts/{k}": v for k, v in sums.items()})
-    sums = dict.fromkeys(morel.METRICS, 6.0) | metrics
-    means = morel.mean_metrics(sums, dataclasses.replace(args, log_every=2))
+    ended = metrics.pop("ended")
+    sums = {"halt_rate": 4, "episode_length": 13, "episode_return": 4 * 3 + 15}
+    assert ended == pytest.approx({f"charts/{k}": v for k, v in sums.items()})
+    expected = {"charts/episodes": 5, "charts/discrepancy": np.mean(after)}
+    assert metrics == pytest.approx(expected)
+    sums = {"losses/total": 6.0, "ended": ended} | metrics
+    means = morel.mean_ppo_metrics(sums, 2)
     assert means["charts/episode_length"] == pytest.approx(13 / 5)
     assert means["charts/episodes"] == 2.5
     assert means["losses/total"] == 3
-    none = morel.mean_metrics(sums | {"charts/episodes": 0.0}, args)
-    assert not set(morel.EPISODE_METRICS) & set(none)
+    none = morel.mean_ppo_metrics(sums | {"charts/episodes": 0.0}, 2)
+    assert set(none) == {"losses/total", "charts/episodes", "charts/discrepancy"}
 
 
 def test_the_loss_of_ppo_against_a_naive_loop():
@@ -333,8 +360,8 @@ def test_ppo_learns_which_action_a_frame_asks_for():
     frames = np.broadcast_to(frames[..., None, None, None], starts.frames.shape)
     starts = starts._replace(frames=jnp.asarray(frames, jnp.uint8))
     params = policy.init(jax.random.key(0), starts.frames)
-    env, sums = jax.tree.map(lambda x: x[:, 0], starts), dict.fromkeys(morel.METRICS, 0.0)
-    state = morel.TrainState(params, optimizer.init(params), None, None, jnp.int32(0), sums)
+    env = jax.tree.map(lambda x: x[:, 0], starts)
+    state = morel.TrainState(params, optimizer.init(params), None, None, None, jnp.int32(0))
     rollout = jax.jit(partial(morel.rollout, step=step, policy=policy, args=args))
     rewards = []
     for i in range(40):
@@ -370,8 +397,7 @@ def test_imagined_steps_halt_above_the_threshold_of_the_state_in_worlds_of_all_m
     inputs = windows, members, jax.random.key(0), policy, NETWORK, args
     terminated = []
     for threshold in (-1.0, np.inf):
-        halting = state.halting | {"charts/threshold": jnp.float32(threshold)}
-        copy = jax.tree.map(jnp.copy, state._replace(halting=halting))
+        copy = jax.tree.map(jnp.copy, state._replace(threshold=jnp.float32(threshold)))
         after, steps, *_ = morel.collect(copy, *inputs)
         terminated.append(float(steps.terminated.mean()))
         assert len(set(after.env.member.tolist())) > 1
@@ -388,15 +414,19 @@ def test_an_update_learns_from_the_minibatches_of_its_steps(monkeypatch):
         seen.append((batch, advantage))
         return jnp.sum(params["x"]), {"losses/total": jnp.float32(len(seen))}
 
-    monkeypatch.setattr(morel, "collect", lambda state, *_: (state, steps, 10 * steps, order))
+    collected = {"charts/episodes": jnp.float32(2)}
+    outputs = (steps, 10 * steps, order, collected)
+    monkeypatch.setattr(morel, "collect", lambda state, *_: (state, *outputs))
     monkeypatch.setattr(morel, "ppo_loss", loss)
-    params, sums = {"x": jnp.zeros(1)}, {"losses/total": 0.0, "charts/grad_norm": 0.0}
+    params = {"x": jnp.zeros(1)}
     optimizer = morel.make_optimizer(ARGS).init(params)
-    state = morel.TrainState(params, optimizer, None, None, jnp.int32(0), sums)
+    state = morel.TrainState(params, optimizer, None, None, None, jnp.int32(0))
     with jax.disable_jit():
-        state, total = morel.update(state, None, None, None, None, None, ARGS)
-    assert total == 4
-    assert state.sums["losses/total"] == pytest.approx(np.mean([1, 2, 3, 4]))
+        state, metrics = morel.update(state, None, None, None, None, None, ARGS)
+    assert metrics["losses/total"] == pytest.approx(np.mean([1, 2, 3, 4]))
+    assert metrics["charts/grad_norm"] == 1
+    assert metrics["charts/episodes"] == 2
+    assert state.params["x"] < 0
     for index, (batch, advantage) in zip(order, seen, strict=True):
         np.testing.assert_array_equal(batch, np.take_along_axis(steps, index, axis=1))
         np.testing.assert_array_equal(advantage, 10 * batch)
@@ -410,7 +440,7 @@ def test_cloning_learns_the_logged_actions_but_those_of_last_steps():
     frames = np.broadcast_to(100 * action[..., None, None], (60, 4, 84, 84)).astype(np.uint8)
     batch = morel.Batch(
         *(frames, np.full((60, 1), 3, np.uint8), np.where(is_last, 0, action)),
-        *(np.zeros((60, 1), np.float32), ~is_last, is_last, is_last),
+        *(np.zeros((60, 1), np.float32), is_last, is_last),
     )
     policy = Linear()
     params = policy.init(jax.random.key(0), jnp.zeros((84, 84, 4), jnp.uint8))
@@ -454,8 +484,8 @@ def test_starts_are_half_first_frames_and_end_where_the_logged_actions_go_on(toy
     later, _ = morel.sample_starts(toy_store, (0, 2), count, slice(0, count), ARGS)
     assert (later.frame != windows.frame).any()
     # The logged action at a start is the one before the next frame.
-    begin = np.cumsum(toy_store.episodes["length"])[:-1]
-    logged = {tuple(toy_store.steps["action"][b : b + 3].tolist()) for b in (0, *begin)}
+    begins = toy_store.episodes["start"]
+    logged = {tuple(toy_store.steps["action"][b : b + 3].tolist()) for b in begins}
     for i in np.flatnonzero(windows.is_first[:, -1]):
         assert tuple(actions[i].tolist()) in logged
 
@@ -483,31 +513,45 @@ def test_the_threshold_is_the_quantile_of_running_steps():
 
 
 def lines(folder) -> list[dict]:
-    speed = ("wall_time", "charts/updates_per_second", "charts/data_wait")
+    """The metrics of a run without the time that it took."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if k not in speed} for row in rows]
+    times = ("wall_time", "seconds")
+    return [{k: v for k, v in row.items() if k.split("/")[0] not in times} for row in rows]
 
 
-def test_one_ctrl_c_stops_the_second_phase_which_goes_on_exactly(
-    hurry, asterix_store, cache_dir, tmp_path, monkeypatch, capsys
+def save_world_model(folder, args, seed: int) -> None:
+    """A folder as the training of a world model leaves it."""
+    folder.mkdir(exist_ok=True)
+    network = morel.make_world_model(6, args)
+    members = morel.init_members(jax.random.key(seed), network, args.members)
+    content = serialization.to_bytes(jax.device_get(members))
+    crc32 = zlib.crc32(content).to_bytes(4, "little")
+    (folder / "members.msgpack").write_bytes(crc32 + content)
+    (folder / "config.json").write_text(json.dumps({"args": vars(args)}, default=str))
+
+
+def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
+    hurry, toy_path, cache_dir, tmp_path, monkeypatch, capsys
 ):
-    """With the sizes of test_runs_atari.py, so that each program is compiled once for both."""
     model, handlers = tmp_path / "model", {}
-    options = [*test_runs_atari.TINY, *test_runs_atari.LESS["morel_atari.py"]]
-    options += ["--dataset", asterix_store, "--world-model", model]
+    options = f"{TINY} --channels 4 --batch-size 4 --starts 2 --halt-batches 2 --log-every 2"
+    options += " --bc-updates 2 --bc-batch-size 4 --total-updates 5 --eval-every 2"
+    options += " --checkpoint-every 3 --eval-episodes 1 --final-eval-episodes 1"
+    options = [*options.split(), "--dataset", str(toy_path), "--world-model", str(model)]
 
     def parse(*more):
-        return tyro.cli(morel.Args, args=[str(option) for option in (*options, *more)])
+        return tyro.cli(morel.Args, args=[*options, *more])
 
-    network = morel.make_world_model(9, parse())
-    with ocp.StandardCheckpointer() as checkpointer:
-        members = morel.init_members(jax.random.key(0), network, parse().members)
-        checkpointer.save(model / "members", members)
-    config = {"args": json.loads(json.dumps(dataclasses.asdict(parse()), default=str))}
-    (model / "config.json").write_text(json.dumps(config))
+    def play(act, *_):
+        action = act(np.zeros((1, 84, 84, 4), np.uint8), jax.random.key(0))
+        return None if action is None else [float(action[0])]
+
+    save_world_model(model, parse(), seed=0)
+    no_lock = SimpleNamespace(acquire=lambda blocking: None)  # the runs come one by one
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(morel, "FileLock", lambda path: no_lock)
+    monkeypatch.setattr(morel, "evaluate", play)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
-    monkeypatch.setattr(morel, "evaluate", lambda *_: [1.0])
 
     def run(name: str):  # with the same arguments, so that it is compiled once
         (tmp_path / name).mkdir(exist_ok=True)
@@ -516,15 +560,19 @@ def test_one_ctrl_c_stops_the_second_phase_which_goes_on_exactly(
         return lines(tmp_path / name / "run")
 
     whole = run("whole")
-    rates = [whole[0][f"charts/halt_rate_{name}"] for name in ("logged", "random")]
-    assert all(0 <= rate <= 1 for rate in rates)
+    assert [x["update"] for x in whole if "losses/total" in x] == [2, 4]
+    assert [x["update"] for x in whole if "eval/returns" in x] == [2, 4, 5]
+    assert set(whole[0]) == {"update", "seed", *HALTING}
+    assert all(0 <= whole[0][name] <= 1 for name in HALTING[1:])
     assert (tmp_path / "whole" / "run" / "discrepancy.png").read_bytes()[:4] == b"\x89PNG"
 
-    for name, update in (("draw_discrepancies", 0), ("collect", 1)):  # before cloning, in PPO
+    parts = [("replay", 0), ("clone", 0), ("collect", 1), ("evaluate", 2), ("collect", 3)]
+    for name, update in [*parts, ("evaluate", 4), ("finish_run", 5)]:
         original = getattr(morel, name)
 
         def interrupt(*inputs, original=original):
-            handlers[signal.SIGINT](signal.SIGINT, None)
+            if signal.SIGINT in handlers:  # once
+                handlers.pop(signal.SIGINT)()
             return original(*inputs)
 
         with monkeypatch.context() as patch:
@@ -534,10 +582,16 @@ def test_one_ctrl_c_stops_the_second_phase_which_goes_on_exactly(
         assert stopped.value.code == 130
         expected = f"Stopped at update {update}; the same command goes on."
         assert expected in capsys.readouterr().err
+    save_world_model(model, parse(), seed=1)
+    with pytest.raises(SystemExit, match="holds a run with another world model"):
+        run("stopped")
+    save_world_model(model, parse(), seed=0)
     assert run("stopped") == whole
-    assert "Going on from update 1" in capsys.readouterr().out
+    assert "Going on from update 5" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "stopped"}
-    run("stopped")
+    with pytest.raises(SystemExit) as end:
+        run("stopped")
+    assert end.value.code == 0
     assert "This run is finished" in capsys.readouterr().out
 
 
@@ -546,15 +600,19 @@ def test_one_ctrl_c_stops_the_second_phase_which_goes_on_exactly(
     [
         ({"members": 1}, "--members is 1; give at least 2"),
         ({"warm_up": 3}, "--warm-up is 3; give at least 4"),
-        ({"halt_quantile": 1.0}, "--halt-quantile is 1.0"),
-        ({"discount": 1.1}, "--discount and --gae-lambda must be"),
+        ({"halt_quantile": 1.1}, "--halt-quantile is 1.1"),
+        ({"discount": 1.1}, "--discount is 1.1; give at least 0 and at most 1"),
         ({"total_updates": 2000}, "--total-updates 2000 is more than --anneal-updates 1250"),
-        ({"eval_every": 15}, "--eval-every 15 must be a multiple of --log-every 10"),
         ({"minibatches": 5}, "--rollout-length 128 must be a multiple of --minibatches 5"),
         ({"horizon": 0}, "--horizon is 0; give at least 1"),
         ({"channels": 1}, "--channels is 1; give at least 2"),
     ],
 )
 def test_bad_arguments_give_one_sentence(change, message):
+    def check(args):
+        morel.check_args(args, morel.RANGES)
+        morel.check_policy_args(args)
+
+    check(morel.Args())
     with pytest.raises(SystemExit, match=message):
-        morel.check_args(morel.Args(**change))
+        check(morel.Args(**change))

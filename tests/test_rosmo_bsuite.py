@@ -6,7 +6,9 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,31 +17,19 @@ import pytest
 import muzero_unplugged_bsuite as muzero
 import rosmo_bsuite as rosmo
 
+pytestmark = pytest.mark.usefixtures("hurry")
 ARGS = rosmo.Args(env_id="catch", dynamics_hidden=16, unroll_steps=3, td_steps=2)
 NETWORK = rosmo.MuZeroNetwork(3, ARGS.num_bins, ARGS.dynamics_hidden, ARGS.dtype)
+KEY = jax.random.key(0)
 rosmo_loss = jax.jit(rosmo.rosmo_loss, static_argnums=(4, 5))
+apply_network = jax.jit(NETWORK.apply, static_argnames="method")
 
 
-def random_params(seed: int):
-    """Parameters with heads that are not zero, so that every gradient can flow."""
-    params = NETWORK.init(jax.random.key(seed), jnp.zeros((10, 5)), jnp.int32(0))
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(seed)
-    return tree.unflatten([x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
+random_params = partial(helpers.make_params, rosmo, NETWORK)
 
 
 def random_batch(batch_size: int, args=ARGS, seed: int = 0) -> rosmo.Steps:
-    """Windows with all kinds of ends in all kinds of places."""
-    rng = np.random.default_rng(seed)
-    shape = (batch_size, args.unroll_steps + 1 + args.td_steps)
-    is_last = rng.random(shape) < 0.25
-    return rosmo.Steps(
-        rng.normal(size=(*shape, 10, 5)).astype(np.float32),
-        rng.integers(0, 3, shape).astype(np.int32),
-        rng.normal(size=shape).astype(np.float32) * ~is_last,
-        is_last,
-        is_last & (rng.random(shape) < 0.6),
-    )
+    return helpers.random_steps(batch_size, rosmo.window_length(args), seed)
 
 
 # Value transform and categorical representation (Appendix A.2).
@@ -126,16 +116,16 @@ def test_window_positions_and_value_target_against_loops():
             assert targets[b, t] == pytest.approx(expected, abs=1e-5)
 
 
-def test_truncation_as_termination_changes_the_bootstrap(catch_dataset, tmp_path):
-    with np.load(catch_dataset) as file:
-        arrays = dict(file)
-    arrays["is_terminal"] = np.zeros_like(arrays["is_last"])
-    np.savez(path := tmp_path / "truncated.npz", **arrays)
-    args = dataclasses.replace(ARGS, dataset=path)
-    kept, _ = rosmo.load_dataset(args)
-    ended, _ = rosmo.load_dataset(dataclasses.replace(args, truncation_as_termination=True))
-    assert not kept.is_terminal.any()
-    assert (ended.is_terminal == ended.is_last).all()
+def test_truncation_as_termination_makes_every_last_step_terminal():
+    batch, args = random_batch(16), dataclasses.replace(ARGS, truncation_as_termination=True)
+    assert (batch.is_last & ~batch.is_terminal).any()
+    inputs = random_params(0), random_params(1)
+    losses = [
+        rosmo_loss(*inputs, batch, KEY, NETWORK, args)[0],
+        rosmo_loss(*inputs, batch._replace(is_terminal=batch.is_last), KEY, NETWORK, ARGS)[0],
+        rosmo_loss(*inputs, batch, KEY, NETWORK, ARGS)[0],
+    ]
+    assert losses[0] == losses[1] != losses[2]
 
 
 # Policy targets (Eq. 6, 9, 10).
@@ -191,6 +181,52 @@ def test_sampled_gradient_approaches_the_exact_one():
     np.testing.assert_allclose(sampled, exact, atol=0.015)
 
 
+def candidates(target_params, observation, num_samples, key, args=ARGS):
+    """improve's answers and, one state and action at a time, q_g(s, a) - v(s) and the prior."""
+    args = dataclasses.replace(args, num_samples=num_samples)
+    state = NETWORK.apply(target_params, observation, method="representation")
+    prediction = NETWORK.apply(target_params, state, method="prediction")
+    logged = np.random.default_rng(5).integers(0, 3, observation.shape[:2]).astype(np.int32)
+    improve = jax.jit(partial(rosmo.improve, NETWORK, args=args))
+    answers = improve(target_params, state, prediction, logged, key)
+    adv = np.zeros((*logged.shape, 3))
+    for a in range(3):
+        after = NETWORK.apply(target_params, state, jnp.full_like(logged, a), method="dynamics")
+        after = NETWORK.apply(target_params, after, method="prediction")
+        reward, value = rosmo.to_scalar(after.reward_logits), rosmo.to_scalar(after.value_logits)
+        adv[..., a] = reward + args.discount * value - rosmo.to_scalar(prediction.value_logits)
+    logged_adv = np.take_along_axis(adv, logged[..., None], axis=-1)[..., 0]
+    return answers, adv, logged_adv, prediction.policy_logits
+
+
+@pytest.mark.parametrize("num_samples", [None, 1, 4])
+def test_policies_are_improved_with_the_advantages_that_the_model_says(num_samples):
+    """Each state's, also that of the logged action, which no target contains if it is sampled."""
+    params, args = random_params(0), dataclasses.replace(ARGS, discount=0.7)
+    observation = random_batch(30).observation[:, :4]
+    answers, adv, adv_logged, logits = candidates(params, observation, num_samples, KEY, args)
+    p, advantage, ours_logged = (np.asarray(x, np.float64) for x in answers)
+    assert np.abs(adv - adv.mean(axis=-1, keepdims=True)).max() > 0.05  # actions matter
+    np.testing.assert_allclose(ours_logged, adv_logged, rtol=1e-3, atol=1e-4)
+    if num_samples is None:
+        np.testing.assert_allclose(advantage, adv, rtol=1e-3, atol=1e-4)
+        weights = np.exp(np.asarray(logits) + adv)
+        np.testing.assert_allclose(p, weights / weights.sum(-1, keepdims=True), rtol=1e-3)
+        return
+    # Each sampled action is the one that has its advantage; with these, p is Eq. 9 and 10.
+    assert advantage.shape == (30, 4, num_samples)
+    action = np.abs(advantage[..., None] - adv[..., None, :]).argmin(axis=-1)
+    np.testing.assert_allclose(
+        advantage, np.take_along_axis(adv, action, axis=-1), rtol=1e-3, atol=1e-4
+    )
+    expected = np.zeros_like(p)
+    for index in np.ndindex(30, 4, num_samples):
+        others = np.exp(np.delete(advantage[index[:2]], index[2])).sum()
+        weight = np.exp(advantage[index]) / ((1 + others) / num_samples)
+        expected[(*index[:2], action[index])] += weight / num_samples
+    np.testing.assert_allclose(p, expected, rtol=1e-3, atol=1e-4)
+
+
 # The whole loss (Algorithm 2), one window and one step at a time.
 
 
@@ -198,7 +234,7 @@ def naive_losses(params, target_params, batch, b, args):
     """Losses of window b in plain Python; the actions past an end must not be needed."""
 
     def apply(p, method, *inputs):
-        return NETWORK.apply(p, *(jnp.asarray(x) for x in inputs), method=method)
+        return apply_network(p, *(jnp.asarray(x) for x in inputs), method=method)
 
     def look_ahead(state, action):
         after = apply(target_params, "prediction", apply(target_params, "dynamics", state, action))
@@ -244,19 +280,25 @@ def naive_losses(params, target_params, batch, b, args):
                 state = apply(params, "dynamics", state, action)
         elif k < last:  # a random action of the loss's own; only the constants can be compared
             break
-    return losses, moving
+    return losses
 
 
 @pytest.mark.parametrize("behavior_advantage", ["model", "next-observation"])
 def test_losses_against_a_naive_algorithm_2(behavior_advantage):
-    args = dataclasses.replace(ARGS, behavior_advantage=behavior_advantage)
-    params, target_params = random_params(0), random_params(1)
-    batch = random_batch(16, args)
-    whole = [b for b in range(16) if not batch.is_last[b, : args.unroll_steps].any()]
+    args = dataclasses.replace(ARGS, behavior_advantage=behavior_advantage, discount=0.3)
+    params, target_params = random_params(0), random_params(1, 0.2)
+    batch = random_batch(40, args)
+    whole = [b for b in range(40) if not batch.is_last[b, : args.unroll_steps].any()]
     batch = rosmo.Steps(*(x[whole] for x in batch))
     assert batch.is_last[:, args.unroll_steps :].any()
-    naive = [naive_losses(params, target_params, batch, b, args)[0] for b in range(len(whole))]
-    _, metrics = rosmo_loss(params, target_params, batch, jax.random.key(0), NETWORK, args)
+    naive = [naive_losses(params, target_params, batch, b, args) for b in range(len(whole))]
+    if behavior_advantage == "next-observation":  # where γ decides whether some are imitated
+        undiscounted = dataclasses.replace(args, discount=1.0)
+        others = [
+            naive_losses(params, target_params, batch, b, undiscounted) for b in range(len(whole))
+        ]
+        assert [x["behavior"] for x in naive] != [x["behavior"] for x in others]
+    _, metrics = rosmo_loss(params, target_params, batch, KEY, NETWORK, args)
     for name in ("reward", "value", "policy", "behavior"):
         expected = np.mean([x[name] for x in naive])
         assert expected != 0
@@ -425,13 +467,13 @@ def test_acting_follows_the_improved_policy():
     )
     best = np.argmax(np.asarray(jax.nn.log_softmax(prediction.policy_logits)) + q, axis=1)
     key = jax.random.key(0)
-    assert rosmo.act(True, NETWORK, ARGS, params, observation, key).tolist() == best.tolist()
+    assert rosmo.act(params, observation, key, True, NETWORK, ARGS).tolist() == best.tolist()
     raw = dataclasses.replace(ARGS, num_samples=2)
-    greedy_raw = rosmo.act(True, NETWORK, raw, params, observation, key)
+    greedy_raw = rosmo.act(params, observation, key, True, NETWORK, raw)
     assert greedy_raw.tolist() == np.argmax(prediction.policy_logits, axis=1).tolist()
     assert set(best.tolist()) != {0} or set(greedy_raw.tolist()) != {0}
     many = jnp.broadcast_to(observation[:1], (4000, *observation.shape[1:]))
-    actions = np.asarray(rosmo.act(False, NETWORK, ARGS, params, many, key))
+    actions = np.asarray(rosmo.act(params, many, key, False, NETWORK, ARGS))
     target = rosmo.policy_target(
         prediction.policy_logits[0], q[0] - rosmo.to_scalar(prediction.value_logits[0])
     )
@@ -468,20 +510,10 @@ def test_window_starts_are_whole_episodes_of_the_seed():
 # Learning.
 
 
-def make_states(args, network, seeds, observation):
-    init = [rosmo.init_state(jax.random.key(s), network, observation, args) for s in seeds]
-    return jax.tree.map(lambda *x: jnp.stack(x), *init)
-
-
 def train_on(steps, args, num_updates):
-    seeds = list(range(args.num_seeds))
-    network = rosmo.MuZeroNetwork(3, args.num_bins, args.dynamics_hidden, args.dtype)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(rosmo.AxisType.Auto,))
-    train = rosmo.make_train(network, mesh, args)
-    keys = jnp.stack([jax.random.key(s) for s in seeds])
-    starts, num_starts = rosmo.window_starts(steps.is_last, args.data_percent, seeds)
-    states = make_states(args, network, seeds, steps.observation[0])
-    return network, *train(num_updates, states, keys, steps, starts, num_starts)
+    seeds, network = list(range(args.num_seeds)), rosmo.make_network(3, args)
+    states, metrics = helpers.train_seeds(rosmo, steps, args, network, seeds, num_updates)
+    return network, states, metrics
 
 
 def test_learns_a_known_problem_from_random_data():
@@ -497,7 +529,7 @@ def test_learns_a_known_problem_from_random_data():
     args = dataclasses.replace(ARGS, num_seeds=1, learning_rate=3e-3, batch_size=64)
     network, states, metrics = train_on(steps, args, 1500)
     params = jax.tree.map(lambda x: x[0], states.params)
-    actions = rosmo.act(True, network, args, params, observation[:2], jax.random.key(0))
+    actions = rosmo.act(params, observation[:2], KEY, True, network, args)
     assert actions.tolist() == [1, 2]
     value = network.apply(
         params,
@@ -511,7 +543,7 @@ def test_learns_a_known_problem_from_random_data():
 
 
 def test_a_seed_learns_the_same_alone_and_among_others(catch_dataset):
-    steps, _ = rosmo.load_dataset(dataclasses.replace(ARGS, dataset=catch_dataset))
+    steps = rosmo.load_dataset(dataclasses.replace(ARGS, dataset=catch_dataset))
     together = dataclasses.replace(ARGS, num_seeds=2, batch_size=16, data_percent=50.0)
     _, both, _ = train_on(steps, together, 20)
     _, alone, _ = train_on(steps, dataclasses.replace(together, num_seeds=1), 20)

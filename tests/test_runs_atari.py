@@ -1,216 +1,309 @@
-"""Runs of the Atari scripts as a user starts them: artefacts, resume, several devices."""
+"""Runs of the Atari scripts: artefacts, kills and signals, devices and processes, bad input.
+
+The run folder is that of the BSuite scripts to the byte; test_runs_bsuite.py tests it. `main` is
+the same in five scripts, so that most tests take the quickest one, bc_atari.py. Games are cut
+short, but for one run.
+"""
 
 import importlib
 import json
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import time
 from functools import partial
 
-import cv2
+import helpers
+import numpy as np
 import pytest
-import tyro
-from conftest import ROOT
+from helpers import ATARI, ROOT, checkpoints, metrics
 
+import bc_atari
 import rosmo_atari
 
 pytestmark = pytest.mark.usefixtures("hurry")
-SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari.py"))
-# The episodes of Asterix are the shortest of all games whose scores are known.
-TINY = "--env-id Asterix --channels 4 --batch-size 4 --log-every 2 --eval-every 4 "
-TINY += "--checkpoint-every 4 --total-updates 8 --eval-episodes 1 --final-eval-episodes 1"
-TINY = TINY.split()
-BINS = ["--num-bins", 21]
-LESS = {name: [*BINS, "--unroll-steps", 1, "--td-steps", 1] for name in SCRIPTS}
-LESS["muzero_unplugged_atari.py"] += ["--num-simulations", 2]
-LESS |= {"bc_atari.py": [], "crr_atari.py": BINS, "cql_atari.py": BINS}
-WORLD_MODEL = "--members 2 --deter 16 --hidden 16 --latents 4 --classes 4 --depth 2"
-WORLD_MODEL += " --head-units 16 --model-length 6 --model-batch-size 2 --model-updates 2"
-WORLD_MODEL += " --model-eval-every 2 --model-eval-batches 8 --heldout-percent 30"
-IMAGINED = "--rollout-length 4 --minibatches 2 --epochs 1 --horizon 3 --starts 2 --halt-batches 1"
-IMAGINED += " --bc-updates 2 --bc-batch-size 4"
-LESS["morel_atari.py"] = [*WORLD_MODEL.split(), *IMAGINED.split()]
-ROLLOUTS = "--rollout-every 3 --rollout-starts 4 --rollout-length 3 --rollout-generations 2"
-LESS["combo_atari.py"] = [*BINS, *WORLD_MODEL.split(), *ROLLOUTS.split()]
-SPEED = ("wall_time", "charts/updates_per_second", "charts/data_wait")
+SHORT = {"max_num_frames_per_episode": 400}
 
 
-def lines(folder) -> list[dict]:
-    """The metrics of a run without the time that it took."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
+@pytest.fixture(autouse=True, scope="module")
+def short_games():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ATARI:
+            module = importlib.import_module(name)
+            patch.setattr(module, "evaluate", partial(module.evaluate, **SHORT))
+        yield
 
 
-@pytest.fixture
-def atari(script, asterix_store):
-    """Starts rosmo_atari.py on the small store: atari("--seed", 1)."""
+@pytest.fixture(scope="module")
+def whole(in_process_of_module):
+    """The folder of a finished run of a script: whole("bc_atari")."""
 
-    def start(*arguments, wait=True, **environment):
-        options = [*TINY, *LESS["rosmo_atari.py"], "--dataset", asterix_store, *arguments]
-        return script("rosmo_atari.py", *options, wait=wait, **environment)
+    def folder(name: str, *arguments):
+        place = "-".join(map(str, (name, *arguments)))
+        if not (in_process_of_module.base / place).exists():
+            result = in_process_of_module(name, *arguments, folder=place)
+            assert result.returncode == 0, result.stderr
+        return in_process_of_module.base / place / "run"
 
-    return start
+    return folder
 
 
-def check_artefacts(folder) -> None:
+@pytest.mark.parametrize("name", ATARI)
+def test_a_run_leaves_all_its_artefacts(whole, name):
+    folder = whole(name)
     config = json.loads((folder / "config.json").read_text())
+    assert config["script"] == f"{name}.py"
     assert config["data"]["source"] == "dqn"
-    assert config["starts"][0]["rom"] == rosmo_atari.rom_digest("Asterix")
+    assert config["data"]["rom"] == rosmo_atari.rom_digest("Asterix")
+    assert config["data"]["episodes"] == 5
+    assert config["data"]["steps"] == 160
     assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
-    written = lines(folder)
+    assert [path.stem for path in checkpoints(folder)] == ["4", "8"]
+    written = metrics(folder)
     assert [x["update"] for x in written if "losses/total" in x] == [2, 4, 6, 8]
     assert [x["update"] for x in written if "eval/returns" in x] == [4, 8]
     final = written[-1]
-    assert 0 <= final["final/return_mean"] < 3000
-    assert final["final/normalized_score"] == pytest.approx(
-        rosmo_atari.normalized_score("Asterix", final["final/return_mean"])
-    )
-    if config["script"] == "morel_atari.py":  # its page has the world model's metrics as well
-        written += lines(folder.with_name(f"{folder.name}-world-model"))
-    page = (ROOT / "docs" / f"{config['script'].rsplit('_', 1)[0]}.md").read_text()
+    assert 0 <= final["final/return_mean"] == np.mean(final["final/returns"]) < 3000
+    assert len(final["final/returns"]) == len(final["final/returns_greedy"]) == 1
+
+
+@pytest.mark.parametrize("name", ATARI)
+def test_every_metric_is_in_the_table_of_its_page(whole, name):
+    folders = [whole(name)]
+    if name == "morel_atari":  # its page has the world model's metrics as well
+        folders.append(folders[0].with_name("run-world-model"))
+    lines = [x for f in folders for x in (f / "metrics.jsonl").read_text().splitlines()]
+    page = (ROOT / "docs" / f"{name.removesuffix('_atari')}.md").read_text()
     documented = set(re.findall(r"^\| `(\w+/\w+)`", page, re.MULTILINE))
-    assert {name for line in written for name in line if "/" in name} | set(SPEED[1:]) == documented
+    assert {key for line in lines for key in json.loads(line) if "/" in key} == documented
 
 
-def test_a_run_leaves_all_its_artefacts(atari, tmp_path):
-    result = atari()
-    assert result.returncode == 0, result.stderr
-    (folder,) = tmp_path.glob("runs/*/Asterix-*/seed0")
-    check_artefacts(folder)
-    final = lines(folder)[-1]
-    assert not (folder / "video.mp4").exists()
-    atari("--capture-video")  # of the finished run, which is evaluated again
-    assert lines(folder)[-1] == final
-    video, num_frames = cv2.VideoCapture(str(folder / "video.mp4")), 0
-    while video.read()[0]:
-        num_frames += 1
-    assert num_frames > 100
-    assert "This run is finished" in atari("--capture-video").stdout
+# Kills and signals
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "rosmo_atari.py"])
-def test_the_siblings_leave_the_same_and_go_on_exactly(
-    name, asterix_store, cache_dir, tmp_path, monkeypatch
-):
-    """In this process and with short games, which is quicker; the rest is as in rosmo_atari.py."""
-    module, handlers = importlib.import_module(name.removesuffix(".py")), {}
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
-    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    short = partial(module.evaluate, max_num_frames_per_episode=400)
-
-    def short_and_stopped(*arguments):
-        handlers[signal.SIGINT]()
-        return short(*arguments)
-
-    def run(folder: str, evaluate) -> None:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        monkeypatch.chdir(tmp_path / folder)
-        monkeypatch.setattr(module, "evaluate", evaluate)
-        options = [*TINY, *LESS[name], "--dataset", asterix_store, "--run-dir", "run"]
-        module.main(tyro.cli(module.Args, args=[str(option) for option in options]))
-
-    run("whole", short)
-    with pytest.raises(SystemExit, match="130"):
-        run("stopped", short_and_stopped)  # by the first evaluation
-    assert [x["update"] for x in lines(tmp_path / "stopped" / "run")] == [2, 4, 4]
-    run("stopped", short)
-    for folder in ("whole", "stopped"):
-        check_artefacts(tmp_path / folder / "run")
-    assert lines(tmp_path / "stopped" / "run") == lines(tmp_path / "whole" / "run")
+@pytest.mark.parametrize("name", ATARI)
+def test_a_killed_run_goes_on_to_the_numbers_of_a_whole_one(whole, killed, in_process, name):
+    folder = killed(name, 6, **SHORT)
+    assert [path.stem for path in checkpoints(folder)] == ["4"]
+    assert '"update": 6' in (folder / "metrics.jsonl").read_text()
+    result = in_process(name, folder="killed")
+    assert "Going on from update 4 in run." in result.stdout
+    assert metrics(folder) == metrics(whole(name))
 
 
-def test_kill_and_resume_give_the_numbers_of_a_whole_run(atari, tmp_path):
-    longer = ["--total-updates", 40, "--eval-every", 40]
-    whole = atari("--run-dir", "whole", *longer)
-    assert whole.returncode == 0, whole.stderr
-    process = atari("--run-dir", "killed", *longer, wait=False)
-    while not (tmp_path / "killed" / "checkpoints" / "8").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    assert '"update": 40' not in (tmp_path / "killed" / "metrics.jsonl").read_text()
-    resumed = atari("--run-dir", "killed", *longer)
-    assert resumed.returncode == 0, resumed.stderr
-    assert re.search(r"Going on from update \d+ in", resumed.stdout)
-    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
-
-
-def test_ctrl_c_stops_at_any_update_and_the_run_goes_on_from_it(atari, tmp_path):
-    endless = ["--run-dir", "run", "--total-updates", 10_000, "--eval-every", 10_000]
-    endless += ["--log-every", 1000, "--checkpoint-every", 10_000]
-    process = atari(*endless, wait=False)
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(1)
+def test_a_signal_stops_the_training_with_a_checkpoint(started, tmp_path):
+    """And comes before the first evaluation, so that the games' length does not matter."""
+    endless = ["--run-dir", "run", "--total-updates", 10**8, "--eval-every", 10**8]
+    process = started("bc_atari", *endless, wait=False)
+    for line in process.stdout:
+        if line.startswith("update 2:"):
+            break
     process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    (message,) = [line for line in stderr.splitlines() if line]
+    update = re.fullmatch(r"Stopped at update ([\d,]+); the same command goes on\.", message)[1]
+    assert checkpoints(tmp_path / "run")[-1].stem == update.replace(",", "")
+
+
+def test_a_signal_stops_the_final_evaluation_soon(started, tmp_path):
+    """Of games that nothing cuts short."""
+    options = ["--run-dir", "run", "--total-updates", 2, "--log-every", 1, "--eval-episodes", 0]
+    process = started("bc_atari", *options, "--final-eval-episodes", 8, wait=False)
+    for line in process.stdout:
+        if line.startswith("update 2:"):
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    before = time.monotonic()
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "Traceback" not in stderr
-    update = int(re.search(r"Stopped at update ([\d,]+);", stderr)[1].replace(",", ""))
-    assert (tmp_path / "run" / "checkpoints" / str(update)).is_dir()
+    assert time.monotonic() - before < 10
+    assert process.returncode == 130
+    assert "Stopped at update 2; the same command goes on." in stderr
+    assert checkpoints(tmp_path / "run")[-1].stem == "2"
 
 
-def two_processes(atari, *arguments, timeout: float) -> tuple[list[int], list[tuple[str, str]]]:
-    """A run of two processes with two devices each: their exit statuses and (stdout, stderr)."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    shared["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    processes = [atari(*arguments, wait=False, **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
-    outputs = [process.communicate(timeout=timeout) for process in processes]
-    return [process.returncode for process in processes], outputs
+@pytest.mark.parametrize("which", [1, 2, 3, 4])  # 2 and two final ones
+def test_a_signal_breaks_off_an_evaluation(whole, in_process, monkeypatch, tmp_path, which):
+    """The one with the number `which`, after two steps; it comes again."""
+    evaluate, count, steps = bc_atari.evaluate, [], []
+
+    def interrupted(act, *arguments):
+        count.append(None)
+
+        def policy(observations, key):
+            if len(count) == which:
+                steps.append(None)
+                if len(steps) == 2:
+                    in_process.interrupt()
+            return act(observations, key)
+
+        return evaluate(policy, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bc_atari, "evaluate", interrupted)
+        result = in_process("bc_atari")
+    assert result.returncode == 130
+    assert f"Stopped at update {min(4 * which, 8)}; the same command goes on." in result.stderr
+    assert len(steps) == 2
+    assert checkpoints(tmp_path / "run")[-1].stem == str(min(4 * which, 8))
+    assert in_process("bc_atari").returncode == 0
+    assert metrics(tmp_path / "run") == metrics(whole("bc_atari"))
 
 
-def test_several_devices_and_several_processes_give_the_numbers_of_one(atari, tmp_path):
-    assert atari("--run-dir", "one").returncode == 0
-    statuses, outputs = two_processes(atari, "--run-dir", "four", timeout=300)
-    assert statuses == [0, 0], outputs
-    config = json.loads((tmp_path / "four" / "config.json").read_text())
-    assert config["starts"][0]["device"].startswith("4 x")
-    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "four"), strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            if key.startswith(("losses/", "charts/")):
-                assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), key
+INTERVALS = ["--log-every", 3, "--eval-every", 5, "--checkpoint-every", 7, "--total-updates", 17]
 
 
-def test_several_processes_end_together_without_a_store(atari):
-    """The first does not keep the others waiting for a store that it cannot open."""
-    statuses, outputs = two_processes(atari, "--dataset", "nowhere", timeout=100)
-    assert statuses == [1, 1]
-    assert all("There is no store nowhere" in stderr for _, stderr in outputs)
+@pytest.mark.parametrize("name", ["bc_atari", "morel_atari", "combo_atari"])
+def test_intervals_of_any_kind_end_the_same_wherever_they_are_interrupted(
+    whole, in_process, monkeypatch, tmp_path, name
+):
+    expected = metrics(whole(name, *INTERVALS))
+    assert [x["update"] for x in expected if "losses/total" in x] == [3, 6, 9, 12, 15]
+    assert [x["update"] for x in expected if "eval/returns" in x] == [5, 10, 15, 17]
+    module, calls = importlib.import_module(name), []
+    update = module.update
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) in (4, 8):
+            in_process.interrupt()
+        return update(*arguments)
+
+    monkeypatch.setattr(module, "update", interrupted)
+    stops = []
+    while (result := in_process(name, *INTERVALS)).returncode == 130:
+        stops.append(int(re.search(r"Stopped at update (\d+);", result.stderr)[1]))
+    assert result.returncode == 0, result.stderr
+    assert stops == [4, 8]  # between all of them
+    assert len(calls) == 17
+    assert metrics(tmp_path / "run") == expected
+
+
+def test_neither_evaluations_nor_a_final_one(in_process, tmp_path):
+    result = in_process("bc_atari", "--eval-episodes", 0, "--final-eval-episodes", 0)
+    assert result.returncode == 0, result.stderr
+    lines = metrics(tmp_path / "run")
+    assert not [x for x in lines if "eval/returns" in x]
+    assert lines[-1] == {"update": 8, "seed": 0, "final/returns": [], "final/returns_greedy": []}
+
+
+# Data
+
+
+def test_the_data_count_and_not_their_path(whole, in_process, asterix_store, tmp_path):
+    shutil.copytree(whole("bc_atari"), tmp_path / "run")
+    moved = tmp_path / "moved"
+    moved.symlink_to(asterix_store)
+    assert "This run is finished" in in_process("bc_atari", "--dataset", moved).stdout
+    rng = np.random.default_rng(1)
+    episodes = [helpers.random_episode(rng, 30, 9, is_terminal=True) for _ in range(5)]
+    other = helpers.write_store(tmp_path / "other", "Asterix", episodes, 9)
+    result = in_process("bc_atari", "--dataset", other)
+    assert result.returncode == 1
+    assert re.search(r"holds something else \(data \{.*\} -> \{.*\}\); give anoth", result.stderr)
+    assert "\n" not in result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--env-id", "MsPackman"], "MsPacman"),
-        (["--env-id", "Breakout"], "not 100% of Breakout"),
-        (["--dataset", "nowhere"], "There is no store nowhere"),
+        (["--env-id", "MsPackman"], "There is no game 'MsPackman'; the nearest names: MsPacman"),
+        (["--env-id", "Breakout"], "cannot be used as a store of Breakout: .*it is of Asterix"),
+        (["--dataset", "nowhere"], "nowhere cannot be used as a store of Asterix: "),
         (["--data-percent", "0"], "--data-percent is 0"),
-        (["--channels", "0"], "--channels is 0"),
-        (["--eval-every", "3"], "must be a multiple"),
-        (["--learning-rate", "1e30", "--total-updates", "40"], "The loss is"),
     ],
 )
-def test_bad_input_gives_one_sentence(
-    asterix_store, cache_dir, tmp_path, monkeypatch, arguments, message
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    options = [*TINY, *LESS["rosmo_atari.py"], "--dataset", asterix_store, *arguments]
-    with pytest.raises(SystemExit, match=message) as end:
-        rosmo_atari.main(tyro.cli(rosmo_atari.Args, args=[str(option) for option in options]))
-    assert isinstance(end.value.code, str)  # goes to stderr, and the exit status is 1
+def test_bad_input_gives_one_sentence_and_writes_nothing(in_process, tmp_path, arguments, message):
+    result = in_process("bc_atari", *arguments)
+    assert result.returncode == 1
+    assert re.search(message, result.stderr)
+    assert "\n" not in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_machine_without_an_accelerator_says_what_the_paper_would_take(capsys):
-    rosmo_atari.warn_if_slow(20.0, rosmo_atari.Args())
-    assert "would take 46 days" in capsys.readouterr().err
-    rosmo_atari.warn_if_slow(0.1, rosmo_atari.Args())
-    assert capsys.readouterr().err == ""
+def test_a_loss_that_is_not_finite_ends_the_run(in_process, monkeypatch, tmp_path):
+    update = bc_atari.update
+
+    def broken(state, *arguments):
+        state, metrics = update(state, *arguments)
+        broken = int(state.step) > 4
+        return state, metrics | {"losses/total": metrics["losses/total"] / (0.0 if broken else 1)}
+
+    monkeypatch.setattr(bc_atari, "update", broken)
+    result = in_process("bc_atari")
+    assert result.returncode == 1
+    assert "not finite by update 6; the last checkpoint is kept" in result.stderr
+    assert checkpoints(tmp_path / "run")[-1].stem == "4"
+
+
+# Several devices and processes
+
+
+def two_processes(started, name: str, *each: list, timeout: float = 300):
+    """A run of two processes with two devices each; `each` has the arguments of one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    shared["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    processes = [
+        started(name, *arguments, wait=False, **shared, JAX_PROCESS_ID=str(i))
+        for i, arguments in enumerate(each)
+    ]
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    codes = [process.returncode for process in processes]
+    return [
+        subprocess.CompletedProcess([], *x)
+        for x in zip(codes, *zip(*outputs, strict=True), strict=True)
+    ]
+
+
+def test_several_devices_and_several_processes_give_the_numbers_of_one(whole, started, tmp_path):
+    """The games of these runs are not cut short, and so their returns are not compared."""
+    one = whole("rosmo_atari")
+    options = ["--eval-episodes", 0, "--final-eval-episodes", 0, "--run-dir"]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    result = started("rosmo_atari", *options, "four", **flags)
+    assert result.returncode == 0, result.stderr
+    results = two_processes(started, "rosmo_atari", *2 * [[*options, "two"]])
+    assert [x.returncode for x in results] == [0, 0], results
+    losses = [x for x in metrics(one) if "losses/total" in x]
+    for folder in ("four", "two"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["starts"][0]["device"].startswith("4 x")
+        helpers.assert_close(losses, metrics(tmp_path / folder)[:-1])
+
+
+@pytest.mark.parametrize(
+    ("each", "message"),
+    [
+        ([[], ["--seed", 1]], "The processes of this run have different arguments"),
+        (2 * [["--dataset", "nowhere"]], "nowhere cannot be used as a store of Asterix"),
+        (2 * [["--run-dir", "other"]], "other holds something else"),
+    ],
+)
+def test_several_processes_end_together(started, tmp_path, each, message):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    for result in two_processes(started, "bc_atari", *each, timeout=100):
+        assert result.returncode == 1
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_several_processes_end_when_the_first_cannot_write(started, tmp_path):
+    """The others, which wait for it, do so in whatever way JAX ends them."""
+    (tmp_path / "file").touch()
+    first, second = two_processes(started, "bc_atari", *2 * [["--run-dir", "file/run"]], timeout=60)
+    assert first.returncode == 1
+    assert "Not a directory" in first.stderr
+    assert second.returncode != 0
+
+
+def test_a_process_without_its_siblings_says_what_it_lacks(started):
+    result = started("bc_atari", JAX_NUM_PROCESSES="2")
+    assert result.returncode == 1
+    assert "needs all of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS" in result.stderr

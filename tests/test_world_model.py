@@ -5,6 +5,7 @@ import json
 import signal
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ import tyro
 from scipy.special import softmax
 
 import morel_atari as morel
+import prepare_atari
 
 SIZES = "--members 2 --deter 16 --hidden 16 --latents 4 --classes 4 --depth 2 --head-units 16"
 TINY = f"--env-id Pong {SIZES} --model-length 6 --model-batch-size 2 --log-every 2"
@@ -22,22 +24,39 @@ TINY += " --model-eval-every 4 --model-updates 12 --model-eval-batches 1 --heldo
 ARGS = tyro.cli(morel.Args, args=TINY.split())
 NETWORK = morel.make_world_model(6, ARGS)
 OBSERVE = jax.jit(partial(morel.observe, NETWORK))
-SPEED = ("wall_time", "charts/updates_per_second", "charts/data_wait")
+TIMES = ("wall_time", "seconds")
+NO_LOCK = SimpleNamespace(acquire=lambda blocking: None)  # the runs of a test come one by one
 
 
 @pytest.fixture(scope="module")
 def params():
     """Of the first member."""
-    members = morel.init_members(jax.random.key(0), NETWORK, 2)
-    first, second = (jax.tree.map(lambda x: x[i], members) for i in range(2))  # noqa: B023
-    kernel = lambda x: x["params"]["encoder"]["Conv_0"]["kernel"]  # noqa: E731
-    assert np.abs(kernel(first) - kernel(second)).max() > 0.01
+    first, second = morel.init_members(jax.random.key(0), NETWORK, 2)
+    kernels = [x["params"]["encoder"]["Conv_0"]["kernel"] for x in (first, second)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.01
     return first
 
 
 @pytest.fixture(scope="module")
-def store(toy_store):
-    return toy_store
+def path(tmp_path_factory):
+    """Every pixel of a frame is 40 (a + 1), a the last action, 0 at first; r_t = a_t / 4."""
+    path, rng = tmp_path_factory.mktemp("store") / "Pong-dqn-toy", np.random.default_rng(0)
+    meta = {"env_id": "Pong", "source": "dqn", "percent": 100.0, "num_actions": 6}
+    meta |= {"steps_per_checkpoint": 100, "rom_sha256": None}
+    episodes = []
+    for i in range(8):
+        action = np.append(rng.integers(0, 6, 24 + i), 0)
+        shade = np.concatenate([[0], 40 * (action[:-1] + 1)]).astype(np.uint8)
+        frames = np.broadcast_to(shade[:, None, None], (len(action), 84, 84))
+        episode = {"frames": frames, "action": action, "reward": action / 4}
+        episodes.append(episode | {"is_terminal": i % 2 == 0})
+    prepare_atari.write_store(path, meta, episodes)
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(path):
+    return morel.open_store(dataclasses.replace(ARGS, dataset=path))
 
 
 def random_windows(batch_size: int = 3, length: int = 5, seed: int = 0) -> morel.Windows:
@@ -139,13 +158,9 @@ def test_held_out_episodes_are_not_learned_from(store):
     assert sets[0] | sets[1] == set(range(8))
     assert {*morel.split_store(store, 30, seed=1)[1].episodes["id"].tolist()} != sets[1]
     for part in (learn, heldout):
-        starts = np.cumsum(store.episodes["length"]) - store.episodes["length"]
-        expected = np.concatenate(
-            [np.arange(starts[i], starts[i] + 25 + i) for i in part.episodes["id"]]
-        )
-        position = np.arange(part.num_steps)
-        episode = np.searchsorted(part.ends, position, side="right")
-        np.testing.assert_array_equal(position + part.shifts[episode], expected)
+        rows = [np.arange(e["start"], e["start"] + e["length"]) for e in part.episodes]
+        np.testing.assert_array_equal(part.index, np.concatenate(rows))
+        assert [len(x) for x in rows] == [25 + i for i in part.episodes["id"]]
     with pytest.raises(SystemExit, match="cannot be held out"):
         morel.split_store(store, 99, seed=0)
 
@@ -221,26 +236,54 @@ def test_the_loss_against_plain_numbers_and_its_gradient_reaches_every_parameter
         assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
 
-def test_the_latents_of_an_update_belong_to_its_step_and_its_key(params):
-    sums, windows = dict.fromkeys(morel.MODEL_METRICS, 0.0), random_windows()
+def member_state(params, step: int = 0) -> morel.MemberState:
     opt_state = morel.model_optimizer(ARGS).init(params)
+    state = morel.MemberState(params, opt_state, jnp.int32(step))
+    return jax.tree.map(jnp.array, state)  # copies, as an update takes them
 
+
+def test_the_latents_of_an_update_belong_to_its_step_and_its_key(params):
     def loss(step, seed):
-        state = (params, opt_state, jnp.int32(step), sums)
-        state = morel.ModelState(*jax.tree.map(jnp.array, state))  # copies, as it is donated
-        return float(morel.update_member(state, windows, jax.random.key(seed), NETWORK, ARGS)[1])
+        inputs = (random_windows(), jax.random.key(seed), NETWORK, ARGS)
+        _, metrics = morel.update_member(member_state(params, step), *inputs)
+        return float(metrics["losses/total"])
 
     first = loss(0, 0)
     assert loss(0, 0) == first
     assert first not in (loss(1, 0), loss(0, 1))
 
 
-def test_training_ends_when_the_held_out_loss_has_stopped_falling():
-    reference, steps = np.array([np.inf, 0]), []
-    for step, loss in enumerate((100, 99.6, 99.4, 99.0, 98.8, 98.0), start=1):
-        reference = morel.last_improvement(reference, loss, step, 0.005)
-        steps.append(int(reference[1]))
-    assert steps == [1, 1, 3, 3, 5, 6]
+def test_members_learn_from_their_own_windows_and_the_metrics_are_their_means(params):
+    keys, windows = jax.random.split(jax.random.key(0)), [random_windows(seed=i) for i in range(2)]
+    state = morel.init_model(jax.random.key(1), jnp.zeros((84, 84)), NETWORK, ARGS)
+    state = state._replace(members=[member_state(params), member_state(params)])
+    state, metrics = morel.update_model(state, windows, keys, NETWORK, ARGS)
+    for i in range(2):
+        alone = morel.update_member(member_state(params), windows[i], keys[i], NETWORK, ARGS)
+        jax.tree.map(np.testing.assert_array_equal, state.members[i], alone[0])
+        for name, value in alone[1].items():
+            assert metrics[name][i] == value
+    sums = {name: 3 * value for name, value in metrics.items()}
+    means = morel.mean_metrics(jax.device_get(sums), 3)
+    assert means["losses/total"] == pytest.approx(np.mean(metrics["losses/total"]))
+    assert morel.mean_metrics({"x": np.float32(6)}, 3) == {"x": 2}
+
+
+def test_the_best_parameters_are_kept_and_the_reference_tells_when_training_ends():
+    """A loss that is lower by less than 0.5% is a better one, but no improvement."""
+    init = {"members": [morel.MemberState(jnp.zeros(1), None, jnp.int32(0))], "best": []}
+    never = {"best_loss": jnp.float32(np.inf), "best_update": jnp.int32(0)}
+    state = morel.ModelState(**init, **never, reference=jnp.float32(np.inf), improved=jnp.int32(0))
+    improved, best = [], []
+    for update, loss in enumerate((100, 99.6, 99.4, 99.8, 98.8, 98.0), start=1):
+        members = [morel.MemberState(jnp.full(1, update), None, jnp.int32(update))]
+        state = morel.note_evaluation(state._replace(members=members), loss, update, ARGS)
+        improved.append(int(state.improved))
+        best.append(int(state.best_update))
+        assert state.best[0].tolist() == [best[-1]]
+    assert improved == [1, 1, 3, 3, 5, 6]
+    assert best == [1, 2, 3, 3, 5, 6]
+    assert float(state.best_loss) == 98
 
 
 def test_a_small_model_overfits_real_segments_and_beats_copying_the_last_frame():
@@ -262,10 +305,9 @@ def test_a_small_model_overfits_real_segments_and_beats_copying_the_last_frame()
         model_learning_rate=4e-3,
     )
     network = morel.make_world_model(num_actions, args)
-    params = morel.init_member(jax.random.key(0), network)
+    (params,) = morel.init_members(jax.random.key(0), network, 1)
     opt_state = morel.model_optimizer(args).init(params)
-    sums = {name: jnp.float32(0) for name in morel.MODEL_METRICS}
-    state = morel.ModelState(params, opt_state, jnp.int32(0), sums)
+    state = morel.MemberState(params, opt_state, jnp.int32(0))
     for _ in range(100):
         state, _ = morel.update_member(state, windows, jax.random.key(1), network, args)
 
@@ -283,32 +325,39 @@ def test_a_small_model_overfits_real_segments_and_beats_copying_the_last_frame()
 
 
 def lines(folder) -> list[dict]:
+    """The metrics of a run without the time that it took."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if k not in SPEED} for row in rows]
+    return [{k: v for k, v in x.items() if k.split("/")[0] not in TIMES} for x in rows]
 
 
 @pytest.fixture(scope="module")
-def trained(store, cache_dir, tmp_path_factory):
-    """A world model trained in this process: (its folder, a function that trains in a folder).
-
-    After it nothing catches Ctrl-C.
-    """
-    folder = tmp_path_factory.mktemp("run") / "world-model"
-    args, handlers = dataclasses.replace(ARGS, dataset=store.path), {}
+def train(path, store):
+    """Trains or loads the world model of the run in a folder, in this process."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
-    def train(folder):
+    def start(run_dir, overwrite=False, between=lambda run: None):
+        args = dataclasses.replace(ARGS, dataset=path, run_dir=run_dir, overwrite=overwrite)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(signal, "signal", handlers.__setitem__)
-            morel.train_world_model(args, store, NETWORK, mesh, folder)
+            patch.setattr(signal, "signal", lambda *_: None)
+            patch.setattr(morel, "FileLock", lambda path: NO_LOCK)
+            run = morel.Run(args, [args.seed], morel.describe(store))
+            between(run)
+            inputs = (run, store, morel.describe(store), NETWORK, mesh)
+            return morel.get_world_model(*inputs, dataclasses.replace(args, run_dir=None))
 
-    train(folder)
-    assert handlers[signal.SIGINT] is signal.default_int_handler
-    return folder, train
+    return start
 
 
-def test_a_world_model_leaves_its_folder(trained, capsys):
-    model, train = trained
+@pytest.fixture(scope="module")
+def trained(train, tmp_path_factory):
+    """The folder of a world model, and its members as training has returned them."""
+    run_dir = tmp_path_factory.mktemp("run") / "run"
+    members = train(run_dir)
+    return run_dir.with_name("run-world-model"), members
+
+
+def test_a_world_model_leaves_its_folder(trained, train):
+    model, members = trained
     assert (model / "world_model.png").read_bytes()[:4] == b"\x89PNG"
     written = lines(model)
     assert [x["update"] for x in written if "losses/total" in x] == [2, 4, 6, 8, 10, 12]
@@ -321,34 +370,112 @@ def test_a_world_model_leaves_its_folder(trained, capsys):
     assert written[-1]["final/heldout_total"] == best["heldout/total"]
     assert written[-1]["final/updates"] == 12
     before = (model / "metrics.jsonl").read_bytes()
-    train(model)  # is finished
+    loaded = train(model.with_name("run"))  # is finished
     assert (model / "metrics.jsonl").read_bytes() == before
+    jax.tree.map(np.testing.assert_array_equal, loaded, members)
+    assert morel.checksum(loaded) == morel.checksum(members)
 
 
-def test_kill_and_resume_give_the_numbers_of_a_whole_run(trained, script, store, tmp_path):
-    whole, train = trained
-    options = [*TINY.split(), "--dataset", store.path, "--run-dir", "killed"]
+def test_kill_and_resume_give_the_numbers_of_a_whole_run(trained, train, script, path, tmp_path):
+    whole, members = trained
+    options = [*TINY.split(), "--dataset", path, "--run-dir", "killed"]
     process = script("morel_atari.py", *options, wait=False)
     model = tmp_path / "killed-world-model"
-    while not (model / "checkpoints" / "4").exists():
+    while not (model / "checkpoints" / "4.msgpack").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     process.kill()
     process.wait()
-    assert not (model / "members").exists()
-    train(model)
+    assert not (model / "members.msgpack").exists()
+    resumed = train(tmp_path / "killed")
     assert len(json.loads((model / "config.json").read_text())["starts"]) == 2
     assert lines(model) == lines(whole)
+    jax.tree.map(np.testing.assert_array_equal, resumed, members)
+
+
+def test_a_kill_before_the_members_are_saved_leaves_no_line_twice(trained, train, tmp_path):
+    whole, members = trained
+    for name in ("run", "run-world-model"):
+        folder = whole.with_name(name)
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        for file in [x for x in folder.rglob("*") if x.is_file() and x.name != "members.msgpack"]:
+            (tmp_path / name / file.relative_to(folder)).write_bytes(file.read_bytes())
+    again = train(tmp_path / "run")
+    assert lines(tmp_path / "run-world-model") == lines(whole)
+    jax.tree.map(np.testing.assert_array_equal, again, members)
+
+
+def test_a_signal_stops_training_at_any_update_and_it_goes_on_exactly(
+    trained, train, tmp_path, monkeypatch, capsys
+):
+    whole, members = trained
+    updates, runs = [0], []
+
+    def interrupting(original, every):
+        def call(*inputs):
+            updates[0] += 1
+            if updates[0] % every == 0:
+                runs[-1].interrupt()  # the policy's run is asked to stop while the model's goes on
+            return original(*inputs)
+
+        return call
+
+    model_run = morel.ModelRun
+
+    def remember(*inputs):
+        runs.append(model_run(*inputs))
+        return runs[-1]
+
+    monkeypatch.setattr(morel, "ModelRun", remember)
+    monkeypatch.setattr(morel, "update_model", interrupting(morel.update_model, 3))
+    monkeypatch.setattr(morel, "evaluate_member", interrupting(morel.evaluate_member, 4))
+    stops = 0
+    while True:
+        try:
+            resumed = train(tmp_path / "run")
+            break
+        except SystemExit as end:
+            if end.code != 130:
+                raise
+            stops += 1
+    assert stops >= 3
+    assert "Stopped at update" in capsys.readouterr().err
+    assert lines(tmp_path / "run-world-model") == lines(whole)
+    jax.tree.map(np.testing.assert_array_equal, resumed, members)
+
+
+def test_overwrite_empties_both_folders_before_training_begins(trained, train, tmp_path):
+    """So that a policy never stands beside a world model from which it has not learned."""
+    run_dir = tmp_path / "run"
+    train(run_dir)
+    model = tmp_path / "run-world-model"
+    end = {"update": ARGS.total_updates, "seed": 0, "final/returns": [0.0]}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(end) + "\n")
+    with pytest.raises(SystemExit) as finished:
+        train(run_dir)
+    assert finished.value.code == 0
+
+    def stop(run):
+        run.stopping = True
+
+    with pytest.raises(SystemExit) as stopped:
+        train(run_dir, overwrite=True, between=stop)
+    assert stopped.value.code == 130
+    assert not (run_dir / "metrics.jsonl").exists()
+    assert not (model / "members.msgpack").exists()
+    assert lines(model) == []
+    train(run_dir)
+    assert lines(model) == lines(trained[0])
 
 
 def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trained, tmp_path):
-    model, _ = trained
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    load = partial(morel.load_world_model, network=NETWORK, sharding=sharding)
-    params = load(model, args=ARGS)
-    assert {x.shape[0] for x in jax.tree.leaves(params)} == {2}
+    model, members = trained
+    loaded = morel.load_world_model(model, ARGS)
+    for i in range(2):
+        expected = jax.tree.map(lambda x, i=i: x[i], members)
+        jax.tree.map(np.testing.assert_array_equal, loaded[i], expected)
     (tmp_path / "empty").mkdir()
-    for path, change, message in (
+    for folder, change, message in (
         (tmp_path / "nowhere", {}, "There is no trained world model in .*nowhere"),
         (tmp_path / "empty", {}, "There is no trained world model in .*empty"),
         (model, {"env_id": "Breakout"}, "a world model of Pong, not of Breakout"),
@@ -356,18 +483,23 @@ def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trai
         (model, {"clip_rewards": False}, "a world model with clip_rewards True: give"),
     ):
         with pytest.raises(SystemExit, match=message):
-            load(path, args=dataclasses.replace(ARGS, **change))
+            morel.load_world_model(folder, dataclasses.replace(ARGS, **change))
+    (tmp_path / "empty" / "config.json").write_bytes((model / "config.json").read_bytes())
+    content = (model / "members.msgpack").read_bytes()
+    (tmp_path / "empty" / "members.msgpack").write_bytes(content[:-1])
+    with pytest.raises(SystemExit, match=r"members\.msgpack is damaged"):
+        morel.load_world_model(tmp_path / "empty", ARGS)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"members": 0}, "--members is 0; give at least 2"),
-        ({"heldout_percent": 0.0}, "--heldout-percent is 0"),
-        ({"kl_balance": 1.5}, "--kl-balance must be from 0 to 1"),
-        ({"model_patience": 500}, "--model-patience 500 is less than --model-eval-every 1000"),
+        ({"heldout_percent": 0.0}, "--heldout-percent is 0.0; give more than 0"),
+        ({"kl_balance": 1.5}, "--kl-balance is 1.5; give at least 0 and at most 1"),
+        ({"kl_coef": -0.1}, "--kl-coef is -0.1; give at least 0"),
     ],
 )
 def test_bad_arguments_give_one_sentence(change, message):
     with pytest.raises(SystemExit, match=message):
-        morel.check_args(morel.Args(**change))
+        morel.check_args(morel.Args(**change), morel.RANGES)

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Fig. 4(a): ROSMO and MuZero Unplugged on MsPacman with 10% and 1% of the data.
+#   bash benchmark/figure4a.sh [--workers 8]
+# Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
+# Cost: 12 runs of one seed, 200,000 updates. Disk: 1 GB of data, 1.5 GB of runs.
+# Not measured; by the paper's footnote 3 a seed of Table 8's five methods takes 16 days of a V100.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python benchmark/run.py figure4a "$@"
+python benchmark/report.py figure4a "$@"

@@ -1,0 +1,526 @@
+"""Runs the cells of the paper's tables and figures that are missing.
+
+    python benchmark/run.py table1 --total-updates 50000
+    python benchmark/run.py table8 --env-ids Pong Breakout --workers 4
+    python benchmark/run.py table8 --launcher slurm --slurm partition=gpu time=1440
+    python benchmark/run.py table8 --dry-run
+
+A cell with a finished run below --runs is skipped, and a stopped run goes on. Further arguments are
+handed to those scripts of the item that have them (--channels 16). Every run has a log of its own;
+what failed is listed at the end. Ctrl-C lets all runs write their checkpoints.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import cloudpickle
+import numpy as np
+import submitit
+import tyro
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from paper import ITEMS, Item  # noqa: E402
+
+PYTHON = sys.executable
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    items: Annotated[tuple[str, ...], tyro.conf.Positional]  # tables and figures of the paper
+
+    # cells
+    methods: tuple[str, ...] | None = None  # some of the methods, as reports name them
+    seeds: tuple[int, ...] | None = None  # seeds of every cell [default: the paper's]
+    env_ids: tuple[str, ...] | None = None  # tasks or games, also others [default: the paper's]
+    total_updates: int | None = None  # updates of every run [default: the paper's]
+    runs: tuple[Path, ...] = (Path("runs"), Path("benchmark/results"))
+    """folders with runs; of two of a cell that share a seed, the one with more seeds counts"""
+
+    # how they are run
+    dry_run: bool = False  # print the commands, and run nothing
+    workers: int | None = None
+    """runs side by side: each has a GPU, or its share of the cores where there is no GPU [default:
+    one for each GPU, or one]; with SLURM, the most that run at a time"""
+    launcher: Literal["local", "slurm"] = "local"
+    """here, or as a SLURM job array that is put into the queue again when it is preempted"""
+    slurm: tuple[str, ...] = ()
+    """options of sbatch, such as partition=gpu time=1440 (in minutes) gpus_per_node=1"""
+    logs: Path = Path("runs/logs")  # folder of the logs, {item}/{run}.log
+
+
+# Reading runs
+# ------------
+
+# Arguments that tell two runs of a cell apart, or that change no number of a run.
+NOT_COMPARED = {
+    *("seed", "num_seeds", "log_every", "checkpoint_every", "run_dir", "overwrite", "track"),
+    *("data_dir", "loader_threads", "world_model"),
+}
+
+
+PARTS = ("compilation", "data", "update", "evaluation")
+
+
+class Run(NamedTuple):
+    folder: Path
+    config: dict
+    seeds: np.ndarray  # [seeds]
+    final: np.ndarray  # [seeds], mean return of the final evaluation
+    final_returns: np.ndarray  # [seeds, episodes]
+    updates: np.ndarray  # [evaluations]
+    returns: np.ndarray  # [seeds, evaluations, episodes]
+    hours: np.ndarray  # [seeds, evaluations], since the start, without known ones of evaluation
+    seconds: dict[str, float]  # of the parts of the work; old runs do not tell, and have zeros
+
+
+def read_run(folder: Path) -> Run | None:
+    """Reads the folder of a run; None if it is not finished."""
+    config = json.loads((folder / "config.json").read_text())
+    text = (folder / "metrics.jsonl").read_text()
+    lines = [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]  # whole ones
+    final = {x["seed"]: x for x in lines if "final/return_mean" in x}
+    first, count = config["args"]["seed"], config["args"].get("num_seeds", 1)
+    seeds = range(first, first + count)
+    if set(final) != set(seeds) or final[first]["update"] != config["args"]["total_updates"]:
+        return None
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for line in lines:
+        seconds = {part: seconds[part] + line.get(f"seconds/{part}", 0.0) for part in PARTS}
+        line["hours"] = (line.get("wall_time", np.nan) - seconds["evaluation"]) / 3600
+    curves = [[x for x in lines if x["seed"] == s and "eval/return_mean" in x] for s in seeds]
+    returns = [[x.get("eval/returns", [x["eval/return_mean"]]) for x in curve] for curve in curves]
+    return Run(
+        folder,
+        config,
+        np.array(seeds),
+        np.array([final[s]["final/return_mean"] for s in seeds]),
+        np.array([final[s]["final/returns"] for s in seeds]),
+        np.array([x["update"] for x in curves[0]]),
+        np.array(returns, float).reshape(count, len(curves[0]), -1),
+        np.array([[x["hours"] for x in curve] for curve in curves]),
+        seconds,
+    )
+
+
+def read_runs(folders: tuple[Path, ...]) -> list[Run]:
+    """All finished runs below the folders, those of the most seeds first."""
+    paths = [p.parent for folder in folders for p in sorted(folder.rglob("config.json"))]
+    runs = [read_run(path) for path in paths if (path / "metrics.jsonl").exists()]
+    return sorted((run for run in runs if run), key=lambda run: -len(run.final))
+
+
+def plain(args: Any) -> dict:
+    """Arguments as they stand in config.json."""
+    return json.loads(json.dumps(dataclasses.asdict(args), default=str))
+
+
+def different(run: Run, args: Any) -> dict[str, tuple]:
+    """Arguments of a run that are not those wanted: name -> (the run's, the wanted).
+
+    An argument that an old run does not know has its default, and what it knows besides the
+    script's arguments is ignored.
+    """
+    theirs, ours = plain(type(args)()) | run.config["args"], plain(args)
+    return {k: (theirs[k], ours[k]) for k in ours.keys() - NOT_COMPARED if theirs[k] != ours[k]}
+
+
+def find_runs(runs: list[Run], args: Any, seeds: tuple[int, ...] | None = None) -> list[Run]:
+    """Runs with these arguments of a script, and no seed twice; of `seeds` alone, if given."""
+    script, found = f"{type(args).__module__}.py", []
+    for run in runs:
+        if run.config["script"] != script or different(run, args):
+            continue
+        wanted = set(run.seeds) & set(run.seeds if seeds is None else seeds)
+        if wanted and not any(set(run.seeds) & set(other.seeds) for other in found):
+            found.append(run)
+    return found
+
+
+# Cells
+# -----
+
+
+def split_arguments(words: list[str], known: type) -> tuple[list[str], list[str]]:
+    """Splits a command line: the words of a tool's own arguments, and further ones."""
+    names = {f.name.replace("_", "-") for f in dataclasses.fields(known)} | {"help"}
+    own, further = [], []
+    target = own
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].removeprefix("no-").replace("_", "-")
+            target = own if name in names else further
+        target.append(word)
+    return own, further
+
+
+def script_args(item: Item, further: list[str]) -> dict[str, Any]:
+    """Arguments of each script of an item: the further ones that it has, and else its defaults."""
+    options = []
+    for word in further:
+        if word.startswith("--"):
+            options.append([])
+        options[-1].append(word)
+    parsed, used = {}, set()
+    own = {"env_id", "seed", "num_seeds", "run_dir", item.argument}
+    own |= {name for name, _ in item.common}
+    own -= {name for name in own if name and name.startswith(("log_", "eval_", "final_"))}
+    for script, arguments in item.methods.values():
+        module = importlib.import_module(script)
+        words = []
+        for option in options:
+            name = option[0][2:].partition("=")[0].removeprefix("no-").replace("-", "_")
+            if name in own | (arguments.keys() - {"total_updates"}):
+                advice = {"env_id": "--env-ids", "seed": "--seeds", "num_seeds": "--seeds"}
+                instead = f": give {advice[name]}" if name in advice else ""
+                raise SystemExit(f"{option[0]} is set by the item itself{instead}.")
+            if name in module.Args.__dataclass_fields__:
+                words += option
+                used.add(option[0])
+        parsed[script] = tyro.cli(module.Args, args=words)
+    if unknown := [option[0] for option in options if option[0] not in used]:
+        raise SystemExit(f"No script of this item has {', '.join(unknown)}.")
+    return parsed
+
+
+def cell_args(item: Item, args: Args, further: list[str]) -> Iterator[tuple]:
+    """Yields each cell and the arguments of its script, those of the first seed."""
+    parsed = script_args(item, further)
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in further if word[:2] == "--"}
+    for cell in item.cells(args.env_ids):
+        arguments = {k: v for k, v in cell.arguments.items() if k not in given}
+        updates = arguments.get("total_updates", item.total_updates)
+        arguments["total_updates"] = args.total_updates or updates
+        yield cell, dataclasses.replace(parsed[cell.script], **arguments)
+
+
+def get_items(args: Args) -> dict[str, Item]:
+    """The items that the arguments name."""
+    unknown = [name for name in args.items if name not in ITEMS]
+    if unknown or not args.items:
+        what = f"There is no {', '.join(unknown)}" if unknown else "Nothing is named"
+        raise SystemExit(f"{what}; the items are {', '.join(ITEMS)}.")
+    items = {name: ITEMS[name] for name in args.items}
+    for name, item in items.items() if args.methods else ():
+        if absent := set(args.methods) - item.methods.keys():
+            methods = ", ".join(map(repr, item.methods))
+            raise SystemExit(f"{name} has no {', '.join(absent)}; its methods are {methods}.")
+        methods = {k: v for k, v in item.methods.items() if k in args.methods}
+        items[name] = item._replace(methods=methods)
+    return items
+
+
+class Job(NamedTuple):
+    name: str
+    command: list[str]  # without the interpreter
+    after: str | None = None  # the job that makes what this one needs
+
+
+def command(args: Any) -> list[str]:
+    """The words with which a script is started: every argument that is not its default."""
+    path = ROOT / f"{type(args).__module__}.py"
+    words = [os.path.relpath(path), "--env-id", args.env_id, "--seed", str(args.seed)]
+    for field in dataclasses.fields(args):
+        name, value = f"--{field.name.replace('_', '-')}", getattr(args, field.name)
+        if field.name in ("env_id", "seed") or value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(name if value else f"--no-{name[2:]}")
+        else:
+            words += [name, str(value)]
+    return words
+
+
+def slug(*parts) -> str:
+    text = "-".join(str(part) for part in parts if part not in (None, ""))
+    return re.sub(r"[^\w.=+-]+", "-", text.replace(" = ", "="), flags=re.ASCII).strip("-")
+
+
+def stretches(seeds: list[int]) -> list[tuple[int, int]]:
+    """Seeds as stretches of consecutive ones, (first, number)."""
+    result = []
+    for seed in sorted(seeds):
+        if result and seed == sum(result[-1]):
+            result[-1] = (result[-1][0], result[-1][1] + 1)
+        else:
+            result.append((seed, 1))
+    return result
+
+
+def missing_jobs(
+    item: Item, runs: list[Run], args: Args, further: list[str]
+) -> tuple[list[Job], int]:
+    """The runs of an item that are missing, and how many runs there would be in all.
+
+    On BSuite one process trains all seeds of a cell, on Atari one.
+    """
+    jobs, total, folders = [], 0, {}
+    seeds = args.seeds or item.seeds
+    needed = {method for method, _ in item.needs.values()}
+    for cell, cell_arguments in cell_args(item, args, further):
+        found = find_runs(runs, cell_arguments, seeds)
+        done = {int(seed) for run in found for seed in run.seeds}
+        together = "num_seeds" in type(cell_arguments).__dataclass_fields__
+        groups = stretches if together else (lambda seeds: [(seed, 1) for seed in seeds])
+        total += len(groups([s for s in seeds if s in done]))
+        for first, count in groups([s for s in seeds if s not in done]):
+            more, after = {"seed": first} | ({"num_seeds": count} if together else {}), None
+            label = f"{item.argument}={cell.value}".replace("_", "-") if item.argument else None
+            last = f"-{first + count - 1}" if count > 1 else ""
+            name = slug(cell.method, cell.task, label, f"seed{'s' * (count > 1)}{first}{last}")
+            if cell.method in needed:  # its folder must be known beforehand
+                variant = slug(cell.task, *(word.strip("-") for word in further))
+                more["run_dir"] = Path("runs", cell.script, variant, f"seed{first}")
+                folders[cell.method, cell.task, first] = (name, more["run_dir"])
+            if cell.method in item.needs:
+                method, argument = item.needs[cell.method]
+                after, folder = folders.get((method, cell.task, first), (None, None))
+                if folder is None:  # of a finished run
+                    found = [
+                        run.folder
+                        for other, other_args in cell_args(item, args, further)
+                        if (other.method, other.task) == (method, cell.task)
+                        for run in find_runs(runs, other_args, (first,))
+                    ]
+                    folder = next(iter(found), None)
+                more |= {argument: Path(f"{folder}-world-model")} if folder else {}
+            words = command(dataclasses.replace(cell_arguments, **more))
+            jobs.append(Job(name, words, after))
+            total += 1
+    return jobs, total
+
+
+# Running them
+# ------------
+
+
+class Command:
+    """What a job does: a script with its output in a log. Whoever ends the job ends the script.
+
+    A script that gets SIGTERM writes a checkpoint and ends, and the same command goes on.
+    """
+
+    def __init__(self, words, log, gpu=None, cores=None, lock=None):
+        self.words, self.log, self.cores = words, Path(log).absolute(), cores
+        self.lock, self.folder = lock, os.getcwd()
+        self.visible = os.environ.get("CUDA_VISIBLE_DEVICES") if gpu is None else gpu
+        self.pid, self.stopped = None, False
+
+    def __call__(self) -> None:
+        signal.signal(signal.SIGTERM, self.stop)
+        environment = dict(os.environ)
+        if self.lock:  # submitit's local executor hides all GPUs
+            environment.pop("CUDA_VISIBLE_DEVICES", None)
+            environment |= {"CUDA_VISIBLE_DEVICES": self.visible} if self.visible else {}
+        if self.cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, self.cores)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                self.words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=self.folder,
+                start_new_session=True,  # a Ctrl-C on the terminal is not for it
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+            )
+        self.pid = process.pid
+        while process.poll() is None:
+            if not self.stopped and not self.is_wanted():
+                self.stop()
+            time.sleep(0.2)
+        if process.returncode:
+            raise RuntimeError(f"status {process.returncode}")
+
+    def is_wanted(self) -> bool:
+        """Whether run.py still holds its lock: it lets go when it stops, and when it dies."""
+        if self.lock is None:
+            return True
+        try:
+            with FileLock(self.lock, blocking=False):
+                return False
+        except Timeout:
+            return True
+
+    def stop(self, *_) -> None:
+        self.stopped = True
+        if self.pid:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """submitit calls it in a signal handler when SLURM is about to end the job."""
+        self.stop()
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self.pid, self.stopped = None, False
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def visible_gpus() -> list[str]:
+    """Those that runs may have, found without a GPU being taken."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        visible = subprocess.run(query, capture_output=True, text=True).stdout.replace("\n", ",")
+    return [x.strip() for x in (visible or "").split(",") if x.strip() not in ("", "-1")]
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return next((line.strip() for line in lines[::-1] if line.strip()), "it wrote nothing")
+
+
+def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> None:
+    """Runs the jobs, some side by side. Ends the program if one fails or a signal comes."""
+    gpus = visible_gpus()
+    workers = args.workers or len(gpus) or 1
+    if gpus and workers > len(gpus):
+        raise SystemExit(f"--workers {workers}: there are {len(gpus)} GPUs, one for each run.")
+    get_cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    cores = sorted(get_cores(0))
+    jobs_folder = logs.absolute() / f"submitit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    jobs_folder.mkdir(parents=True)
+    lock = FileLock(jobs_folder / "lock")  # the runs go on as long as it is held
+    lock.acquire()
+    executor = submitit.LocalExecutor(jobs_folder)
+    executor.update_parameters(timeout_min=60 * 24 * 365, stderr_to_stdout=True)
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+    waiting, running, ended = list(jobs), {}, {}  # by slot: (job, submitit's), by name: error
+    done = total - len(jobs)
+    bar = tqdm(total=total, initial=done, unit="run", disable=not sys.stderr.isatty())
+
+    def say(text: str) -> None:
+        if bar.disable:
+            print(f"[{done + len(ended)} of {total}] {text}", flush=True)
+        else:
+            bar.write(text)
+
+    def ready() -> Job | None:
+        """The next job whose needs are there; what lacks them for good has failed."""
+        for job in list(waiting):
+            if ended.get(job.after):
+                waiting.remove(job)
+                ended[job.name] = f"not started, as {job.after} failed"
+                bar.update()
+            elif job.after is None or job.after in ended:
+                waiting.remove(job)
+                return job
+        return None
+
+    try:
+        while running or (waiting and not signals):
+            for slot in range(workers):
+                if slot in running or signals or not (job := ready()):
+                    continue
+                share = set(cores[slot % len(cores) :: workers])
+                task = Command(
+                    [PYTHON, *job.command],
+                    logs / f"{job.name}.log",
+                    gpus[slot] if gpus else None,
+                    share if workers > 1 and not gpus else None,
+                    jobs_folder / "lock",
+                )
+                handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+                running[slot] = job, executor.submit(task)
+                signal.signal(signal.SIGINT, handler)
+                say(f"started  {job.name}")
+            for slot, (job, started) in list(running.items()):
+                if started.done():
+                    error = started.exception() and last_line(logs / f"{job.name}.log")
+                    ended[job.name] = error
+                    del running[slot]
+                    bar.update()
+                    how = "finished" if not error else "stopped" if signals else "failed"
+                    say(f"{how:8} {job.name}")
+            if signals and lock.is_locked:
+                say(f"Stopping {len(running)} run(s), which write their checkpoints.")
+                lock.release()
+            time.sleep(0.2)
+    finally:
+        lock.release()
+        bar.close()
+    shutil.rmtree(jobs_folder, ignore_errors=True)
+    if signals:
+        left = len(waiting) + sum(error is not None for error in ended.values())
+        print(f"Stopped with {left} run(s) to do; the same command goes on.", file=sys.stderr)
+        raise SystemExit(130)
+    if failed := {name: error for name, error in ended.items() if error}:
+        print(f"{len(failed)} of {len(jobs)} run(s) failed:", file=sys.stderr)
+        for name, error in failed.items():
+            print(f"  {logs / name}.log: {error}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def submit(jobs: list[Job], args: Args, logs: Path, item: str) -> None:
+    """Hands the jobs to SLURM: an array, and one after it for those that need the first."""
+    if not shutil.which("sbatch"):
+        raise SystemExit("--launcher slurm needs sbatch: start this on a host that submits jobs.")
+    executor = submitit.SlurmExecutor(logs / "submitit", max_num_timeout=1000)
+    atari = any("_atari.py" in job.command[0] for job in jobs)
+    options = {"job_name": item, "time": 24 * 60, "cpus_per_task": 8 if atari else 2}
+    options |= {"gpus_per_node": 1} if atari else {}
+    for option in args.slurm:
+        name, _, value = option.partition("=")
+        options[name.replace("-", "_")] = int(value) if value.isdigit() else value or True
+    known = submitit.SlurmExecutor._valid_parameters()
+    extra = {k: options.pop(k) for k in list(options) if k not in known} | {"requeue": True}
+    options |= {"array_parallelism": args.workers} if args.workers else {}
+    options |= {"signal_delay_s": 120, "stderr_to_stdout": True}
+    executor.update_parameters(**options, additional_parameters=extra)
+    before = None
+    for wave in ([job for job in jobs if not job.after], [job for job in jobs if job.after]):
+        if not wave:
+            continue
+        if before:  # a script says so itself if what it needs is not there
+            executor.update_parameters(dependency=f"afterany:{before}")
+        with executor.batch():
+            tasks = [
+                executor.submit(Command([PYTHON, *job.command], logs / f"{job.name}.log"))
+                for job in wave
+            ]
+        before = tasks[0].job_id.partition("_")[0]
+        print(f"Submitted job {before} of {len(wave)} run(s): squeue -j {before}, logs in {logs}.")
+
+
+def main(args: Args, further: list[str]) -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs need no path to this file
+    items, runs, planned = get_items(args), read_runs(args.runs), set()
+    for name, item in items.items():
+        jobs, total = missing_jobs(item, runs, args, further)
+        jobs = [job for job in jobs if tuple(job.command) not in planned]  # items may share cells
+        planned |= {tuple(job.command) for job in jobs}
+        if args.dry_run:
+            for job in jobs:
+                print(shlex.join(["python", *job.command]))
+            continue
+        print(f"{name}: {total - len(jobs)} of {total} runs are finished.", flush=True)
+        logs = args.logs / (item.of or name)
+        if jobs and args.launcher == "slurm":
+            submit(jobs, args, logs, name)
+        elif jobs:
+            run_here(jobs, total, args, logs)
+
+
+if __name__ == "__main__":
+    own, further = split_arguments(sys.argv[1:], Args)
+    main(tyro.cli(Args, args=own, description=__doc__), further)

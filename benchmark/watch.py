@@ -1,0 +1,107 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#   "ale-py==0.12.1", "filelock==4.3.1", "flax==0.12.8", "gymnasium==1.4.0", "jax==0.10.2",
+#   "matplotlib==3.11.2", "mctx==0.0.71", "numpy==2.4.6", "opencv-python-headless==5.0.0.93",
+#   "optax==0.2.8", "tqdm==4.70.1", "tyro==1.0.17", "zstandard==0.25.0",
+# ]
+# ///
+"""Plays one episode with the agent of an Atari run and writes it to video.mp4 in the run's folder.
+
+python benchmark/watch.py runs/rosmo_atari/MsPacman/seed0
+python benchmark/watch.py runs/rosmo_atari/MsPacman/seed0 --greedy --seed 3
+"""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # one frame at a time is no work for an accelerator
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cv2
+import jax
+import numpy as np
+import tyro
+from flax import serialization
+
+
+@dataclass(frozen=True)
+class Args:
+    run: Annotated[Path, tyro.conf.Positional]  # folder of the run
+    greedy: bool = False  # take the most probable action
+    seed: int = 0  # seed of the game and of the actions
+    out: Path | None = None  # file to write instead of video.mp4 in the run's folder
+
+
+def load_agent(run: Path) -> tuple[ModuleType, str, Callable]:
+    """The script of a run, its game, and its agent as of the last checkpoint.
+
+    The agent is act(observations, key, greedy): uint8 [E, 84, 84, 4] and a key -> actions [E].
+    """
+    try:
+        config = json.loads((run / "config.json").read_text())
+        paths = {int(path.stem): path for path in run.glob("checkpoints/*.msgpack")}
+        content = paths[max(paths)].read_bytes()[4:]  # after its CRC-32
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{run} is no run with a checkpoint ({error}).") from None
+    if not config["script"].endswith("_atari.py"):
+        raise SystemExit(f"{run} is a run of {config['script']}; only Atari has pictures.")
+    script = importlib.import_module(config["script"].removesuffix(".py"))
+    known = {field.name for field in fields(script.Args)} & set(config["args"])
+    args = script.Args(**{name: config["args"][name] for name in known})
+    num_actions = int(script.make_env(args.env_id, 1).single_action_space.n)
+    params = serialization.msgpack_restore(content)["state"]["params"]
+    network = script.make_network(num_actions, args)
+    return script, args.env_id, partial(script.act, params, network=network, args=args)
+
+
+def record(
+    act: Callable, make_env: Callable, env_id: str, seed: int, greedy: bool, path: Path
+) -> float:
+    """Plays one episode, writes what the screen shows to `path` (mp4), and returns its return."""
+    # The screen comes from a twin in colour: same seed and actions, so it plays the same episode.
+    env = make_env(env_id, 1)
+    twin = make_env(env_id, 1, grayscale=False, img_height=210, img_width=160)
+    key = jax.random.key(seed)
+    (observations, _), (screen, _) = env.reset(seed=seed), twin.reset(seed=seed)
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"vp09"), 15, (320, 420))
+    if not video.isOpened():
+        raise SystemExit(f"{path} cannot be written; give another --out.")
+    total, running = 0.0, True
+    while running:
+        picture = cv2.resize(screen[0, -1], (320, 420), interpolation=cv2.INTER_NEAREST)
+        video.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        act_key, key = jax.random.split(key)
+        stack = np.ascontiguousarray(observations.transpose(0, 2, 3, 1))
+        actions = np.asarray(act(stack, act_key, greedy=greedy), np.int32)
+        observations, rewards, terminated, truncated, _ = env.step(actions)
+        screen, *_ = twin.step(actions)
+        total, running = total + float(rewards[0]), not (terminated[0] or truncated[0])
+    video.release()
+    return total
+
+
+def main(args: Args) -> None:
+    if not 0 <= args.seed < 2**31:
+        raise SystemExit(f"--seed is {args.seed}; give one from 0 to {2**31 - 1}.")
+    run = args.run.expanduser()
+    script, env_id, act = load_agent(run)
+    path = (args.out or run / "video.mp4").expanduser()
+    episode_return = record(act, script.make_env, env_id, args.seed, args.greedy, path)
+    print(f"{path}: an episode of {env_id}, return {episode_return:g}.")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        print("Stopped; the video is not whole.", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,230 @@
+"""What several test files need: names, small runs, random inputs and small datasets."""
+
+import importlib
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+ATARI = sorted(path.stem for path in ROOT.glob("*_atari.py"))
+BSUITE = sorted(path.stem for path in ROOT.glob("*_bsuite.py"))
+SCRIPTS = ATARI + BSUITE
+BASELINES = ("bc", "crr", "cql")
+LOSSES = {"rosmo": "rosmo_loss", "muzero_unplugged": "muzero_loss"}
+LOSSES |= {name: f"{name}_loss" for name in BASELINES}
+
+# Runs
+# ----
+# The episodes of Asterix are the shortest of all games.
+TINY_ATARI = "--env-id Asterix --channels 4 --batch-size 4 --log-every 2 --eval-every 4 "
+TINY_ATARI += "--checkpoint-every 4 --total-updates 8 --eval-episodes 1 --final-eval-episodes 1"
+TINY_BSUITE = "--env-id catch --num-seeds 2 --batch-size 16 --log-every 10 --eval-every 20 "
+TINY_BSUITE += "--checkpoint-every 40 --total-updates 120 --final-eval-episodes 3"
+SHORT = ["--unroll-steps", 1, "--td-steps", 1]
+WORLD_MODEL = "--members 2 --deter 16 --hidden 16 --latents 4 --classes 4 --depth 2 --head-units 16"
+WORLD_MODEL += " --model-length 6 --model-batch-size 2 --model-updates 2 --model-eval-every 2"
+WORLD_MODEL += " --model-eval-batches 8 --heldout-percent 30"
+IMAGINED = "--rollout-length 4 --minibatches 2 --epochs 1 --horizon 3 --starts 2 --halt-batches 1"
+IMAGINED += " --bc-updates 2 --bc-batch-size 4"
+ROLLOUTS = "--rollout-every 3 --rollout-starts 4 --rollout-length 3 --rollout-generations 2"
+LESS = {
+    "rosmo_atari": SHORT,
+    "muzero_unplugged_atari": [*SHORT, "--num-simulations", 2],
+    "morel_atari": [*WORLD_MODEL.split(), *IMAGINED.split()],
+    "combo_atari": [*WORLD_MODEL.split(), *ROLLOUTS.split()],
+}
+
+
+def tiny(name: str) -> list:
+    """Arguments with which a run of the script takes seconds; they lack --dataset."""
+    if name.endswith("_bsuite"):
+        return TINY_BSUITE.split()
+    bins = [] if name in ("bc_atari", "morel_atari") else ["--num-bins", 21]
+    return [*TINY_ATARI.split(), *bins, *LESS.get(name, [])]
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The metrics of a run without the times that it took."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    timed = lambda key: key == "wall_time" or key.startswith("seconds/")  # noqa: E731
+    return [{k: v for k, v in row.items() if not timed(k)} for row in rows]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))
+
+
+def assert_close(ours: list[dict], theirs: list[dict]) -> None:
+    """Metrics of the same run, but for the order in which numbers are added up."""
+    import pytest
+
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if key.startswith(("losses/", "charts/")):
+                assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), key
+
+
+# Inputs
+# ------
+
+
+def with_noise(params, seed: int, scale: float = 0.1):
+    """Parameters with heads that are not zero, so that every gradient can flow."""
+    import jax
+
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    return tree.unflatten([x + scale * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
+
+
+def random_steps(batch_size: int, length: int, seed: int = 0, num_actions: int = 3):
+    """BSuite's windows on catch with all kinds of ends in all kinds of places."""
+    import rosmo_bsuite
+
+    rng = np.random.default_rng(seed)
+    shape = (batch_size, length)
+    is_last = rng.random(shape) < 0.25
+    return rosmo_bsuite.Steps(
+        rng.normal(size=(*shape, 10, 5)).astype(np.float32),
+        rng.integers(0, num_actions, shape).astype(np.int32),
+        rng.normal(size=shape).astype(np.float32) * ~is_last,
+        is_last,
+        is_last & (rng.random(shape) < 0.6),
+    )
+
+
+def random_batch(batch_size: int, length: int, seed: int = 0, num_actions: int = 4):
+    """The same on Atari."""
+    import rosmo_atari
+
+    rng = np.random.default_rng(seed)
+    shape = (batch_size, length)
+    is_last = rng.random(shape) < 0.2
+    return rosmo_atari.Batch(
+        frames=rng.integers(0, 256, (batch_size, 3 + length, 84, 84), dtype=np.uint8),
+        history=rng.integers(0, 4, shape).astype(np.uint8),
+        action=rng.integers(0, num_actions, shape).astype(np.int32),
+        reward=rng.normal(size=shape).astype(np.float32),
+        is_last=is_last,
+        is_terminal=is_last & (rng.random(shape) < 0.6),
+    )
+
+
+def two_hot_cross_entropy(value: float, logits) -> float:
+    """-Σ φ(h(value)) log softmax(logits), in plain numbers."""
+    from scipy.special import log_softmax
+
+    y = math.copysign(math.sqrt(abs(value) + 1) - 1, value) + 0.001 * value
+    zero = (len(logits) - 1) // 2
+    y, log_probs = min(max(y, -zero), zero), log_softmax(np.asarray(logits, float))
+    low = min(math.floor(y), zero - 1)
+    return -((low + 1 - y) * log_probs[low + zero] + (y - low) * log_probs[low + 1 + zero])
+
+
+# Datasets
+# --------
+
+
+def write_catch_dataset(path: Path, num_episodes: int, seed: int = 0) -> Path:
+    """Random play on catch in the format of benchmark/collect_bsuite.py."""
+    from bsuite.environments.catch import Catch
+
+    environment, rng = Catch(seed=seed), np.random.default_rng(seed)
+    steps = {name: [] for name in ("observation", "action", "reward", "is_last")}
+    for _ in range(num_episodes):
+        timestep = environment.reset()
+        while True:
+            last = timestep.last()
+            action = 0 if last else int(rng.integers(3))
+            steps["observation"].append(timestep.observation)
+            steps["action"].append(action)
+            steps["is_last"].append(last)
+            timestep = None if last else environment.step(action)
+            steps["reward"].append(0.0 if last else timestep.reward)
+            if last:
+                break
+    arrays = {name: np.asarray(x) for name, x in steps.items()}
+    arrays["observation"] = arrays["observation"].astype(np.float32)
+    arrays["action"] = arrays["action"].astype(np.int32)
+    arrays["reward"] = arrays["reward"].astype(np.float32)
+    arrays["is_first"] = np.roll(arrays["is_last"], 1)
+    arrays["is_terminal"] = arrays["is_last"]
+    header = json.dumps({"schema": 1, "env_id": "catch", "noise": 0.0})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, header=np.array(header), **arrays)
+    return path
+
+
+def write_store(path: Path, env_id: str, episodes: list[dict], num_actions: int, **meta) -> Path:
+    """A store of format 2; the episodes are those of benchmark/prepare_atari.py's write_store."""
+    import prepare_atari
+
+    meta = {"source": "dqn", "percent": 100.0, "steps_per_checkpoint": 100} | meta
+    meta |= {"env_id": env_id, "num_actions": num_actions}
+    meta |= {"rom_sha256": prepare_atari.rom_digest(env_id)}
+    prepare_atari.write_store(path, meta, episodes)
+    return path
+
+
+def open_store(path: Path, env_id: str, percent: float = 100.0):
+    import rosmo_atari
+
+    return rosmo_atari.open_store(
+        rosmo_atari.Args(env_id=env_id, dataset=path, data_percent=percent)
+    )
+
+
+def random_episode(rng: np.random.Generator, length: int, num_actions: int, **more) -> dict:
+    """An episode of random frames for write_store."""
+    reward = rng.normal(size=length).astype(np.float32)
+    reward[-1] = 0
+    frames = rng.integers(0, 256, (length, 84, 84), dtype=np.uint8)
+    action = rng.integers(0, num_actions, length)
+    return {"frames": frames, "action": action, "reward": reward} | more
+
+
+# Scripts
+# -------
+
+
+def script_and_args(name: str, **settings):
+    """A script's module and its arguments, with those of the settings that it has."""
+    module = importlib.import_module(name)
+    fields = module.Args.__dataclass_fields__
+    return module, module.Args(**{k: v for k, v in settings.items() if k in fields})
+
+
+def make_params(module, network, seed: int, scale: float = 0.1):
+    """Random parameters of a script's network without a head of zeros."""
+    import jax
+    import jax.numpy as jnp
+
+    atari = module.__name__.endswith("_atari")
+    inputs = [jnp.zeros((84, 84, 4), jnp.uint8) if atari else jnp.zeros((10, 5))]
+    inputs += [jnp.int32(0)] if module.__name__.startswith(("rosmo", "muzero")) else []
+    params = jax.jit(network.init)(jax.random.key(seed), *inputs)
+    return with_noise(params, seed, scale)
+
+
+def train_seeds(module, steps, args, network, seeds: list[int], num_updates: int):
+    """A BSuite script's states [seeds] and the sums of its metrics after some updates."""
+    import jax
+    import jax.numpy as jnp
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(module.AxisType.Auto,))
+    by_device = module.NamedSharding(mesh, module.P("data"))
+    states = [
+        module.init_state(jax.random.key(s), network, steps.observation[0], args) for s in seeds
+    ]
+    states = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    keys = jnp.stack([jax.random.key(s) for s in seeds])
+    data = keys, steps, *module.window_starts(steps.is_last, args.data_percent, seeds)
+    options = {"network": network, "args": args, "by_device": by_device}
+    _, sums = jax.eval_shape(partial(module.update_seeds, **options), states, *data)
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    return module.train(num_updates, states, sums, data, **options)

@@ -1,0 +1,336 @@
+"""The runs of an item: which are missing, how they are started, stopped and handed to SLURM.
+
+A stand-in for the Python interpreter takes the scripts' place, so that a run takes no time.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import paper
+import pytest
+import run
+from conftest import ROOT
+from test_report import write_run
+
+# Writes its words down and ends; fails on mountain_car; goes on after a signal only.
+STAND_IN = """#!/bin/bash
+trap 'echo saved >> {0}/saved; exit 130' TERM
+echo "$@" >> {0}/commands
+echo "$CUDA_VISIBLE_DEVICES" >> {0}/devices
+echo "it says something"
+case "$*" in *mountain_car*) echo "it says why"; exit 1;; esac
+[ -e {0}/wait ] && [ ! -e {0}/saved ] && while true; do sleep 0.05; done
+exit 0
+"""
+DRIVER = "import run, sys, tyro; run.PYTHON = sys.argv.pop(1); "
+DRIVER += "own, more = run.split_arguments(sys.argv[1:], run.Args); "
+DRIVER += "run.main(tyro.cli(run.Args, args=own), more)"
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "python"
+    path.write_text(STAND_IN.format(tmp_path))
+    path.chmod(0o755)
+    monkeypatch.setattr(run, "PYTHON", str(path))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield path
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def start(*words, **options) -> None:
+    """run.py in this process; a stopped or failed one raises SystemExit."""
+    own, further = run.split_arguments([*map(str, words)], run.Args)
+    run.main(run.tyro.cli(run.Args, args=own), further)
+
+
+def process(stand_in: Path, *words) -> subprocess.Popen:
+    """run.py as a process, whose runs the stand-in is."""
+    command = [sys.executable, "-c", DRIVER, str(stand_in), *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmark")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+
+def wait_for(path: Path, lines: int = 1) -> list[str]:
+    for _ in range(600):
+        if path.exists() and len(path.read_text().splitlines()) >= lines:
+            return path.read_text().splitlines()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} does not come")
+
+
+@pytest.mark.parametrize("name", paper.ITEMS)
+def test_dry_run_prints_the_commands_of_every_item(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    start(name, "--dry-run", "--runs", tmp_path)
+    lines, item = capsys.readouterr().out.splitlines(), paper.ITEMS[name]
+    seeds = 1 if item.tasks[0] in paper.TASKS else len(item.seeds)
+    assert len(lines) == len(set(lines)) == len(list(item.cells())) * seeds
+    assert all(line.startswith("python ") and ".py --env-id " in line for line in lines)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_commands_printed_are_those_run(stand_in, tmp_path, capsys):
+    words = ["table1", "--total-updates", 7, "--seeds", 0, 1, "--methods", "ROSMO"]
+    words += ["--batch-size", 64, "--workers", 2]
+    start(*words, "--dry-run")
+    printed = [shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()]
+    start(*words)
+    done = [line.split() for line in (tmp_path / "commands").read_text().splitlines()]
+    assert sorted(done) == sorted(printed)
+    assert len(done) == 4
+    assert all("--batch-size 64" in " ".join(x) and "--num-seeds 2" in " ".join(x) for x in done)
+    out = capsys.readouterr().out
+    assert "table1: 0 of 4 runs are finished." in out
+    assert "[4 of 4] finished" in out
+    logs = sorted((tmp_path / "runs/logs/table1").glob("*.log"))
+    names = [f"ROSMO-catch-noise={noise}-seeds0-1.log" for noise in (0.0, 0.1, 0.3, 0.5)]
+    assert [path.name for path in logs] == names
+    assert all(path.read_text() == "it says something\n" for path in logs)
+    assert not list((tmp_path / "runs/logs/table1").glob("submitit*"))
+
+
+def test_one_that_fails_does_not_stop_the_others(stand_in, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        start("table2", "--methods", "BC", "--total-updates", 7)
+    assert end.value.code == 1
+    assert len((tmp_path / "commands").read_text().splitlines()) == 3
+    out, err = capsys.readouterr()
+    assert out.count("finished BC") == 2
+    assert "failed   BC-mountain_car-seeds0-4" in out
+    assert err.splitlines() == [
+        "1 of 3 run(s) failed:",
+        "  runs/logs/table2/BC-mountain_car-seeds0-4.log: it says why",
+    ]
+
+
+def test_every_run_has_a_gpu_of_its_own(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "visible_gpus", lambda: ["3", "7"])
+    start("table2", "--methods", "BC", "CRR", "--env-ids", "catch", "--total-updates", 7)
+    assert sorted((tmp_path / "devices").read_text().split()) == ["3", "7"]
+    with pytest.raises(SystemExit, match="--workers 3: there are 2 GPUs"):
+        start("table2", "--workers", 3)
+
+
+def test_gpus_are_found_without_taking_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert run.visible_gpus() == []
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert run.visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert run.visible_gpus() == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 0\necho 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert run.visible_gpus() == ["0", "1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_one_goes_on(stand_in, tmp_path, number):
+    """Its runs write their checkpoints, also when it is killed. Ctrl-C is for the whole session."""
+    (tmp_path / "wait").touch()
+    words = ["table2", "--methods", "BC", "--env-ids", "catch", "cartpole", "--total-updates", 7]
+    first = process(stand_in, *words)
+    wait_for(tmp_path / "commands")
+    (os.killpg if number == signal.SIGINT else os.kill)(first.pid, number)
+    out, err = first.communicate(timeout=30)
+    assert wait_for(tmp_path / "saved") == ["saved"]
+    assert len((tmp_path / "commands").read_text().splitlines()) == 1
+    if number != signal.SIGKILL:
+        assert first.returncode == 130
+        assert "Stopping 1 run(s), which write their checkpoints." in out
+        assert "Stopped with 2 run(s) to do; the same command goes on." in err
+    again = process(stand_in, *words)
+    out, err = again.communicate(timeout=60)
+    assert again.returncode == 0, err
+    lines = (tmp_path / "commands").read_text().splitlines()
+    assert len(lines) == 3
+    assert lines[0] == lines[1] != lines[2]
+
+
+def test_finished_seeds_are_not_run_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    write_run(tmp_path / "a", "bc_bsuite", [1.0, 1.0], seed=2)
+    write_run(tmp_path / "b", "bc_bsuite", [1.0], seed=0, batch_size=64)  # another cell
+    words = ["table2", "--methods", "BC", "--env-ids", "catch", "--dry-run", "--runs", tmp_path]
+    start(*words, "--total-updates", 2000)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "--seed 0 --num-seeds 2 " in first
+    assert "--seed 4 --num-seeds 1 " in second
+    start(*words, "--total-updates", 2000, "--seeds", 2, 3)
+    assert capsys.readouterr().out == ""
+    write_run(tmp_path / "c", "bc_atari", [1.0], env_id="Pong", seed=1)
+    words = ["table8", "--methods", "BC", "--env-ids", "Pong", "--dry-run", "--runs", tmp_path]
+    start(*words, "--total-updates", 2000)
+    seeds = [line.split("--seed ")[1][0] for line in capsys.readouterr().out.splitlines()]
+    assert seeds == ["0", "2"]
+
+
+def test_items_share_cells(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    start("table8", "figure3", "--dry-run", "--runs", tmp_path, "--env-ids", "Pong", "--seeds", 0)
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_further_arguments_reach_the_scripts_that_have_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = ["table8", "--dry-run", "--runs", tmp_path, "--env-ids", "Pong", "--seeds", 0]
+    start(*words, "--num-bins", 21, "--eval-greedy", "--no-clip-rewards")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("--num-bins 21" in line for line in lines) == 4  # not BC
+    assert sum("--no-clip-rewards" in line for line in lines) == 2  # CRR and CQL
+    assert all("--eval-greedy" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["table9"], "There is no table9; the items are table1, table2, figure2a"),
+        ([], "Nothing is named; the items are"),
+        (["table8", "--chanels", "3"], "No script of this item has --chanels"),
+        (["figure2a", "--data-percent", "5"], "--data-percent is set by the item itself"),
+        (["table2", "--num-seeds", "3"], "--num-seeds is set by the item itself: give --seeds"),
+        (["table2", "--methods", "PPO"], "table2 has no PPO; its methods are 'BC', 'CRR'"),
+        (["figure4d", "--policy-coef", "2"], "--policy-coef is set by the item itself"),
+        (["table8", "--run-dir", "x"], "--run-dir is set by the item itself"),
+    ],
+)
+def test_wrong_words_end_in_a_sentence(tmp_path, words, message):
+    with pytest.raises(SystemExit, match=message):
+        start(*words, "--dry-run", "--runs", tmp_path)
+
+
+def test_combo_waits_for_morel_and_takes_its_world_model(stand_in, tmp_path, capsys):
+    words = ["table7", "--methods", "COMBO", "MOReL", "--seeds", 0, "--total-updates", 7]
+    start(*words, "--workers", 2)
+    first, second = (tmp_path / "commands").read_text().splitlines()
+    folder = "runs/morel_atari/MsPacman/seed0"
+    assert "morel_atari.py" in first
+    assert f"--run-dir {folder}" in first
+    assert "combo_atari.py" in second
+    assert f"--world-model {folder}-world-model" in second
+    assert "[1 of 2] finished MOReL-MsPacman-seed0" in capsys.readouterr().out
+    start("table7", "--methods", "COMBO", "--seeds", 0, "--dry-run")
+    assert "--world-model" not in capsys.readouterr().out  # it makes one
+    write_run(tmp_path / "runs" / "mine", "morel_atari", [1.0], total_updates=2000)
+    start(*words[:-1], 2000, "--dry-run")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "--world-model runs/mine-world-model" in line
+
+
+SLURM = {
+    "sbatch": 'cp "$1" {0}/script; echo "Submitted batch job 42"',
+    "srun": "echo $$ > {0}/pid; while [[ $1 == --* ]]; do [ $1 = --output ] && shift; shift; done; "
+    'exec "$@"',
+    "scontrol": "echo $@ >> {0}/requeued",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Stand-ins for SLURM's programs. Returns what starts a task of the submitted array."""
+    (tmp_path / "bin").mkdir()
+    for name, text in SLURM.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text.format(tmp_path)}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    def task(index: int) -> subprocess.Popen:
+        names = {"SLURM_JOB_ID": 43 + index, "SLURM_ARRAY_JOB_ID": 42, "SLURM_ARRAY_TASK_ID": index}
+        names |= {"SLURM_NTASKS": 1, "SLURM_JOB_NUM_NODES": 1, "SLURM_NODEID": 0}
+        names |= {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_JOB_NODELIST": "localhost"}
+        environment = os.environ | {k: str(v) for k, v in names.items()}
+        return subprocess.Popen(["bash", tmp_path / "script"], env=environment)
+
+    return task
+
+
+def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, capsys):
+    words = ["table8", "--methods", "BC", "--env-ids", "Pong", "--total-updates", 7]
+    words += ["--launcher", "slurm", "--workers", 2, "--slurm", "partition=gpu", "time=600"]
+    start(*words, "qos=low")
+    assert "Submitted job 42 of 3 run(s): squeue -j 42" in capsys.readouterr().out
+    script = (tmp_path / "script").read_text()
+    for line in ("array=0-2%2", "requeue", "partition=gpu", "time=600", "signal=USR2@120"):
+        assert f"#SBATCH --{line}\n" in script
+    for line in ("qos=low", "gpus-per-node=1", "job-name=table8"):
+        assert f"#SBATCH --{line}\n" in script
+    assert not (tmp_path / "commands").exists()
+    assert slurm(1).wait(30) == 0
+    (line,) = (tmp_path / "commands").read_text().splitlines()
+    assert "bc_atari.py --env-id Pong --seed 1 --total-updates 7" in line
+    log = tmp_path / "runs/logs/table8/BC-Pong-seed1.log"
+    assert log.read_text() == "it says something\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_preempted_job_saves_and_goes_on(stand_in, slurm, tmp_path, number):
+    """SIGUSR2 comes before the time limit, and the job asks to be queued again; at SIGTERM SLURM
+    does that itself."""
+    (tmp_path / "wait").touch()
+    words = ["table8", "--methods", "BC", "--env-ids", "Pong", "--total-updates", 7]
+    start(*words, "--launcher", "slurm")
+    task = slurm(0)
+    wait_for(tmp_path / "commands")
+    os.kill(int((tmp_path / "pid").read_text()), number)
+    assert task.wait(30) != 0
+    assert (tmp_path / "saved").read_text() == "saved\n"
+    if number == signal.SIGUSR2:
+        assert (tmp_path / "requeued").read_text() == "requeue 42_0\n"
+    assert slurm(0).wait(30) == 0
+    first, second = (tmp_path / "commands").read_text().splitlines()
+    assert first == second
+
+
+def test_slurm_starts_what_needs_another_after_it(stand_in, slurm, tmp_path, capsys):
+    words = ["table7", "--methods", "MOReL", "COMBO", "--total-updates", 7]
+    start(*words, "--launcher", "slurm")
+    assert capsys.readouterr().out.count("Submitted job 42 of 3 run(s)") == 2
+    assert "#SBATCH --dependency=afterany:42\n" in (tmp_path / "script").read_text()
+
+
+def test_without_slurm_it_says_so(stand_in, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="--launcher slurm needs sbatch"):
+        start("table2", "--launcher", "slurm")
+
+
+def test_a_run_that_is_being_written_is_not_finished(tmp_path):
+    """The last line of its metrics is cut short."""
+    write_run(tmp_path / "a", "rosmo_bsuite", [0.5], finished=False)
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"update": 2000, "see')
+    assert run.read_run(tmp_path / "a") is None
+
+
+def test_hours_are_those_without_evaluation(tmp_path):
+    """The seconds of a line are those since the last one, of all seeds."""
+    folder = tmp_path / "a"
+    write_run(folder, "rosmo_bsuite", [0.5, 0.7])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):  # in order of the updates
+        line |= {"wall_time": 3600.0 * (i + 1)}
+        line |= {"seconds/evaluation": 1800.0, "seconds/update": 900.0} if i < 4 else {}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    result = run.read_run(folder)
+    hours = {x["update"]: [] for x in lines}
+    for i, line in enumerate(lines):
+        if "eval/return_mean" in line:
+            hours[line["update"]].append((i + 1) - 0.5 * min(i + 1, 4))
+    expected = [[hours[1000][s], hours[2000][s]] for s in (0, 1)]
+    assert result.hours.tolist() == expected
+    assert result.seconds["evaluation"] == 7200
+    assert result.seconds["update"] == 3600
+    assert result.seconds["data"] == 0

@@ -1,0 +1,146 @@
+"""What every script does in an update around its loss, in place of which stands a simple one."""
+
+import dataclasses
+import importlib
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rosmo_bsuite
+
+pytestmark = pytest.mark.usefixtures("hurry")
+NAMES = [f"{name}_{domain}" for name in helpers.LOSSES for domain in ("atari", "bsuite")]
+DRAWS = [name for name in NAMES if not name.startswith(("bc", "cql"))]  # at random in the loss
+
+
+@pytest.fixture
+def simple(request, monkeypatch):
+    """A script whose loss has the gradient `scale`, and a state."""
+    module = importlib.import_module(request.param)
+
+    def loss(params, *inputs):
+        keys = [x for x in inputs if hasattr(x, "dtype") and x.dtype == jax.random.key(0).dtype]
+        drawn = jax.random.uniform(keys[0]) if keys else 0.0
+        return inputs[-3 - len(keys)] * params["x"].sum() + params["y"].sum(), {"drawn": drawn}
+
+    monkeypatch.setattr(module, helpers.LOSSES[request.param.rsplit("_", 1)[0]], loss)
+    _, args = helpers.script_and_args(request.param, target_update_every=3, learning_rate=0.1)
+    params = {"x": jnp.ones((2, 2)), "y": jnp.ones(3)}
+    fields = {"params": params, "opt_state": module.make_optimizer(args).init(params)}
+    fields |= {"target_params": jax.tree.map(jnp.zeros_like, params), "step": jnp.int32(0)}
+    names = module.TrainState._fields
+    return module, args, module.TrainState(**{name: fields[name] for name in names})
+
+
+@pytest.mark.parametrize("simple", NAMES, indirect=True)
+def test_updates_are_counted_and_copied_to_the_target_on_time(simple):
+    module, args, state = simple
+    before, key = 0, jax.random.key(1)  # the target's first parameters
+    for i in range(1, 8):
+        state, metrics = module.update(state, key, jnp.float32(1), None, args)
+        assert state.step == i
+        assert metrics["charts/grad_norm"] == pytest.approx(7**0.5)
+        if hasattr(state, "target_params"):
+            target = np.asarray(state.target_params["x"])
+            copied = (target == np.asarray(state.params["x"])).all()
+            assert copied == (i % 3 == 0), i
+            assert copied or (target == before).all()
+            before = target
+    assert optax.tree_utils.tree_get(state.opt_state, "mu")["x"].max() > 0
+    assert (np.asarray(state.params["x"]) < 1).all()
+
+
+@pytest.mark.parametrize("simple", [x for x in DRAWS if x.endswith("_atari")], indirect=True)
+def test_every_step_draws_anew_and_a_resumed_one_the_same(simple):
+    """On BSuite the key of a step comes from `update_seeds`."""
+    module, args, state = simple
+    drawn = []
+    for step in (0, 1, 2, 1):
+        fresh = jax.tree.map(jnp.copy, state._replace(step=jnp.int32(step)))
+        _, metrics = module.update(fresh, jax.random.key(1), jnp.float32(1), None, args)
+        drawn.append(float(metrics["drawn"]))
+    assert len(set(drawn)) == 3
+    assert drawn[1] == drawn[3]
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """BSuite's batches and keys instead of updates: metrics with what each update was given."""
+
+    def update(state, key, batch, network, args):
+        values = {"first": batch.observation[:, 0].sum(), "drawn": jax.random.uniform(key)}
+        values |= {"windows": jnp.float32(len(batch.action)), "steps": state.step * 1.0}
+        return state._replace(step=state.step + 1), values
+
+    monkeypatch.setattr(rosmo_bsuite, "update", update)
+    args = rosmo_bsuite.Args(batch_size=8)
+    is_last = np.arange(60) % 6 == 5
+    observation = 2.0 ** (np.arange(60, dtype=np.float32) % 16)
+    zeros = np.zeros(60, np.float32)
+    steps = rosmo_bsuite.Steps(observation, zeros.astype(int), zeros, is_last, is_last)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(rosmo_bsuite.AxisType.Auto,))
+    by_device = rosmo_bsuite.NamedSharding(mesh, rosmo_bsuite.P("data"))
+    states = rosmo_bsuite.TrainState(None, None, None, jnp.zeros(2, jnp.int32))
+    keys = jnp.stack([jax.random.key(seed) for seed in range(2)])
+    data = keys, steps, *rosmo_bsuite.window_starts(is_last, 100.0, [0, 1])
+    zeros = {name: jnp.zeros(2) for name in ("first", "drawn", "windows", "steps")}
+
+    def train(num_updates, states, sums=zeros):
+        return rosmo_bsuite.train(num_updates, states, sums, data, None, args, by_device)
+
+    return train, states
+
+
+def test_every_seed_and_every_step_of_bsuite_draws_its_own(counting):
+    train, states = counting
+    rows = []
+    for _ in range(4):
+        states, sums = train(1, states)
+        rows.append({name: np.asarray(x).tolist() for name, x in sums.items()})
+    for name in ("first", "drawn"):
+        values = [x for row in rows for x in row[name]]
+        assert len(set(values)) == 8, name
+    assert [row["windows"] for row in rows] == [[8, 8]] * 4
+    assert [row["steps"] for row in rows] == [[i, i] for i in range(4)]
+    again = train(1, states._replace(step=jnp.full(2, 2, jnp.int32)))[1]
+    assert again["first"].tolist() == rows[2]["first"]
+    assert again["drawn"].tolist() == rows[2]["drawn"]
+
+
+def test_several_updates_are_one_after_another_and_metrics_their_sums(counting):
+    train, states = counting
+    at_once, sums = train(4, states)
+    states, first = train(2, states)
+    states, apart = train(2, states, first)
+    assert states.step.tolist() == at_once.step.tolist() == [4, 4]
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), sums, apart))
+    assert sums["steps"].tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_optimizer_clips_decays_and_changes_its_rate_as_the_authors(name, monkeypatch):
+    module, calls, adamw = importlib.import_module(name), [], optax.adamw
+    with monkeypatch.context() as patch:
+        patch.setattr(optax, "adamw", lambda r, **o: calls.append((r, o)) or optax.identity())
+        optimizer = module.make_optimizer(module.Args())
+    ((rate, options),) = calls
+    rates = [float(rate(step)) for step in (0, 500, 1_000, 100_999, 101_000, 201_000)]
+    assert rates == pytest.approx([0, 3.5e-4, 7e-4, 7e-4, 7e-5, 7e-6], rel=1e-4)
+    assert options["weight_decay"] == 1e-4
+    large = {"x": jnp.full(4, 50.0)}
+    clipped, _ = optimizer.update(large, optimizer.init(large))
+    assert optax.global_norm(clipped) == pytest.approx(5)
+    # The decay spares scales and offsets.
+    args = dataclasses.replace(module.Args(), weight_decay=0.5)
+    optimizer = module.make_optimizer(args)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    state = optimizer.init(params)
+    for _ in range(3):  # the first learning rate of the warm-up is zero
+        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    assert (updates["kernel"] < 0).all()
+    assert (updates["bias"] == 0).all()
+    assert optax.adamw is adamw
