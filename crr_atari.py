@@ -660,8 +660,9 @@ class Run:
         config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "data": data}
         self.config = json.loads(json.dumps(config | {"starts": []}, default=str))
         self.compare(defaults)
-        final = [line["update"] for line in self.lines() if "final/returns" in line]
-        if final == [args.total_updates] * len(seeds) and not args.overwrite:
+        lines = [] if args.overwrite else self.lines()
+        final = [line["update"] for line in lines if "final/returns" in line]
+        if final == [args.total_updates] * len(seeds):
             print(f"This run is finished: see {self.dir}, or give --overwrite to start again.")
             raise SystemExit(0)
         if self.writes:
@@ -675,7 +676,8 @@ class Run:
         """Ends the program if the folder holds something else than this run."""
         if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
             return
-        script = self.config["script"]
+        # Without a config.json it is no run at all.
+        script = self.config["script"] if (self.dir / "config.json").exists() else None
         try:
             before = json.loads((self.dir / "config.json").read_text())
             theirs = defaults | before["args"]  # an argument that came later has its default
@@ -735,7 +737,11 @@ class Run:
         """The metrics written so far, but for a last line that a kill cut short."""
         path = self.dir / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        try:
+            return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        except ValueError:
+            message = f"{path} is damaged: put it back, or give --overwrite to start again."
+            raise SystemExit(message) from None
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.dir.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))
@@ -754,7 +760,7 @@ class Run:
                 self.bar.update(self.saved)
                 print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
                 break
-            print(f"{path} is damaged; the checkpoint before it is used.", file=sys.stderr)
+            print(f"{path} is damaged: it is not used.", file=sys.stderr)
         self.started -= saved["wall_time"]
         lines = self.lines()
         if len(lines) < saved["lines"]:
@@ -903,9 +909,16 @@ def keep_programs() -> None:
 
 # --- processes (identical in *_atari.py) ---
 def join_processes(args) -> None:
-    """Joins the other processes of a run on several hosts, each of which starts this script."""
+    """Makes a CPU's cores devices; joins the processes of a run, which all start this script."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = (os.environ.get(name) for name in names)
+    if jax.config.jax_num_cpu_devices < 0:  # not set by JAX's own JAX_NUM_CPU_DEVICES
+        sizes = [value for name, value in vars(args).items() if name.endswith("batch_size")]
+        share, cores = math.gcd(*sizes) // int(number or 1), os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        numbers = [n for n in range(1, cores + 1) if share % n == 0]
+        jax.config.update("jax_num_cpu_devices", max(numbers))
     if address and number and index:
         jax.distributed.initialize(address, int(number), int(index))
     elif address or number or index:
@@ -947,6 +960,8 @@ def main(args: Args) -> None:
         return jax.tree.map(partial(jax.make_array_from_process_local_data, by_device), batch)
 
     def play(num_episodes: int, greedy: bool) -> list[float] | None:
+        if run.stopping:
+            return None
         seed = int(np.random.default_rng((args.seed, done)).integers(2**31))
         params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
 
@@ -991,10 +1006,10 @@ def main(args: Args) -> None:
     batches.close()
     if run.writes:
         sampled, greedy = (play(args.final_eval_episodes, greedy) for greedy in (False, True))
-        if sampled is None or greedy is None:
-            run.exit()
-        run.finish(done, [sampled], [greedy])
-    all_processes(0)  # the others wait for the first
+        if sampled is not None and greedy is not None:
+            run.finish(done, [sampled], [greedy])
+    if any(all_processes(run.stopping)):  # the others wait for the first
+        run.exit()
 
 
 # --- end main ---
@@ -1002,12 +1017,19 @@ def main(args: Args) -> None:
 
 # --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
+    status: Any = 130
     try:
         main(tyro.cli(Args, description=__doc__))
+        status = 0
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
-        raise SystemExit(130) from None
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(f"{error}: put that right, then the same command goes on.") from None
+        status = f"{error}: put that right, then the same command goes on."
+    except SystemExit as end:
+        status = end.code
+    if status and jax.distributed.is_initialized():  # the other processes do not wait for this one
+        if isinstance(status, str):
+            print(status, file=sys.stderr, flush=True)
+        os._exit(status if isinstance(status, int) else 1)
+    raise SystemExit(status)
 # --- end entry ---

@@ -205,6 +205,73 @@ def to_frame(image):
     return jnp.round(jnp.clip(image + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
 
+class WorldModel(nn.Module):
+    """A member: a recurrent state-space model with categorical latents, encoder and decoders.
+
+    Inputs may have any leading axes.
+    """
+
+    num_actions: int
+    deter: int
+    hidden: int
+    latents: int
+    classes: int
+    depth: int
+    head_units: int
+    dtype: Any
+
+    def setup(self):
+        def dense(**settings):
+            return nn.Dense(self.hidden, dtype=self.dtype, **settings)
+
+        def logits():
+            return nn.Dense(self.latents * self.classes, dtype=jnp.float32)
+
+        self.encoder = Encoder(self.depth, self.dtype)
+        self.latent_input, self.action_input = dense(), dense(use_bias=False)
+        self.input_norm = nn.LayerNorm(dtype=self.dtype)
+        self.gru = nn.GRUCell(self.deter, dtype=self.dtype)
+        self.prior_layer, self.prior_logits = Layer(self.hidden, self.dtype), logits()
+        self.deter_input, self.embedding_input = dense(), dense(use_bias=False)
+        self.posterior_norm, self.posterior_logits = nn.LayerNorm(dtype=self.dtype), logits()
+        self.decoder = Decoder(self.depth, self.dtype)
+        self.reward_head = ScalarHead(self.head_units, self.dtype)
+        self.terminal_head = ScalarHead(self.head_units, self.dtype)
+
+    def encode(self, frame):
+        """Frames uint8 [..., 84, 84] -> the posterior's part of them [..., hidden]."""
+        return self.embedding_input(self.encoder(frame))
+
+    def advance(self, state: State, action):
+        """h_t = GRU(h_{t-1}, z_{t-1}, a_{t-1}): states, actions [...] -> [..., deter]."""
+        action = jax.nn.one_hot(action, self.num_actions, dtype=self.dtype)  # -1: zeros
+        latent = state.latent.reshape(*state.latent.shape[:-2], -1)
+        x = self.input_norm(self.latent_input(latent) + self.action_input(action))
+        return self.gru(state.deter, nn.elu(x))[0]
+
+    def prior(self, deter):
+        """p(z_t | h_t): [..., deter] -> logits [..., latents, classes]."""
+        logits = self.prior_logits(self.prior_layer(deter))
+        return logits.reshape(*logits.shape[:-1], self.latents, self.classes)
+
+    def posterior(self, deter, embedding):
+        """q(z_t | h_t, o_t): [..., deter], [..., hidden] -> logits [..., latents, classes]."""
+        x = nn.elu(self.posterior_norm(self.deter_input(deter) + embedding))
+        logits = self.posterior_logits(x)
+        return logits.reshape(*logits.shape[:-1], self.latents, self.classes)
+
+    def decode(self, state: State) -> Decoded:
+        latent = state.latent.reshape(*state.latent.shape[:-2], -1)
+        features = jnp.concatenate([state.deter, latent], axis=-1)
+        heads = (self.decoder, self.reward_head, self.terminal_head)
+        return Decoded(*(head(features) for head in heads))
+
+    def __call__(self, state: State, action, frame):
+        deter = self.advance(state, action)
+        posterior = self.posterior(deter, self.encode(frame))
+        return self.prior(deter), posterior, self.decode(State(deter, draw_latent(posterior)))
+
+
 class Layer(nn.Module):
     """Linear, layer normalisation, ELU."""
 
@@ -280,73 +347,6 @@ class ScalarHead(nn.Module):
         for _ in range(4):
             x = Layer(self.units, self.dtype)(x)
         return nn.Dense(1, dtype=jnp.float32)(x)[..., 0]
-
-
-class WorldModel(nn.Module):
-    """A member: a recurrent state-space model with categorical latents, encoder and decoders.
-
-    Inputs may have any leading axes.
-    """
-
-    num_actions: int
-    deter: int
-    hidden: int
-    latents: int
-    classes: int
-    depth: int
-    head_units: int
-    dtype: Any
-
-    def setup(self):
-        def dense(**settings):
-            return nn.Dense(self.hidden, dtype=self.dtype, **settings)
-
-        def logits():
-            return nn.Dense(self.latents * self.classes, dtype=jnp.float32)
-
-        self.encoder = Encoder(self.depth, self.dtype)
-        self.latent_input, self.action_input = dense(), dense(use_bias=False)
-        self.input_norm = nn.LayerNorm(dtype=self.dtype)
-        self.gru = nn.GRUCell(self.deter, dtype=self.dtype)
-        self.prior_layer, self.prior_logits = Layer(self.hidden, self.dtype), logits()
-        self.deter_input, self.embedding_input = dense(), dense(use_bias=False)
-        self.posterior_norm, self.posterior_logits = nn.LayerNorm(dtype=self.dtype), logits()
-        self.decoder = Decoder(self.depth, self.dtype)
-        self.reward_head = ScalarHead(self.head_units, self.dtype)
-        self.terminal_head = ScalarHead(self.head_units, self.dtype)
-
-    def encode(self, frame):
-        """Frames uint8 [..., 84, 84] -> the posterior's part of them [..., hidden]."""
-        return self.embedding_input(self.encoder(frame))
-
-    def advance(self, state: State, action):
-        """h_t = GRU(h_{t-1}, z_{t-1}, a_{t-1}): states, actions [...] -> [..., deter]."""
-        action = jax.nn.one_hot(action, self.num_actions, dtype=self.dtype)  # -1: zeros
-        latent = state.latent.reshape(*state.latent.shape[:-2], -1)
-        x = self.input_norm(self.latent_input(latent) + self.action_input(action))
-        return self.gru(state.deter, nn.elu(x))[0]
-
-    def prior(self, deter):
-        """p(z_t | h_t): [..., deter] -> logits [..., latents, classes]."""
-        logits = self.prior_logits(self.prior_layer(deter))
-        return logits.reshape(*logits.shape[:-1], self.latents, self.classes)
-
-    def posterior(self, deter, embedding):
-        """q(z_t | h_t, o_t): [..., deter], [..., hidden] -> logits [..., latents, classes]."""
-        x = nn.elu(self.posterior_norm(self.deter_input(deter) + embedding))
-        logits = self.posterior_logits(x)
-        return logits.reshape(*logits.shape[:-1], self.latents, self.classes)
-
-    def decode(self, state: State) -> Decoded:
-        latent = state.latent.reshape(*state.latent.shape[:-2], -1)
-        features = jnp.concatenate([state.deter, latent], axis=-1)
-        heads = (self.decoder, self.reward_head, self.terminal_head)
-        return Decoded(*(head(features) for head in heads))
-
-    def __call__(self, state: State, action, frame):
-        deter = self.advance(state, action)
-        posterior = self.posterior(deter, self.encode(frame))
-        return self.prior(deter), posterior, self.decode(State(deter, draw_latent(posterior)))
 
 
 def draw_latent(logits, key=None):
@@ -1341,8 +1341,9 @@ class Run:
         config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "data": data}
         self.config = json.loads(json.dumps(config | {"starts": []}, default=str))
         self.compare(defaults)
-        final = [line["update"] for line in self.lines() if "final/returns" in line]
-        if final == [args.total_updates] * len(seeds) and not args.overwrite:
+        lines = [] if args.overwrite else self.lines()
+        final = [line["update"] for line in lines if "final/returns" in line]
+        if final == [args.total_updates] * len(seeds):
             print(f"This run is finished: see {self.dir}, or give --overwrite to start again.")
             raise SystemExit(0)
         if self.writes:
@@ -1356,7 +1357,8 @@ class Run:
         """Ends the program if the folder holds something else than this run."""
         if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
             return
-        script = self.config["script"]
+        # Without a config.json it is no run at all.
+        script = self.config["script"] if (self.dir / "config.json").exists() else None
         try:
             before = json.loads((self.dir / "config.json").read_text())
             theirs = defaults | before["args"]  # an argument that came later has its default
@@ -1416,7 +1418,11 @@ class Run:
         """The metrics written so far, but for a last line that a kill cut short."""
         path = self.dir / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        try:
+            return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        except ValueError:
+            message = f"{path} is damaged: put it back, or give --overwrite to start again."
+            raise SystemExit(message) from None
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.dir.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))
@@ -1435,7 +1441,7 @@ class Run:
                 self.bar.update(self.saved)
                 print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
                 break
-            print(f"{path} is damaged; the checkpoint before it is used.", file=sys.stderr)
+            print(f"{path} is damaged: it is not used.", file=sys.stderr)
         self.started -= saved["wall_time"]
         lines = self.lines()
         if len(lines) < saved["lines"]:
@@ -1637,6 +1643,8 @@ def put(tree, by_device: NamedSharding):
 
 def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, args: Args):
     """Returns of episodes in the game, or None once a signal came."""
+    if run.stopping:
+        return None
     seed = int(np.random.default_rng((args.seed, done)).integers(2**31))
     params = jax.tree.map(lambda x: x.addressable_data(0), params)
 
@@ -1663,10 +1671,10 @@ def finish_run(run: Run, done: int, params, network, args: Args) -> None:
     if run.writes:
         number, inputs = args.final_eval_episodes, (done, params, network, args)
         sampled, greedy = (play(run, number, greedy, *inputs) for greedy in (False, True))
-        if sampled is None or greedy is None:
-            run.exit()
-        run.finish(done, [sampled], [greedy])
-    all_processes(0)  # the others wait for the first
+        if sampled is not None and greedy is not None:
+            run.finish(done, [sampled], [greedy])
+    if any(all_processes(run.stopping)):  # the others wait for the first
+        run.exit()
 
 
 # --- end training ---
@@ -1888,9 +1896,16 @@ def keep_programs() -> None:
 
 # --- processes (identical in *_atari.py) ---
 def join_processes(args) -> None:
-    """Joins the other processes of a run on several hosts, each of which starts this script."""
+    """Makes a CPU's cores devices; joins the processes of a run, which all start this script."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = (os.environ.get(name) for name in names)
+    if jax.config.jax_num_cpu_devices < 0:  # not set by JAX's own JAX_NUM_CPU_DEVICES
+        sizes = [value for name, value in vars(args).items() if name.endswith("batch_size")]
+        share, cores = math.gcd(*sizes) // int(number or 1), os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        numbers = [n for n in range(1, cores + 1) if share % n == 0]
+        jax.config.update("jax_num_cpu_devices", max(numbers))
     if address and number and index:
         jax.distributed.initialize(address, int(number), int(index))
     elif address or number or index:
@@ -2058,12 +2073,19 @@ def main(args: Args) -> None:
 
 # --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
+    status: Any = 130
     try:
         main(tyro.cli(Args, description=__doc__))
+        status = 0
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
-        raise SystemExit(130) from None
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(f"{error}: put that right, then the same command goes on.") from None
+        status = f"{error}: put that right, then the same command goes on."
+    except SystemExit as end:
+        status = end.code
+    if status and jax.distributed.is_initialized():  # the other processes do not wait for this one
+        if isinstance(status, str):
+            print(status, file=sys.stderr, flush=True)
+        os._exit(status if isinstance(status, int) else 1)
+    raise SystemExit(status)
 # --- end entry ---

@@ -31,7 +31,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
 6. The network is D.2.1's, with the heads and the input of the dynamics of the authors' code.
 7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
    [0, 1] among siblings, as for targets (authors' code; --eval-dirichlet-fraction 0: no noise); the
-   final evaluation reports the greedy policy beside it.
+   final evaluation reports the greedy policy beside it. Ties are broken at random, in one order
+   for each tree (mctx: anew at every step).
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -50,7 +52,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -294,6 +296,8 @@ def to_scalar(logits):
 
 
 # --- end value transform ---
+
+
 # --- batch (identical in *_atari.py) ---
 class Batch(NamedTuple):
     """Windows of T consecutive steps, each with the three frames before its first one."""
@@ -361,11 +365,24 @@ def scale_gradient(x, scale: float):
 
 
 # --- search (identical in muzero_unplugged_*.py) ---
+def log_gamma(key, alpha: float, shape: tuple[int, ...]):
+    """Logarithms of draws from Gamma(α), α < 1, all at once; jax.random's come one by one on a CPU.
+
+    Γ(α) = Γ(α + 1) U^(1/α), and Γ(α + 1) is d v where v is accepted (Marsaglia and Tsang, 2000).
+    """
+    size, d = math.prod(shape), alpha + 2 / 3
+    proposed = (size + size // 10 + 100,)  # of 100 at most 5 are rejected
+    x_key, accept_key, u_key = jax.random.split(key, 3)
+    x = jax.random.normal(x_key, proposed)
+    log_v = 3 * jnp.log(jnp.maximum(1 + x / math.sqrt(9 * d), 1e-30))
+    bound = x**2 / 2 + d * (1 - jnp.exp(log_v) + log_v)
+    accepted = jnp.flatnonzero(-jax.random.exponential(accept_key, proposed) < bound, size=size)
+    log_u = -jax.random.exponential(u_key, shape)
+    return math.log(d) + log_v[accepted].reshape(shape) + log_u / alpha
+
+
 def search(network, params, state, prediction, key, noise: float, args):
     """Searches the tree below latent states [...] with N simulations (Eq. 2).
-
-    Args:
-      noise: share of Dirichlet noise in the prior of the roots.
 
     Returns:
       The policy [..., actions], Eq. 4 with T = 1 or π exp(Q/τ), and the value in Eq. 3 [...].
@@ -374,24 +391,50 @@ def search(network, params, state, prediction, key, noise: float, args):
     def model(params, _, action, state):
         state = network.apply(params, state, action, method="dynamics")
         prediction = network.apply(params, state, method="prediction")
-        logits, value = prediction.policy_logits, to_scalar(prediction.value_logits)
-        reward, gamma = to_scalar(prediction.reward_logits), jnp.full_like(value, args.discount)
+        value = to_scalar(prediction.value_logits)
         step = mctx.RecurrentFnOutput(
-            reward=reward, discount=gamma, prior_logits=logits, value=value
+            reward=to_scalar(prediction.reward_logits),
+            discount=jnp.full_like(value, args.discount),
+            prior_logits=jax.nn.log_softmax(prediction.policy_logits),
+            value=value,
         )
         return step, state
 
-    N, value = args.num_simulations, to_scalar(prediction.value_logits)
-    root = mctx.RootFnOutput(prior_logits=prediction.policy_logits, value=value, embedding=state)
-    root = jax.tree.map(lambda x: x.reshape(-1, *x.shape[value.ndim :]), root)
-    tree = mctx.muzero_policy(
-        params, key, root, model, N, max_depth=args.max_depth, dirichlet_fraction=noise
-    ).search_tree.summary()
+    def select(_, tree, node, depth=0):
+        """Eq. 2, where Q is scaled to [0, 1] among the values at the node (MuZero)."""
+        n, value = tree.node_visits[node], tree.node_values[node]
+        visits = tree.children_visits[node]
+        q = jnp.where(visits > 0, tree.qvalues(node), value)
+        low, high = reduce(jnp.minimum, q, value), reduce(jnp.maximum, q, value)
+        q = jnp.where(visits > 0, q - low, 0.0) / jnp.maximum(high - low, 1e-8)
+        c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)
+        bonus = c * jnp.exp(tree.children_prior_logits[node]) * jnp.sqrt(n) / (1 + visits)
+        return jnp.argmax(q + bonus + tree.extra_data)
+
+    shape = prediction.policy_logits.shape[:-1]
+    log_prior, value, state = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[len(shape) :]),
+        (jax.nn.log_softmax(prediction.policy_logits), to_scalar(prediction.value_logits), state),
+    )
+    noise_key, tie_key, key = jax.random.split(key, 3)
+    dirichlet = jax.nn.softmax(log_gamma(noise_key, 0.3, log_prior.shape))
+    noisy = jnp.log((1 - noise) * jnp.exp(log_prior) + noise * dirichlet)
+    tree = mctx.search(
+        params,
+        key,
+        root=mctx.RootFnOutput(prior_logits=noisy, value=value, embedding=state),
+        recurrent_fn=model,
+        root_action_selection_fn=select,
+        interior_action_selection_fn=select,
+        num_simulations=args.num_simulations,
+        max_depth=args.max_depth,
+        extra_data=1e-6 * jax.random.uniform(tie_key, noisy.shape),  # breaks ties
+    ).summary()
     policy, root_value = tree.visit_probs, jnp.sum(tree.visit_probs * tree.qvalues, axis=-1)
     if args.policy_target == "mpo":
-        q = jnp.where(tree.visit_counts > 0, tree.qvalues, root.value[:, None])
-        policy = jax.nn.softmax(jax.nn.log_softmax(root.prior_logits) + q / args.mpo_temperature)
-    return policy.reshape(*value.shape, -1), root_value.reshape(value.shape)
+        q = jnp.where(tree.visit_counts > 0, tree.qvalues, value[:, None])
+        policy = jax.nn.softmax(log_prior + q / args.mpo_temperature)
+    return policy.reshape(*shape, -1), root_value.reshape(shape)
 
 
 # --- end search ---
@@ -749,8 +792,9 @@ class Run:
         config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "data": data}
         self.config = json.loads(json.dumps(config | {"starts": []}, default=str))
         self.compare(defaults)
-        final = [line["update"] for line in self.lines() if "final/returns" in line]
-        if final == [args.total_updates] * len(seeds) and not args.overwrite:
+        lines = [] if args.overwrite else self.lines()
+        final = [line["update"] for line in lines if "final/returns" in line]
+        if final == [args.total_updates] * len(seeds):
             print(f"This run is finished: see {self.dir}, or give --overwrite to start again.")
             raise SystemExit(0)
         if self.writes:
@@ -764,7 +808,8 @@ class Run:
         """Ends the program if the folder holds something else than this run."""
         if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
             return
-        script = self.config["script"]
+        # Without a config.json it is no run at all.
+        script = self.config["script"] if (self.dir / "config.json").exists() else None
         try:
             before = json.loads((self.dir / "config.json").read_text())
             theirs = defaults | before["args"]  # an argument that came later has its default
@@ -824,7 +869,11 @@ class Run:
         """The metrics written so far, but for a last line that a kill cut short."""
         path = self.dir / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        try:
+            return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        except ValueError:
+            message = f"{path} is damaged: put it back, or give --overwrite to start again."
+            raise SystemExit(message) from None
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.dir.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))
@@ -843,7 +892,7 @@ class Run:
                 self.bar.update(self.saved)
                 print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
                 break
-            print(f"{path} is damaged; the checkpoint before it is used.", file=sys.stderr)
+            print(f"{path} is damaged: it is not used.", file=sys.stderr)
         self.started -= saved["wall_time"]
         lines = self.lines()
         if len(lines) < saved["lines"]:
@@ -993,9 +1042,16 @@ def keep_programs() -> None:
 
 # --- processes (identical in *_atari.py) ---
 def join_processes(args) -> None:
-    """Joins the other processes of a run on several hosts, each of which starts this script."""
+    """Makes a CPU's cores devices; joins the processes of a run, which all start this script."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = (os.environ.get(name) for name in names)
+    if jax.config.jax_num_cpu_devices < 0:  # not set by JAX's own JAX_NUM_CPU_DEVICES
+        sizes = [value for name, value in vars(args).items() if name.endswith("batch_size")]
+        share, cores = math.gcd(*sizes) // int(number or 1), os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        numbers = [n for n in range(1, cores + 1) if share % n == 0]
+        jax.config.update("jax_num_cpu_devices", max(numbers))
     if address and number and index:
         jax.distributed.initialize(address, int(number), int(index))
     elif address or number or index:
@@ -1037,6 +1093,8 @@ def main(args: Args) -> None:
         return jax.tree.map(partial(jax.make_array_from_process_local_data, by_device), batch)
 
     def play(num_episodes: int, greedy: bool) -> list[float] | None:
+        if run.stopping:
+            return None
         seed = int(np.random.default_rng((args.seed, done)).integers(2**31))
         params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
 
@@ -1081,10 +1139,10 @@ def main(args: Args) -> None:
     batches.close()
     if run.writes:
         sampled, greedy = (play(args.final_eval_episodes, greedy) for greedy in (False, True))
-        if sampled is None or greedy is None:
-            run.exit()
-        run.finish(done, [sampled], [greedy])
-    all_processes(0)  # the others wait for the first
+        if sampled is not None and greedy is not None:
+            run.finish(done, [sampled], [greedy])
+    if any(all_processes(run.stopping)):  # the others wait for the first
+        run.exit()
 
 
 # --- end main ---
@@ -1092,12 +1150,19 @@ def main(args: Args) -> None:
 
 # --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
+    status: Any = 130
     try:
         main(tyro.cli(Args, description=__doc__))
+        status = 0
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
-        raise SystemExit(130) from None
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(f"{error}: put that right, then the same command goes on.") from None
+        status = f"{error}: put that right, then the same command goes on."
+    except SystemExit as end:
+        status = end.code
+    if status and jax.distributed.is_initialized():  # the other processes do not wait for this one
+        if isinstance(status, str):
+            print(status, file=sys.stderr, flush=True)
+        os._exit(status if isinstance(status, int) else 1)
+    raise SystemExit(status)
 # --- end entry ---

@@ -48,14 +48,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import cv2
-import filelock
-import numpy as np
-import tyro
-import zstandard
-from ale_py import roms
-from ale_py.vector_env import AtariVectorEnv
-from tqdm import tqdm
+try:
+    import cv2
+    import filelock
+    import numpy as np
+    import tyro
+    import zstandard
+    from ale_py import roms
+    from ale_py.vector_env import AtariVectorEnv
+    from tqdm import tqdm
+except ModuleNotFoundError as error:  # of a script's environment, in which it trains
+    command = f"uv run {' '.join(sys.argv)}"
+    raise SystemExit(f"There is no {error.name} here to make data with; run: {command}") from None
 
 
 @dataclasses.dataclass(frozen=True)

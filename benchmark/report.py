@@ -14,7 +14,6 @@ scores are normalised here.
 
 import base64
 import csv
-import dataclasses
 import importlib
 import json
 import re
@@ -31,6 +30,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from paper import ITEMS, REFERENCE_RETURNS, Item
 from rliable import library, metrics
+from run import Args
 from scipy.stats import trim_mean
 
 BOOTSTRAPS = 2000
@@ -38,13 +38,6 @@ CURVE_BOOTSTRAPS = 200
 # Arguments that say how a run is evaluated, or on what it learns.
 PROTOCOL = {"eval_episodes", "final_eval_episodes", "eval_greedy", "eval_noise", "eval_epsilon"}
 PROTOCOL |= {"eval_dirichlet_fraction", "dataset", "rlu_run"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Args(run.Args):
-    out: Path | None = None
-    """folder of the results [default: benchmark/results, of own runs runs/report]"""
-    mix: bool = False  # draw runs of different data or evaluations together; the page says so
 
 
 class Result(NamedTuple):
@@ -289,8 +282,6 @@ def draw_curves(item: Item, cells: dict, path: Path, against: str) -> None:
         axes.set_visible(any(results.values()))
         if axes.get_visible():
             shown[divmod(i, columns)] = axes
-            title = item.label(panels[i][1]) if is_grid or len(tasks) == 1 else panels[i][0]
-            axes.set_title(title)
         for color, (method, result) in enumerate(results.items()):
             if result is not None:
                 n = window(len(result.updates))
@@ -301,12 +292,14 @@ def draw_curves(item: Item, cells: dict, path: Path, against: str) -> None:
         if against == "updates":
             axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
         axes.locator_params(axis="x", nbins=5)
+        task, value = panels[i * columns + j]
+        if not is_grid or not any(row < i and column == j for row, column in shown):  # the highest
+            axes.set_title(item.label(value) if is_grid or len(tasks) == 1 else task)
         if not any(row > i and column == j for row, column in shown):  # the lowest
             axes.xaxis.set_tick_params(labelbottom=True)
             axes.set_xlabel(against)
         if not any(row == i and column < j for row, column in shown):  # the first
             axes.yaxis.set_tick_params(labelleft=True)
-            task = panels[i * columns + j][0]
             axes.set_ylabel(f"{task}, {item.unit}" if is_grid or len(tasks) == 1 else item.unit)
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
@@ -369,6 +362,7 @@ def draw_aggregate(item: Item, cells: dict, tasks: tuple[str, ...], path: Path) 
                 axes.fill_between(positions, points[1], points[2], color=f"C{i}", alpha=0.2)
         labels = [f"{x:g}" if isinstance(x, float) else x for x in item.values]
         axes.set_xticks(range(len(labels)), labels)
+        axes.set_xlim(-0.3, len(labels) - 0.7)
         axes.set_title(name)
     figure.supxlabel(item.axis, fontsize="medium")
     row[0].set_ylabel("IQM of the normalised score")
@@ -425,19 +419,23 @@ def with_interval(estimate, several: bool = True) -> str:
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]" if several else f"{middle:.3f}"
 
 
-def returns_text(item: Item, result: Result | None) -> str:
+def returns_text(item: Item, result: Result | None, all_single: bool) -> str:
     if result is None:
         return ""
-    if item.average == "IQM":
-        return with_interval(pooled_iqm(result.final_returns), len(result.seeds) > 1)
     if len(result.seeds) == 1:
-        return f"{result.final[0]:.3f}"
+        value = result.final[0]
+        if item.average == "IQM":
+            value = pooled_iqm(result.final_returns)[0]
+        return f"{value:.3f}" + ("" if all_single else " (1 seed)")
+    if item.average == "IQM":
+        return with_interval(pooled_iqm(result.final_returns))
     return f"{result.final.mean():.3f} ± {result.final.std():.3f}"
 
 
 def result_tables(item: Item, cells: dict, tasks: tuple[str, ...]) -> list[str]:
     """Final returns: a table for each task, or one of all where nothing is swept."""
-    text = {key: returns_text(item, result) for key, result in cells.items()}
+    all_single = all(len(result.seeds) == 1 for result in cells.values() if result)
+    text = {key: returns_text(item, result, all_single) for key, result in cells.items()}
     if item.argument is None:
         rows = [[task, *(text[m, None, task] for m in item.methods)] for task in tasks]
         return table(["task", *item.methods], rows)

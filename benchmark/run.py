@@ -63,6 +63,11 @@ class Args:
     """options of sbatch, such as partition=gpu time=1440 (in minutes) gpus_per_node=1"""
     logs: Path = Path("runs/logs")  # folder of the logs, {item}/{run}.log
 
+    # report.py alone, which takes all of these, so that one command line fits both
+    out: Path | None = None
+    """folder of the results [default: benchmark/results, of own runs runs/report]"""
+    mix: bool = False  # draw runs of different data or evaluations together; the page says so
+
 
 # Reading runs
 # ------------
@@ -120,8 +125,13 @@ def read_run(folder: Path) -> Run | None:
 
 def read_runs(folders: tuple[Path, ...]) -> list[Run]:
     """All finished runs below the folders, those of the most seeds first."""
-    paths = [p.parent for folder in folders for p in sorted(folder.rglob("config.json"))]
-    runs = [read_run(path) for path in paths if (path / "metrics.jsonl").exists()]
+    runs = []
+    for path in (path.parent for folder in folders for path in sorted(folder.rglob("config.json"))):
+        if (path / "metrics.jsonl").exists():
+            try:
+                runs.append(read_run(path))
+            except (ValueError, KeyError, IndexError) as error:
+                print(f"{path} cannot be read as a run: {error!r}", file=sys.stderr)
     return sorted((run for run in runs if run), key=lambda run: -len(run.final))
 
 

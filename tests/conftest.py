@@ -11,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")  # but where a test says more
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -54,8 +54,9 @@ def pair(request):
     params = [helpers.make_params(ours, network, seed, scale=0.1) for seed in range(2)]
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "rosmo":  # a state has three axes, not one
+            look_ahead = partial(uneven, ours.look_ahead)
             for module in (ours, theirs):
-                patch.setattr(module, "look_ahead", partial(uneven, ours.look_ahead))
+                patch.setattr(module, "look_ahead", look_ahead)
         if request.param == "muzero_unplugged":
             patch.setattr(ours, "search", quick_search)
             patch.setattr(theirs, "search", quick_search)

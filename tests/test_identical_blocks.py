@@ -25,6 +25,7 @@ MANIFEST = {
     "value transform": files(*MUZERO, "crr", "cql", "combo"),
     "windows": files(*MUZERO),
     "policy targets": files("rosmo"),
+    "act": files("rosmo"),
     "search": files("muzero_unplugged"),
     "cross entropy": files("crr", "cql", "combo"),
     "conservative penalty": files("cql", "combo"),

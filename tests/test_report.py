@@ -1,25 +1,29 @@
 """Tables and figures from the folders of made-up runs."""
 
+import base64
 import csv
 import dataclasses
 import importlib
+import itertools
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
+import paper
 import pytest
+import run
 import tyro
 from conftest import ROOT
-from rliable import metrics
+from scipy.stats import trim_mean
 
-import collect_bsuite
 import report
 
 UPDATES = 2000
 BSUITE_DATA = {"episodes": 2000, "transitions": 18000, "mean_return": 0.7182, "crc32": 1234}
 ATARI_DATA = {
-    "env_id": "MsPacman", "source": "dqn", "episodes": 99, "steps": 60984, "mean_return": 512.5,
+    "source": "dqn", "episodes": 99, "steps": 60984, "mean_return": 512.5,
     "crc32": 1234,
 }  # fmt: skip
 
@@ -40,7 +44,8 @@ def write_run(
     lines = []
     for seed, value in enumerate(returns, args.seed):
         for update in (1000, 2000):
-            lines.append({"update": update, "seed": seed, "eval/return_mean": value - 1})
+            line = {"update": update, "seed": seed, "wall_time": 3.6 * update}
+            lines.append(line | {"eval/return_mean": value - 1})
         final = {"final/returns": [value], "final/return_mean": value}
         lines.append({"update": 2000, "seed": seed, **final})
     text = "".join(json.dumps(line) + "\n" for line in (lines if finished else lines[:-1]))
@@ -50,12 +55,27 @@ def write_run(
 @pytest.fixture(autouse=True)
 def few_bootstraps(monkeypatch):
     monkeypatch.setattr(report, "BOOTSTRAPS", 100)
+    monkeypatch.setattr(report, "CURVE_BOOTSTRAPS", 20)
 
 
-def make(tmp_path, *items, num_seeds=None):
-    args = report.Args(items, UPDATES, num_seeds, (tmp_path / "runs",), tmp_path / "out")
-    report.main(args)
+def make(tmp_path, *items, further=(), **options):
+    options = {"total_updates": UPDATES, "runs": (tmp_path / "runs",)} | options
+    args = report.Args(items, **options, out=tmp_path / "out")
+    report.main(args, list(further))
     return tmp_path / "out"
+
+
+def rows(page: str, head: str) -> dict[str, list[str]]:
+    """The table of a page under the heading `head`, by the first column."""
+    lines = page.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {head} |"))
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    return {cell[0]: cell[1:] for cell in cells}
+
+
+def numbers(text: str) -> list[float]:
+    return [float(x.replace(",", "")) for x in re.findall(r"-?[\d,]*\.\d+", text)]
 
 
 def test_known_normalised_scores():
@@ -65,29 +85,6 @@ def test_known_normalised_scores():
     assert report.normalized_score("cartpole", 1001.0) == 1
     assert report.normalized_score("catch", 0.17) == pytest.approx(0.5)
     assert report.normalized_score("RoadRunner", 11.0) is None
-    assert report.REFERENCE_RETURNS == collect_bsuite.PAPER_TABLE6
-
-
-TABLE8 = {  # BC, CRR, CQL, MuZero Unplugged, ROSMO
-    "Amidar": (30.4, 22.1, 51.3, 76.5, 38.4),
-    "Asterix": (2633, 6344, 26890, 29062, 25740),
-    "Breakout": (85, 219, 418, 390, 441),
-    "Frostbite": (586, 2854, 3337, 4051, 3996),
-    "Gravitar": (400, 345, 52, 793, 754),
-    "Jamesbond": (402, 513, 102, 602, 639),
-    "MsPacman": (2733, 3737, 2142, 4539, 5020),
-    "Phoenix": (5902, 5954, 3510, 6104, 21550),
-    "Pong": (15.0, 19.1, 18.8, 18.5, 20.5),
-    "Qbert": (7498, 12618, 13114, 13121, 15849),
-    "Riverraid": (9614, 12280, 14887, 15157, 19399),
-    "Seaquest": (1087, 3879, 2238, 6745, 6643),
-}
-
-
-def test_the_paper_s_scores_give_the_paper_s_interquartile_means():
-    scores = [[report.normalized_score(game, x) for x in row] for game, row in TABLE8.items()]
-    means = [metrics.aggregate_iqm(column[None]) for column in np.transpose(scores)]
-    assert np.round(means, 2).tolist() == [0.60, 1.13, 0.84, 1.53, 1.91]
 
 
 def test_table_has_mean_and_std_of_the_runs_and_names_what_is_missing(tmp_path):
@@ -99,38 +96,36 @@ def test_table_has_mean_and_std_of_the_runs_and_names_what_is_missing(tmp_path):
     out = make(tmp_path, "table1")
     page = (out / "table1.md").read_text()
     assert "| ROSMO |  |  | 0.750 ± 0.250 |  |" in page
-    assert "| MuZero Unplugged |  |  | -1.000 ± 0.000 |  |" in page
-    assert "Not run at 2,000 updates: ROSMO, noise 0.0, catch" in page
-    assert "ROSMO, noise 0.5, catch" in page
-    data = "2000 episodes, 18000 transitions, mean return 0.72"
-    assert f"| ROSMO | catch, noise 0.3 | 2 | 2,000 | 0123456 | 1 x cpu | {data} |" in page
+    assert "| MuZero Unplugged |  |  | -1.000 (1 seed) |  |" in page
+    assert "2 of 8 cells are finished. Not run: ROSMO, noise ε = 0, 0.1 and 0.5 on catch; " in page
+    data = "2,000 episodes, 18,000 transitions, mean return 0.72"
+    assert "Not the paper's setting: 2,000 updates, not 200,000." in page
+    assert f"| ROSMO | catch, noise ε = 0.3 | 2 | 2,000 | 0123456 | 1 x cpu | {data} |" in page
     with (out / "table1.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["return"]) for row in rows] == [1.0, 0.5, -1.0]
+        lines = list(csv.DictReader(file))
+    assert [float(row["return"]) for row in lines] == [1.0, 0.5, -1.0]
     scores = [1.0, 1.16 / 1.66, -0.34 / 1.66]
-    assert [float(row["normalized_score"]) for row in rows] == pytest.approx(scores)
+    assert [float(row["normalized_score"]) for row in lines] == pytest.approx(scores)
 
 
 def test_aggregate_is_the_interquartile_mean_over_seeds_and_tasks(tmp_path):
     scores = np.random.default_rng(0).random((3, 4))
-    for task, row in zip(report.TASKS, scores, strict=True):
-        folder, (random, online) = tmp_path / "runs" / task, report.REFERENCE_RETURNS[task]
+    for task, row in zip(paper.TASKS, scores, strict=True):
+        folder, (random, online) = tmp_path / "runs" / task, paper.REFERENCE_RETURNS[task]
         returns = random + row * (online - random)
         write_run(folder, "rosmo_bsuite", returns, env_id=task, data_percent=10)
     write_run(tmp_path / "runs" / "e", "rosmo_bsuite", [1.0], env_id="catch", data_percent=1)
     out = make(tmp_path, "figure2a")
     expected = np.sort(scores.ravel())[3:9].mean()  # the middle half of twelve
     page = (out / "figure2a.md").read_text()
-    row, *tasks = [line for line in page.splitlines() if line.startswith("| ROSMO | ")]
-    mean, low, high = (
-        float(x)
-        for x in row.split("|")[3].replace("[", "").replace("]", "").replace(",", "").split()
-    )
+    share_1, share_10, *_ = rows(page, "IQM")["ROSMO"]
+    mean, low, high = numbers(share_10)
     assert mean == pytest.approx(expected, abs=5e-4)
     assert scores.min() <= low <= mean <= high <= scores.max()
-    assert row.split("|")[2].strip() == ""  # one task of three at 1% is no cell
+    assert share_1 == ""  # one task of three at 1% is no cell
     assert (make(tmp_path, "figure2a") / "figure2a.md").read_text() == page
-    assert [x.startswith("| ROSMO | 1.000 ± 0.000 |") for x in tasks[:3]] == [True, False, False]
+    assert rows(page, "catch")["ROSMO"][0] == "1.000 (1 seed)"
+    assert rows(page, "cartpole")["ROSMO"][0] == ""
     assert (out / "figure2a.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -159,27 +154,205 @@ def test_runs_with_other_seeds_are_put_together(tmp_path):
     out = make(tmp_path, "table1")
     page = (out / "table1.md").read_text()
     assert "| ROSMO | 2.000 ± 0.816 |" in page
-    assert "| ROSMO | catch, noise 0.0 | 3 | 2,000 | 1, 2, 4 |" in page  # not the other seed 0's
+    assert "| ROSMO | catch, noise ε = 0 | 3 | 2,000 | 1, 2, 4 |" in page  # not the other seed 0's
     with (out / "table1.csv").open() as file:
-        rows = {int(row["seed"]): float(row["return"]) for row in csv.DictReader(file)}
-    assert rows == {0: 1.0, 1: 2.0, 2: 3.0}
+        returns = {int(row["seed"]): float(row["return"]) for row in csv.DictReader(file)}
+    assert returns == {0: 1.0, 1: 2.0, 2: 3.0}
     assert (
         "| ROSMO | 1.500 ± 0.500 |"
-        in (make(tmp_path, "table1", num_seeds=2) / "table1.md").read_text()
+        in (make(tmp_path, "table1", seeds=(0, 1)) / "table1.md").read_text()
     )
 
 
-def test_a_cell_with_seeds_of_different_data_names_both(tmp_path):
+OTHER_DATA = BSUITE_DATA | {"mean_return": 0.5}
+STORE = {"source": "rlu", "episodes": 99, "steps": 60984, "mean_return": 512.5, "rom": "aa"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (BSUITE_DATA, OTHER_DATA, "the data of catch differ in mean return: ROSMO noise ε = 0 has"),
+        (BSUITE_DATA, BSUITE_DATA | {"transitions": 17_000}, "differ in steps"),
+        (BSUITE_DATA, BSUITE_DATA | {"crc32": 4321}, "differ in content"),
+        ("2000 episodes, 18000 transitions, mean return 0.72", OTHER_DATA, "differ in mean return"),
+    ],
+)
+def test_runs_with_other_data_are_refused(tmp_path, first, second, message):
+    """Also of old runs, which wrote less down; the page of --mix says so."""
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0], data=first)
+    write_run(tmp_path / "runs" / "b", "muzero_unplugged_bsuite", [1.0], data=second)
+    write_run(tmp_path / "runs" / "c", "rosmo_bsuite", [1.0], noise=0.1, data=OTHER_DATA)
+    with pytest.raises(SystemExit, match=message) as end:
+        make(tmp_path, "table1")
+    assert "Choose folders with --runs, or give --mix." in str(end.value)
+    assert not list((tmp_path / "out").iterdir())
+    page = (make(tmp_path, "table1", mix=True) / "table1.md").read_text()
+    assert f"Mixed runs: the data of catch {message.removeprefix('the data of catch ')}" in page
+    assert "table1 --total-updates 2000 --mix`." in page
+
+
+def test_seeds_of_a_cell_with_other_data_are_refused(tmp_path):
     write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0], seed=0)
-    write_run(
-        tmp_path / "runs" / "b",
-        *("rosmo_bsuite", [1.0]),
-        seed=1,
-        data=BSUITE_DATA | {"mean_return": 0.5},
-    )
-    page = (make(tmp_path, "table1") / "table1.md").read_text()
-    words = "2000 episodes, 18000 transitions, mean return"
+    write_run(tmp_path / "runs" / "b", "rosmo_bsuite", [1.0], seed=1, data=OTHER_DATA)
+    with pytest.raises(SystemExit, match="the data of catch differ in mean return"):
+        make(tmp_path, "table1")
+    page = (make(tmp_path, "table1", mix=True) / "table1.md").read_text()
+    words = "2,000 episodes, 18,000 transitions, mean return"
     assert f"| {words} 0.72; {words} 0.50 |" in page
+
+
+def test_local_data_and_rl_unplugged_do_not_mix(tmp_path):
+    """Nor over games, of which the numbers themselves say nothing."""
+    write_run(tmp_path / "runs" / "a", "bc_atari", [1.0], env_id="Pong", data=STORE)
+    other = STORE | {"source": "dqn", "episodes": 7}
+    write_run(tmp_path / "runs" / "b", "bc_atari", [1.0], env_id="Asterix", data=other)
+    message = "the data's source differs: dqn with BC on Asterix; rlu with BC on Pong"
+    with pytest.raises(SystemExit, match=message):
+        make(tmp_path, "table8")
+    page = (make(tmp_path, "table8", env_ids=("Asterix",)) / "table8.md").read_text()
+    assert "data of a local online DQN, not of RL Unplugged." in page
+
+
+def test_runs_with_another_evaluation_are_left_out_and_named(tmp_path):
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0])
+    folder = tmp_path / "runs" / "b"
+    write_run(folder, "muzero_unplugged_bsuite", [1.0], final_eval_episodes=5)
+    page = (make(tmp_path, "table1") / "table1.md").read_text()
+    assert f"Left out, as they differ: {folder}: final_eval_episodes 5, not 100." in page
+    assert rows(page, "catch")["MuZero Unplugged"][0] == ""
+    further = ["--final-eval-episodes", "5"]
+    page = (make(tmp_path, "table1", further=further) / "table1.md").read_text()
+    assert rows(page, "catch")["MuZero Unplugged"][0] == "1.000"
+    assert "2,000 updates, not 200,000; `--final-eval-episodes 5`." in page
+
+
+def test_intervals_are_those_of_a_bootstrap_by_hand(tmp_path, monkeypatch):
+    """Of two seeds on one task, one draw in four has each alone and two have both."""
+    monkeypatch.setattr(report, "BOOTSTRAPS", 2000)
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [0.17, 1.0])  # scores 0.5 and 1
+    write_run(tmp_path / "runs" / "b", "muzero_unplugged_bsuite", [0.17, 0.17])
+    page = (make(tmp_path, "table1") / "table1.md").read_text()
+    rosmo = rows(page, "method")["ROSMO"]
+    assert rosmo[0] == "noise ε = 0"
+    assert [numbers(x) for x in rosmo[1:]] == [*[[0.75, 0.5, 1.0]] * 3, [0.25, 0.0, 0.5]]
+    chance = rows(page, "probability of improvement")["ROSMO > MuZero Unplugged"]
+    assert numbers(chance[1]) == [0.75, 0.5, 1.0]  # one seed is better, one the same
+
+
+def test_aggregates_of_several_tasks_by_hand():
+    rng = np.random.default_rng(0)
+    scores = rng.random((4, 3)) * 2
+    assert report.AGGREGATES["IQM"](scores) == pytest.approx(np.sort(scores.ravel())[3:9].mean())
+    assert report.AGGREGATES["median"](scores) == pytest.approx(np.median(scores.mean(axis=0)))
+    gap = np.maximum(1 - scores, 0).mean()
+    assert report.AGGREGATES["optimality gap"](scores) == pytest.approx(gap)
+    other = rng.random((5, 3))
+    pairs = [[(x > y) for x in a for y in b] for a, b in zip(scores.T, other.T, strict=True)]
+    assert report.improvement_probability(scores, other) == pytest.approx(np.mean(pairs))
+    assert report.improvement_probability(scores, scores) == pytest.approx(0.5)
+
+
+def test_the_iqm_of_returns_is_over_all_episodes(monkeypatch):
+    """Its interval draws whole seeds."""
+    monkeypatch.setattr(report, "BOOTSTRAPS", 2000)
+    episodes = np.stack([np.arange(8.0), 100 + np.arange(8.0)])
+    middle, low, high = report.pooled_iqm(episodes)
+    assert middle == pytest.approx(np.mean([4, 5, 6, 7, 100, 101, 102, 103]))
+    assert (low, high) == (3.5, 103.5)
+
+
+def test_curves_are_iqms_at_every_evaluation():
+    returns = np.random.default_rng(0).random((3, 2, 5, 4))
+    middle, low, high = report.curve(returns)
+    expected = [trim_mean(returns[:, :, t].ravel(), 0.25) for t in range(5)]
+    assert middle == pytest.approx(expected)
+    assert np.all((low <= middle) & (middle <= high))
+    alone = report.curve(returns[:1])
+    assert alone[1:] == pytest.approx(np.stack([alone[0]] * 2))  # one seed has no interval
+
+
+def test_bands_do_not_pass_the_best_seed():
+    result = report.Result([], *[np.arange(3)] * 4, np.arange(1), np.zeros((3, 1, 1)), None)
+    result = result._replace(returns=np.array([1.0, 1.0, -1.0])[:, None, None])
+    mean, low, high = report.cell_curve(paper.ITEMS["figure9"], "catch", result)
+    assert (mean[0], high[0]) == (pytest.approx(1 / 3), 1.0)
+    assert low[0] == pytest.approx(1 / 3 - np.std([1, 1, -1]))
+
+
+def test_table8_stands_beside_the_paper_s(tmp_path):
+    for i, (game, value) in enumerate((("Pong", 10.0), ("Gravitar", 700.0))):
+        data = STORE | {"episodes": i + 1}
+        write_run(tmp_path / "runs" / game, "rosmo_atari", [value], env_id=game, data=data)
+    page = (make(tmp_path, "table8", "figure3") / "table8.md").read_text()
+    assert "| Pong | ROSMO | 10.00 | 20.45 ± 0.36 | -10.45 (-51%) |" in page
+    assert "| Gravitar | ROSMO | 700.00 | 753.57 ± 64.82 | -53.57 (-7%) |" in page
+    assert "| Pong | BC |" not in page
+    assert "2 of 60 cells are finished." in page
+    assert "; ROSMO on Amidar, Asterix, Breakout, " in page
+
+
+def test_figure3_tells_when_the_level_is_reached(tmp_path):
+    for game in ("Pong", "Breakout"):
+        random, online = paper.REFERENCE_RETURNS[game]
+        value = random + 1.6 * (online - random) + 1
+        for seed in (0, 1):
+            folder = tmp_path / "runs" / f"{game}{seed}"
+            data = STORE | {"episodes": len(game)}
+            write_run(folder, "rosmo_atari", [value], env_id=game, seed=seed, data=data)
+    options = {"env_ids": ("Pong", "Breakout"), "methods": ("ROSMO",)}
+    out = make(tmp_path, "figure3", **options)
+    page = (out / "figure3.md").read_text()
+    assert rows(page, "method")["ROSMO"] == ["1,000", "1.00", "1"]
+    iqm = numbers(rows(page, "IQM")["ROSMO"][0])[0]
+    (row,) = [line for line in page.splitlines() if line.startswith("| IQM | ROSMO |")]
+    assert numbers(row.replace("%", ""))[:3] == pytest.approx([iqm, 1.94, iqm - 1.94], abs=0.01)
+    assert (out / "figure3.png").exists()
+    assert (out / "figure3-profiles.png").exists()
+
+
+def test_single_seeds_are_marked(tmp_path):
+    for beta in (0.1, 0.3):
+        folder, small = tmp_path / "runs" / str(beta), dict(paper.SMALL)
+        write_run(folder, "crr_atari", [300.0], beta=beta, **small)
+    page = (make(tmp_path, "sweep_crr_atari") / "sweep_crr_atari.md").read_text()
+    assert "One seed in each cell: there is no interval, and a difference may be chance." in page
+    assert rows(page, "MsPacman")["CRR"] == ["300.000", "300.000", ""]
+    assert "±" not in page
+    assert "[" not in page.split("## Runs")[0].replace("![", "")
+
+
+def test_one_file_holds_all_pages_with_their_images(tmp_path):
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0, 0.0])
+    make(tmp_path, "table1")
+    text = (make(tmp_path, "figure9") / "report.html").read_text()
+    assert text.index('id="table1"') < text.index('id="figure9"')
+    assert "<td>0.500 ± 0.500</td>" in text
+    images = re.findall(r'src="([^"]+)"', text)
+    assert len(images) == 2  # against updates and against hours
+    for image in images:
+        content = base64.b64decode(image.removeprefix("data:image/png;base64,"))
+        assert content[:4] == b"\x89PNG"
+    assert not re.search(r'(href|src)="(?!#|data:)', text)
+
+
+def test_own_runs_are_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a" / "x", "rosmo_bsuite", [1.0], seed=0, batch_size=64)
+    write_run(tmp_path / "a" / "y", "rosmo_bsuite", [0.5], seed=1, batch_size=64)
+    write_run(tmp_path / "b", "rosmo_bsuite", [0.0, 0.2])
+    args = report.Args(("compare", "small batch=a", "default=b"))
+    report.main(args, [])
+    page = (tmp_path / "runs/report/compare.md").read_text()
+    assert rows(page, "task")["catch"] == ["0.750 ± 0.250", "0.100 ± 0.100"]
+    assert "Arguments that differ: batch_size: small batch 64, default 128." in page
+    write_run(tmp_path / "c", "rosmo_bsuite", [0.0], final_eval_episodes=7)
+    with pytest.raises(SystemExit, match="final_eval_episodes differs: 100 with b on"):
+        report.main(report.Args(("compare", "b=b", "c=c")), [])
+    write_run(tmp_path / "a" / "z", "rosmo_bsuite", [0.5], seed=1)
+    with pytest.raises(SystemExit, match="small holds several runs of the same seed"):
+        report.main(report.Args(("compare", "small=a")), [])
+    with pytest.raises(SystemExit, match="nowhere is not LABEL=FOLDER"):
+        report.main(report.Args(("compare", "nowhere")), [])
 
 
 def test_old_runs_count(tmp_path):
@@ -195,7 +368,7 @@ def test_old_runs_count(tmp_path):
     (folder / "metrics.jsonl").write_text(lines)
     folder = tmp_path / "runs" / "atari"
     data = {"env_id": "MsPacman", "source": "dqn", "num_episodes": 99, "num_steps": 60984}
-    write_run(folder, "crr_atari", [400.0], data=data, beta=0.3, **dict(report.SMALL))
+    write_run(folder, "crr_atari", [400.0], data=data, beta=0.3, **dict(paper.SMALL))
     config = json.loads((folder / "config.json").read_text())
     del config["args"]["clip_rewards"]
     config["args"] |= {"rlu_prefix": "gs://rl_unplugged", "run": 1, "capture_video": False}
@@ -203,62 +376,52 @@ def test_old_runs_count(tmp_path):
 
     out = make(tmp_path, "table1", "sweep_crr_atari")
     page = (out / "table1.md").read_text()
-    assert "| ROSMO |  | 0.600 ± 0.100 |  |  |" in page
+    assert rows(page, "catch")["ROSMO"] == ["", "0.600 ± 0.100", "", ""]
     assert "| 1 x cpu | 2000 episodes, as a sentence |" in page
     assert "99.0" not in (out / "table1.csv").read_text()
     page = (out / "sweep_crr_atari.md").read_text()
-    assert "| CRR |  | 400.000 ± 0.000 |  |" in page
-    assert "| MsPacman-dqn, 99 episodes, 60,984 steps |" in page
+    assert rows(page, "MsPacman")["CRR"] == ["", "400.000", ""]
+    assert "| dqn, 99 episodes, 60,984 steps |" in page
 
 
 def test_data_of_atari_in_words():
-    words = "MsPacman-dqn, 99 episodes, 60,984 steps, mean return 512.50"
+    words = "dqn, 99 episodes, 60,984 steps, mean return 512.50"
     assert report.describe(ATARI_DATA) == words
 
 
-def test_a_run_that_is_being_written_is_not_finished(tmp_path):
-    """The last line of its metrics is cut short."""
-    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [0.5], finished=False)
-    write_run(tmp_path / "runs" / "b", "rosmo_bsuite", [1.0])
-    with (tmp_path / "runs" / "a" / "metrics.jsonl").open("a") as file:
-        file.write('{"update": 2000, "see')
-    page = (make(tmp_path, "table1") / "table1.md").read_text()
-    assert "| ROSMO | 1.000 ± 0.000 |" in page
-
-
-def test_without_a_run_it_says_so(tmp_path):
-    with pytest.raises(SystemExit, match=r"No run of figure2c with 2,000 updates in .*runs"):
+def test_without_a_run_it_says_so(tmp_path, capsys):
+    with pytest.raises(SystemExit):
         make(tmp_path, "figure2c")
+    message = f"No run of figure2c with 2,000 updates in {tmp_path / 'runs'}.\n"
+    assert capsys.readouterr().err == message
     assert not list((tmp_path / "out").iterdir())
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0])
+    make(tmp_path, "figure2c", "table1")
+    assert (tmp_path / "out" / "table1.md").exists()
 
 
-SHELL_SCRIPTS = [path for path in (ROOT / "benchmark").glob("*.sh") if "report" in path.read_text()]
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in SHELL_SCRIPTS))
-def test_shell_scripts_start_runs_that_their_report_finds(tmp_path, name):
-    """The commands are recorded by a stand-in for python, and its runs fill every cell."""
-    fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\n')
-    fake.chmod(0o755)
-    command = ["bash", str(ROOT / "benchmark" / name), "--total-updates", str(UPDATES)]
-    command += [] if "atari" in name else ["--num-seeds", "2"]
-    subprocess.run(command, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
-    *commands, last = (tmp_path / "commands").read_text().splitlines()
-    commands = [line for line in commands if not line.startswith("benchmark/")]
-    for i, line in enumerate(commands):
-        script, *options = line.split()
+@pytest.mark.parametrize("name", paper.ITEMS)
+def test_runs_of_the_printed_commands_fill_every_cell(tmp_path, monkeypatch, capsys, name):
+    """Of two games or tasks, with one seed or two."""
+    monkeypatch.chdir(ROOT)
+    item = paper.ITEMS[name]
+    options = {"env_ids": item.tasks[:2], "seeds": item.seeds[:2], "total_updates": UPDATES}
+    run.main(run.Args((name,), **options, runs=(tmp_path / "runs",), dry_run=True), [])
+    for i, line in enumerate(capsys.readouterr().out.splitlines()):
+        _, script, *words = line.split()
         module = importlib.import_module(script.removesuffix(".py"))
-        args = tyro.cli(module.Args, args=options)
-        returns = [1.0] * getattr(args, "num_seeds", 1)
-        write_run(tmp_path / "runs" / str(i), module.__name__, returns, **vars(args))
-    script, *options = last.split()
-    assert script == "benchmark/report.py"
-    args = tyro.cli(report.Args, args=options)
-    assert args.total_updates == UPDATES
-    out = make(tmp_path, *args.items, num_seeds=args.num_seeds)
-    for item in args.items:
-        assert "Not run" not in (out / f"{item}.md").read_text()
+        args = vars(tyro.cli(module.Args, args=words))
+        data = None if "num_seeds" in args else STORE | {"episodes": len(args["env_id"])}
+        data = data and data | {"steps": int(args["data_percent"])}
+        returns = [1.0, 2.0][: args.get("num_seeds", 1)]
+        write_run(tmp_path / "runs" / str(i), module.__name__, returns, data=data, **args)
+    out = make(tmp_path, name, **options)
+    page = (out / f"{name}.md").read_text()
+    cells = len(list(item.cells(options["env_ids"])))
+    assert f"{cells} of {cells} cells are finished.\n" in page
+    assert page.startswith(f"# {item.title}\n")
+    assert (out / f"{name}.png").exists() == (item.form != "table")
+    assert (out / f"{name}-time.png").exists() == (item.form == "curves")
 
 
 def test_the_command_line_names_the_items():

@@ -248,7 +248,7 @@ def two_processes(started, name: str, *each: list, timeout: float = 300):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    shared["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    shared["JAX_NUM_CPU_DEVICES"] = "2"
     processes = [
         started(name, *arguments, wait=False, **shared, JAX_PROCESS_ID=str(i))
         for i, arguments in enumerate(each)
@@ -265,7 +265,7 @@ def test_several_devices_and_several_processes_give_the_numbers_of_one(whole, st
     """The games of these runs are not cut short, and so their returns are not compared."""
     one = whole("rosmo_atari")
     options = ["--eval-episodes", 0, "--final-eval-episodes", 0, "--run-dir"]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = {"JAX_NUM_CPU_DEVICES": "4"}
     result = started("rosmo_atari", *options, "four", **flags)
     assert result.returncode == 0, result.stderr
     results = two_processes(started, "rosmo_atari", *2 * [[*options, "two"]])

@@ -454,7 +454,7 @@ def test_damaged_datasets_give_one_sentence(catch_dataset, tmp_path, how):
 
 def test_several_devices_give_the_numbers_of_one(whole, started, tmp_path):
     options = ["--run-dir", "four", "--total-updates", 20]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = {"JAX_NUM_CPU_DEVICES": "4"}
     result = started("rosmo_bsuite", *options, **flags)
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "four" / "config.json").read_text())
