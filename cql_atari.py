@@ -34,6 +34,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -48,6 +49,12 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+# --- signals (identical in *_atari.py and *_bsuite.py) ---
+if __name__ == "__main__":  # until the run takes over
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
+# --- end signals ---
 
 import flax.linen as nn
 import jax
@@ -401,10 +408,11 @@ def select_episodes(store: Store, selected: np.ndarray) -> Store:
 
 def find_store(args) -> Path | None:
     """The smallest store of a run of RL Unplugged that holds --data-percent of it, if any does."""
-    run = f"{args.env_id}-run{args.rlu_run}"
-    paths = {p.name: p for p in (args.data_dir / "atari").glob(f"{run}-*pct")}
-    percents = {float(name[len(run) + 1 : -3]): path for name, path in paths.items()}
-    return min(((p, x) for p, x in percents.items() if p >= args.data_percent), default=[None])[-1]
+    run, found = f"{args.env_id}-run{args.rlu_run}", {}
+    for path in (args.data_dir / "atari").glob(f"{run}-*pct"):
+        if name := re.fullmatch(rf"{run}-(\d+(?:\.\d+)?)pct", path.name):
+            found[float(name[1])] = path
+    return found.get(min((p for p in found if p >= args.data_percent), default=None))
 
 
 def open_store(args) -> Store:
@@ -622,8 +630,8 @@ class Run:
         """Ends the program if the folder holds something else than this run."""
         if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
             return
-        # Without a config.json it is no run at all.
-        script = self.config["script"] if (self.dir / "config.json").exists() else None
+        files = [self.dir / name for name in ("config.json", "metrics.jsonl")]
+        script = self.config["script"] if any(file.exists() for file in files) else None
         try:
             before = json.loads((self.dir / "config.json").read_text())
             theirs = defaults | before["args"]  # an argument that came later has its default
@@ -638,7 +646,8 @@ class Run:
             changes, starts = f"or its config.json is damaged: {error!r}", []
         if script != self.config["script"] or (changes and not self.args.overwrite):
             message = f"{self.dir} holds something else ({changes}); give another --run-dir"
-            raise SystemExit(f"{message}, or --overwrite to delete a run of this script.")
+            advice = ", or --overwrite to delete the run in it"
+            raise SystemExit(f"{message}{advice if script == self.config['script'] else ''}.")
         self.config["starts"] = [] if self.args.overwrite else starts
 
     def open(self) -> None:
@@ -829,8 +838,8 @@ RANGES |= {"eval_epsilon": (0, 1)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---
-def check_args(args, ranges: dict[str, tuple[float, float]]) -> None:
-    """Ends the program with one sentence if a number is out of its range."""
+def check_args(args, ranges: dict[str, tuple[float, float]]):
+    """The arguments, with ~ in paths expanded. A number out of its range ends the program."""
     for name, value in vars(args).items():
         if type(value) in (int, float):
             least, most = ranges.get(name, (type(value) is int, 1e15))
@@ -841,13 +850,17 @@ def check_args(args, ranges: dict[str, tuple[float, float]]) -> None:
     if args.batch_size % jax.device_count():
         message = f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices"
         raise SystemExit(f"{message}; give a multiple.")
+    paths = {name: path for name, path in vars(args).items() if isinstance(path, Path)}
+    paths = {name: Path(os.path.expanduser(path)) for name, path in paths.items()}
+    return dataclasses.replace(args, **paths)
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs in the user's cache folder."""
+    """Keeps compiled programs in the user's cache folder, if there is one."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if not cache.startswith("~"):
+        jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 # --- end checks ---
@@ -888,7 +901,7 @@ def all_processes(value: int) -> list[int]:
 def main(args: Args) -> None:
     keep_programs()
     join_processes(args)
-    check_args(args, RANGES)
+    args = check_args(args, RANGES)
     store = open_store(args)
     run = Run(args, [args.seed], describe(store))
     network = make_network(store.meta["num_actions"], args)
@@ -964,6 +977,8 @@ def main(args: Args) -> None:
 # --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
     status: Any = 130
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
         main(tyro.cli(Args, description=__doc__))
         status = 0
@@ -971,6 +986,13 @@ if __name__ == "__main__":
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         status = f"{error}: put that right, then the same command goes on."
+    except (MemoryError, RuntimeError) as error:
+        if "Unable to initialize backend" in str(error):
+            status = f"{str(error).splitlines()[0]}: see JAX_PLATFORMS."
+        elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        else:
+            raise
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one

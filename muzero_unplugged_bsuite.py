@@ -51,6 +51,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+# --- signals (identical in *_atari.py and *_bsuite.py) ---
+if __name__ == "__main__":  # until the run takes over
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
+# --- end signals ---
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -682,8 +688,8 @@ class Run:
         """Ends the program if the folder holds something else than this run."""
         if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
             return
-        # Without a config.json it is no run at all.
-        script = self.config["script"] if (self.dir / "config.json").exists() else None
+        files = [self.dir / name for name in ("config.json", "metrics.jsonl")]
+        script = self.config["script"] if any(file.exists() for file in files) else None
         try:
             before = json.loads((self.dir / "config.json").read_text())
             theirs = defaults | before["args"]  # an argument that came later has its default
@@ -698,7 +704,8 @@ class Run:
             changes, starts = f"or its config.json is damaged: {error!r}", []
         if script != self.config["script"] or (changes and not self.args.overwrite):
             message = f"{self.dir} holds something else ({changes}); give another --run-dir"
-            raise SystemExit(f"{message}, or --overwrite to delete a run of this script.")
+            advice = ", or --overwrite to delete the run in it"
+            raise SystemExit(f"{message}{advice if script == self.config['script'] else ''}.")
         self.config["starts"] = [] if self.args.overwrite else starts
 
     def open(self) -> None:
@@ -890,8 +897,8 @@ RANGES |= {"mpo_temperature": (TINY, 1e9), "max_depth": (1, 10**6)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---
-def check_args(args, ranges: dict[str, tuple[float, float]]) -> None:
-    """Ends the program with one sentence if a number is out of its range."""
+def check_args(args, ranges: dict[str, tuple[float, float]]):
+    """The arguments, with ~ in paths expanded. A number out of its range ends the program."""
     for name, value in vars(args).items():
         if type(value) in (int, float):
             least, most = ranges.get(name, (type(value) is int, 1e15))
@@ -902,13 +909,17 @@ def check_args(args, ranges: dict[str, tuple[float, float]]) -> None:
     if args.batch_size % jax.device_count():
         message = f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices"
         raise SystemExit(f"{message}; give a multiple.")
+    paths = {name: path for name, path in vars(args).items() if isinstance(path, Path)}
+    paths = {name: Path(os.path.expanduser(path)) for name, path in paths.items()}
+    return dataclasses.replace(args, **paths)
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs in the user's cache folder."""
+    """Keeps compiled programs in the user's cache folder, if there is one."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if not cache.startswith("~"):
+        jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 # --- end checks ---
@@ -917,7 +928,7 @@ def keep_programs() -> None:
 # --- main (identical in *_bsuite.py) ---
 def main(args: Args) -> None:
     keep_programs()
-    check_args(args, RANGES)
+    args = check_args(args, RANGES)
     steps = load_dataset(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
     starts, num_starts = window_starts(steps.is_last, args.data_percent, seeds)
@@ -994,6 +1005,8 @@ def main(args: Args) -> None:
 # --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
     status: Any = 130
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
         main(tyro.cli(Args, description=__doc__))
         status = 0
@@ -1001,6 +1014,13 @@ if __name__ == "__main__":
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         status = f"{error}: put that right, then the same command goes on."
+    except (MemoryError, RuntimeError) as error:
+        if "Unable to initialize backend" in str(error):
+            status = f"{str(error).splitlines()[0]}: see JAX_PLATFORMS."
+        elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        else:
+            raise
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one

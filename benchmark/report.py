@@ -24,14 +24,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import run
 import tyro
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
-from paper import ITEMS, REFERENCE_RETURNS, Item
 from rliable import library, metrics
-from run import Args
 from scipy.stats import trim_mean
+
+import run
+from paper import ITEMS, REFERENCE_RETURNS, Item
+from run import Args
 
 BOOTSTRAPS = 2000
 CURVE_BOOTSTRAPS = 200

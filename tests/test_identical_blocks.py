@@ -43,6 +43,7 @@ MANIFEST = {
         "atari": files(*MUZERO, "crr", "cql", "bc", among=ATARI),
         "bsuite": files("", among=BSUITE),
     },
+    "signals": files(""),
     "entry": files(""),
     "world model": MODEL_BASED,
     "world model data": MODEL_BASED,

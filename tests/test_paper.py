@@ -3,15 +3,15 @@
 import importlib
 
 import numpy as np
-import paper
 import pytest
-import run
 import tyro
 from conftest import ROOT
 from rliable import metrics
 
 import collect_bsuite
+import paper
 import report
+import run
 
 OWN = {k: item for k, item in paper.ITEMS.items() if item.of is None}
 

@@ -11,14 +11,14 @@ import subprocess
 import sys
 
 import numpy as np
-import paper
 import pytest
-import run
 import tyro
 from conftest import ROOT
 from scipy.stats import trim_mean
 
+import paper
 import report
+import run
 
 UPDATES = 2000
 BSUITE_DATA = {"episodes": 2000, "transitions": 18000, "mean_return": 0.7182, "crc32": 1234}

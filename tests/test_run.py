@@ -12,11 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-import paper
 import pytest
-import run
 from conftest import ROOT
 from test_report import write_run
+
+import paper
+import run
 
 # Writes its words down and ends; fails on mountain_car; goes on after a signal only.
 STAND_IN = """#!/bin/bash

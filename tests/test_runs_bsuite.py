@@ -469,7 +469,7 @@ def test_wandb_mirror_works_offline(started, tmp_path):
     result = started("bc_bsuite", *options, WANDB_MODE="offline")
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    id = f"{config['starts'][0]['time']:.0f}"
+    id = f"{config['starts'][0]['time']:.6f}"
     assert list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{id}/run-{id}.wandb"))
 
 

@@ -1,0 +1,113 @@
+"""Ordinary mishaps end in one sentence and a status that is not zero, never in a traceback."""
+
+import importlib
+import json
+import signal
+
+import helpers
+import pytest
+
+by_script = pytest.mark.parametrize("name", helpers.SCRIPTS)
+
+
+def assert_one_sentence(stderr: str) -> None:
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["rosmo_bsuite", "rosmo_atari"])
+def test_a_signal_while_packages_are_imported(script, name, number):
+    process = script(f"{name}.py", wait=False, PYTHONPROFILEIMPORTTIME="1")
+    while "jax" not in process.stderr.readline():  # its import has begun
+        assert process.poll() is None
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    said = [line for line in stderr.splitlines() if not line.startswith("import time:")]
+    assert said == ["Stopped."]
+
+
+@pytest.mark.parametrize("name", ["rosmo_bsuite", "rosmo_atari"])
+def test_an_accelerator_that_is_not_there(started, name):
+    result = started(name, JAX_PLATFORMS="cuda")
+    assert result.returncode == 1
+    assert_one_sentence(result.stderr)
+    assert "Unable to initialize backend 'cuda'" in result.stderr
+
+
+def test_memory_that_is_not_enough(started):
+    result = started("rosmo_bsuite", "--batch-size", 16 * 10**8)
+    assert result.returncode == 1
+    assert_one_sentence(result.stderr)
+    assert "--batch-size" in result.stderr
+
+
+@by_script
+def test_a_home_in_paths_is_expanded(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    module = importlib.import_module(name)
+    args = module.Args(run_dir=module.Path("~/run"), dataset=module.Path("~/data"))
+    args = module.check_args(args, module.RANGES)
+    assert (args.run_dir, args.dataset) == (tmp_path / "run", tmp_path / "data")
+
+
+@by_script
+def test_without_a_home_no_program_is_kept(name, monkeypatch):
+    module, changes = importlib.import_module(name), []
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(module.os.path, "expanduser", lambda path: path)  # as without a home
+    monkeypatch.setattr(module.jax.config, "update", lambda *change: changes.append(change))
+    module.keep_programs()
+    assert changes == []
+
+
+@pytest.mark.parametrize("name", helpers.ATARI)
+def test_a_foreign_folder_beside_the_stores(name, tmp_path):
+    module = importlib.import_module(name)
+    for folder in ("Pong-run1-foopct", "Pong-run1-10pct", "Pong-run1-2.5pct", "Pong-run12-5pct"):
+        (tmp_path / "atari" / folder).mkdir(parents=True)
+    found = {}
+    for percent in (1.0, 5.0, 10.0, 50.0):
+        args = module.Args(env_id="Pong", data_dir=tmp_path, data_percent=percent)
+        path = module.find_store(args)
+        found[percent] = path and path.name
+    assert found == {
+        1.0: "Pong-run1-2.5pct",
+        5.0: (ten := "Pong-run1-10pct"),
+        10.0: ten,
+        50.0: None,
+    }
+
+
+@pytest.mark.parametrize("name", ["rosmo_bsuite", "morel_atari"])
+def test_help_where_a_terminal_knows_ascii_alone(script, name):
+    result = script(f"{name}.py", "--help", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert "--total-updates" in result.stdout
+
+
+def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
+    import watch
+
+    in_process("rosmo_atari")
+    run = tmp_path / "run"
+    script, env_id, act = watch.load_agent(run)
+    assert env_id == "Asterix"
+    path = tmp_path / "video.mp4"
+    make_env = lambda *args, **kwargs: script.make_env(  # noqa: E731
+        *args, max_num_frames_per_episode=200, **kwargs
+    )
+    episode_return = watch.record(act, make_env, env_id, 3, True, path)
+    assert episode_return >= 0
+    assert path.stat().st_size > 1_000
+    with pytest.raises(SystemExit, match="is no run with a checkpoint"):
+        watch.load_agent(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoints").mkdir()
+    (tmp_path / "other" / "checkpoints" / "1.msgpack").write_bytes(b"1234")
+    config = json.dumps({"script": "rosmo_bsuite.py", "args": {}})
+    (tmp_path / "other" / "config.json").write_text(config)
+    with pytest.raises(SystemExit, match="only Atari has pictures"):
+        watch.load_agent(tmp_path / "other")
