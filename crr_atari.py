@@ -892,8 +892,20 @@ RANGES |= {"beta": (TINY, 1e9)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---
+def require_devices() -> None:
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        platforms = os.environ.get("JAX_PLATFORMS")
+        message = (
+            f"JAX finds no device of JAX_PLATFORMS={platforms}: install jax for it, or unset it."
+        )
+        raise SystemExit(message) from None
+
+
 def check_args(args, ranges: dict[str, tuple[float, float]]):
     """The arguments, with ~ in paths expanded. A number out of its range ends the program."""
+    require_devices()
     for name, value in vars(args).items():
         if type(value) in (int, float):
             least, most = ranges.get(name, (type(value) is int, 1e15))
@@ -938,6 +950,7 @@ def join_processes(args) -> None:
         raise SystemExit(f"A run of several processes needs all of {', '.join(names)}.")
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         jax.distributed.initialize()
+    require_devices()
     if len({*all_processes(zlib.crc32(repr(args).encode()))}) > 1:
         raise SystemExit("The processes of this run have different arguments: give all the same.")
 
@@ -1041,12 +1054,9 @@ if __name__ == "__main__":
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         status = f"{error}: put that right, then the same command goes on."
     except (MemoryError, RuntimeError) as error:
-        if "Unable to initialize backend" in str(error):
-            status = f"{str(error).splitlines()[0]}: see JAX_PLATFORMS."
-        elif isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
-        else:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one
