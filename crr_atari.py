@@ -446,7 +446,7 @@ class Store(NamedTuple):
     """Episodes on disk, or some of them: benchmark/prepare_atari.py tells the format."""
 
     meta: dict
-    blob: memoryview  # zstd chunks of CHUNK frames each
+    blob: memoryview  # zstd chunks of CHUNK frames each, with a CRC-32 at their ends
     offsets: np.ndarray  # of the chunks in the blob
     steps: np.ndarray  # action, reward, is_last, is_terminal and age of every frame
     episodes: np.ndarray  # start, length and return of those selected
@@ -530,11 +530,13 @@ def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
     decompressor = zstandard.ZstdDecompressor()
     new_run = (np.diff(index) != 1) | (index[1:] % CHUNK == 0)
     bounds = [0, *np.flatnonzero(new_run) + 1, len(index)]
-    for lo, hi in itertools.pairwise(bounds):
-        chunk, skip = divmod(index[lo], CHUNK)
-        data = store.blob[store.offsets[chunk] : store.offsets[chunk + 1]]
-        data = np.frombuffer(decompressor.decompress(data), np.uint8).reshape(-1, 84, 84)
-        frames[lo:hi] = data[skip : skip + hi - lo]
+    for first, end in itertools.pairwise(bounds):
+        chunk, skip = divmod(index[first], CHUNK)
+        record = store.blob[store.offsets[chunk] : store.offsets[chunk + 1]]
+        if zlib.crc32(record[:-4]) != int.from_bytes(record[-4:], "little"):
+            raise SystemExit("A chunk of frames.bin is damaged: make the store again.")
+        data = np.frombuffer(decompressor.decompress(record[:-4]), np.uint8)
+        frames[first:end] = data.reshape(-1, 84, 84)[skip : skip + end - first]
     return frames
 
 

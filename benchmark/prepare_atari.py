@@ -133,7 +133,7 @@ class StoreWriter:
         folder.mkdir()
         self.folder, self.num_actions = folder, num_actions
         self.blob, self.blob_crc32 = open(folder / "frames.bin", "wb"), 0
-        self.compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+        self.compressor = zstandard.ZstdCompressor(level=3)
         self.rest = np.empty((0, 84, 84), np.uint8)  # frames that do not fill a chunk yet
         self.offsets, self.steps, self.episodes = [0], [], []
         self.rows = self.num_steps = 0  # with and without padding
@@ -205,6 +205,7 @@ class StoreWriter:
             self.rest, frames = np.concatenate([self.rest, frames[:room]]), frames[room:]
             if len(self.rest) == CHUNK:
                 data = self.compressor.compress(self.rest.tobytes())
+                data += zlib.crc32(data).to_bytes(4, "little")
                 self._write_blob(data)
                 self.offsets.append(self.offsets[-1] + len(data))
                 self.rest = self.rest[:0]

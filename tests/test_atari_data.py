@@ -219,7 +219,7 @@ def test_damaged_store(copy, name, how):
         return  # one letter of a text
     if (name, how) == ("frames.bin", "changed"):
         store = open_store(copy)
-        with pytest.raises(Exception, match=r"(?i)checksum|corrupt|decompress"):
+        with pytest.raises(SystemExit, match=r"A chunk of frames\.bin is damaged"):
             script.read_frames(store, store.index)
         return
     with pytest.raises(SystemExit, match=REFUSED) as end:

@@ -71,7 +71,8 @@ def read(path: Path) -> list[dict]:
     frames = []
     for chunk in range(len(offsets) - 1):
         data = blob[offsets[chunk] : offsets[chunk + 1]]
-        assert zstandard.get_frame_parameters(data).has_checksum
+        data, crc32 = data[:-4], int.from_bytes(data[-4:], "little")
+        assert zlib.crc32(data) == crc32
         data = zstandard.ZstdDecompressor().decompress(data)
         assert len(data) == 16 * 84 * 84
         frames += list(np.frombuffer(data, np.uint8).reshape(16, 84, 84))
@@ -272,9 +273,12 @@ import prepare_atari
 
 EPISODES, META = pickle.loads(Path(__file__).with_name("episodes").read_bytes())
 
-def read(log, stop, shard):
+def read(log, stop, workers, shard):
     with open(log, "a") as file:
         file.write(f"{{shard}} {{os.getpid()}}\\n")
+    pids = lambda: {{line.split()[1] for line in open(log)}}
+    while workers > 1 and len(pids()) < 2:
+        time.sleep(0.02)  # until a second worker reads, too
     for episode in EPISODES:
         if episode["checkpoint"] == int(shard):
             yield episode
@@ -284,7 +288,7 @@ def read(log, stop, shard):
 
 if __name__ == "__main__":
     path, log, stop, workers = sys.argv[1:]
-    options = META, functools.partial(read, log, stop), list("01234"), int(workers)
+    options = META, functools.partial(read, log, stop, int(workers)), list("01234"), int(workers)
     if workers == "0":
         make = lambda _: prepare_atari.write_store(Path(path), META, EPISODES)
     else:
