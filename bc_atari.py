@@ -108,13 +108,20 @@ class Args:
 
 
 # --- torso (identical in *_atari.py) ---
+# Initial weights as in the authors' code: truncated normal, of standard deviation 0.88 / √fan_in.
+WEIGHTS = {
+    "use_bias": False,
+    "kernel_init": nn.initializers.variance_scaling(0.774, "fan_in", "truncated_normal"),
+}
+
+
 def conv(channels: int, dtype: Any, stride: int = 1, kernel: int = 3) -> nn.Conv:
-    return nn.Conv(channels, (kernel, kernel), stride, use_bias=False, dtype=dtype)
+    return nn.Conv(channels, (kernel, kernel), stride, dtype=dtype, **WEIGHTS)
 
 
 def layer_norm(dtype: Any) -> nn.LayerNorm:
     """Over rows, columns and channels, with a scale and an offset for each channel."""
-    return nn.LayerNorm(reduction_axes=(-3, -2, -1), feature_axes=-1, dtype=dtype)
+    return nn.LayerNorm(reduction_axes=(-3, -2, -1), feature_axes=-1, epsilon=1e-5, dtype=dtype)
 
 
 def average_pool(x):
@@ -169,8 +176,8 @@ class Head(nn.Module):
         x = nn.relu(layer_norm(self.dtype)(x))
         x = x.reshape(*x.shape[:-3], -1)
         for _ in range(2):
-            x = nn.Dense(2 * self.channels, use_bias=False, dtype=self.dtype)(x)
-            x = nn.relu(nn.LayerNorm(dtype=self.dtype)(x))
+            x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
+            x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
         # In float32, because a value is a small difference of many large logits' weights.
         options = {"kernel_init": nn.initializers.zeros, "precision": "highest"}
         return nn.Dense(self.outputs, dtype=jnp.float32, **options)(x)

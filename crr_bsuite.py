@@ -124,8 +124,10 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        # As in the authors' code: truncated normal, of standard deviation 0.88 / √fan_in.
+        init = nn.initializers.variance_scaling(0.774, "fan_in", "truncated_normal")
         for i, width in enumerate(self.features):
-            x = nn.Dense(width, dtype=self.dtype)(nn.relu(x) if i else x)
+            x = nn.Dense(width, dtype=self.dtype, kernel_init=init)(nn.relu(x) if i else x)
         return x
 
 
