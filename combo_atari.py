@@ -88,8 +88,7 @@ class Args:
     total_updates: int = 200_000  # number of updates of Q
     log_every: int = 200  # updates (of model and Q) over which the logged losses are averaged
     checkpoint_every: int = 10_000  # updates of Q between two checkpoints
-    run_dir: Path | None = None
-    """folder of this run [default: runs/{script}/{env-id}[-variant]/seed{n}]"""
+    run_dir: Path | None = None  # folder of the run; None: runs/{script}/{game}[-changes]/seed{n}
     overwrite: bool = False
     """start again in a folder that holds a run, and delete that run and its world model"""
     track: bool = False  # mirror the metrics of Q to Weights & Biases
@@ -108,46 +107,49 @@ class Args:
     # world model
     world_model: Path | None = None
     """take the ensemble from this folder, {run folder}-world-model of another run"""
-    members: int = 4  # E, members of the ensemble
-    deter: int = 1024  # size of the recurrent state h
-    hidden: int = 1000  # units of the layers around the recurrent state
-    latents: int = 32  # categorical variables of the latent state z
-    classes: int = 32  # classes of each
-    depth: int = 48  # channels of the encoder's first convolution; the rest of both scales with it
-    head_units: int = 400  # units of the four layers of the reward's and of the terminal's head
+    members: int = 4  # E, members of the ensemble of world models
+    deter: int = 1024  # world model: size of the recurrent state h
+    hidden: int = 1000  # world model: units of the layers around the recurrent state
+    latents: int = 32  # world model: categorical variables of the latent state z
+    classes: int = 32  # world model: classes of each
+    depth: int = 48
+    """world model: channels of the encoder's first convolution; the rest of both scales with it"""
+    head_units: int = 400
+    """world model: units of the four layers of the reward's and of the terminal's head"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """arithmetic of the networks (auto: bfloat16 on accelerators); the rest is always float32"""
 
     # world model: training
-    model_updates: int = 200_000  # largest number of updates
-    model_batch_size: int = 32  # windows in a member's batch, over all devices
-    model_length: int = 48  # T, steps of a window
-    model_learning_rate: float = 3e-4  # AdamW's learning rate
-    model_weight_decay: float = 0.01  # AdamW's weight decay, on weight matrices only
-    model_max_grad_norm: float = 200.0  # largest global norm of a member's gradient
-    kl_coef: float = 0.1  # β, weight of the KL divergence
-    kl_balance: float = 0.8  # share of its gradient that moves the prior towards the posterior
+    model_updates: int = 200_000  # world model: largest number of updates of a member
+    model_batch_size: int = 32  # world model: windows in a member's batch, over all devices
+    model_length: int = 48  # T, steps of a window of the world model
+    model_learning_rate: float = 3e-4  # world model: AdamW's learning rate
+    model_weight_decay: float = 0.01
+    """world model: AdamW's weight decay, on weight matrices only"""
+    model_max_grad_norm: float = 200.0  # world model: largest global norm of a member's gradient
+    kl_coef: float = 0.1  # β, weight of the KL divergence in the loss of the world model
+    kl_balance: float = 0.8  # share of its gradient that moves the prior to the posterior
     model_eval_every: int = 1_000
-    """updates between two evaluations on held-out episodes, each with a checkpoint"""
-    model_eval_batches: int = 8  # batches of held-out windows, the same in each evaluation
+    """world model: updates between two evaluations on held-out episodes, each with a checkpoint"""
+    model_eval_batches: int = 8  # world model: batches of held-out windows in an evaluation
     model_patience: int = 10_000
-    """updates without enough improvement of the held-out loss after which training ends"""
+    """world model: updates without enough improvement of the held-out loss before training ends"""
     model_min_improvement: float = 0.005  # enough improvement, as a part of the held-out loss
 
     # Q: network (Table 3, D.2.1)
-    channels: int = 64  # channels of the residual blocks; the rest of the network scales with it
+    channels: int = 64  # channels of Q's residual blocks; the rest of its network scales with it
     num_bins: int = 601  # bins of the categorical Q
 
     # Q: optimisation (Table 3)
-    batch_size: int = 512  # transitions in a batch, over all devices
-    learning_rate: float = 7e-4  # AdamW's learning rate after warm-up
-    learning_rate_decay: float = 0.1  # factor on the learning rate every 100,000 updates
-    weight_decay: float = 1e-4  # AdamW's weight decay, on weight matrices only
-    max_grad_norm: float = 5.0  # largest global norm of the gradient
-    target_update_every: int = 2_000  # updates between two copies to the target network
+    batch_size: int = 512  # transitions in a batch of Q, over all devices
+    learning_rate: float = 7e-4  # Q: AdamW's learning rate after warm-up
+    learning_rate_decay: float = 0.1  # Q: factor on the learning rate every 100,000 updates
+    weight_decay: float = 1e-4  # Q: AdamW's weight decay, on weight matrices only
+    max_grad_norm: float = 5.0  # Q: largest global norm of the gradient
+    target_update_every: int = 2_000  # updates of Q between two copies to its target network
 
     # Q: rollouts of the world model
-    rollout_every: int = 400  # updates between two generations of rollouts
+    rollout_every: int = 400  # updates of Q between two generations of rollouts
     rollout_starts: int = 2048  # rollouts in a generation, shared out evenly to the members
     rollout_length: int = 10  # steps of a rollout
     rollout_generations: int = 5  # generations that are kept
@@ -163,7 +165,7 @@ class Args:
     """transitions whose action the penalty pushes up: all, or logged ones"""
 
     # Q: evaluation
-    eval_every: int = 1_000  # updates between two evaluations
+    eval_every: int = 1_000  # updates of Q between two evaluations
     eval_episodes: int = 2  # episodes of each evaluation during training
     final_eval_episodes: int = 100  # episodes of the final evaluation
     eval_greedy: bool = False  # take no random action in evaluations during training
@@ -1195,12 +1197,18 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 
 # --- evaluate (identical in *_atari.py) ---
 def evaluate(
-    act: Callable, env_id: str, num_episodes: int, seed: int, **kwargs: Any
+    act: Callable,
+    env_id: str,
+    num_episodes: int,
+    seed: int,
+    report: Callable = lambda *_: None,
+    **kwargs: Any,
 ) -> list[float] | None:
     """Raw returns of `num_episodes` episodes, played side by side, each in its own environment.
 
     `act` takes observations uint8 [E, 84, 84, 4] (newest frame last, zeros before the first) and a
-    key, and returns actions [E], or None to break off; `kwargs` change `make_env`'s settings.
+    key, and returns actions [E], or None to break off; `report(finished, num_episodes)` is called
+    when episodes end; `kwargs` change `make_env`'s settings.
     """
     if num_episodes == 0:
         return []
@@ -1216,7 +1224,10 @@ def evaluate(
             return None
         observations, rewards, terminated, truncated, _ = env.step(np.asarray(actions, np.int32))
         returns += running * rewards
-        running &= ~(terminated | truncated)
+        ended = running & (terminated | truncated)
+        running &= ~ended
+        if ended.any():
+            report(num_episodes - running.sum(), num_episodes)
     return returns.tolist()
 
 
@@ -1239,7 +1250,7 @@ class Run:
 
     def __init__(self, args, seeds: list[int], data: dict):
         """Opens the folder. Ends the program if it holds something else, or the run's end."""
-        self.args, self.seeds, self.stopping, self.saved = args, seeds, False, 0
+        self.args, self.seeds, self.stopping = args, seeds, False
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
         defaults = {field.name: field.default for field in dataclasses.fields(args)}
@@ -1260,6 +1271,10 @@ class Run:
         if final == [args.total_updates] * len(seeds):
             print(f"This run is finished: see {self.dir}, or give --overwrite to start again.")
             raise SystemExit(0)
+        self.saved, self.checkpoint = self.load()
+        if len(lines) < self.checkpoint["lines"]:
+            message = f"{self.dir}/metrics.jsonl has lost lines of the updates until {self.saved:,}"
+            raise SystemExit(f"{message}: put them back, or give --overwrite to start again.")
         if self.writes:
             self.open()
         hide = not (self.writes and sys.stderr.isatty())
@@ -1342,30 +1357,29 @@ class Run:
     def checkpoints(self) -> list[Path]:
         return sorted(self.dir.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))
 
+    def load(self) -> tuple[int, dict]:
+        """Updates done and content of the newest whole checkpoint, or of the start."""
+        for path in [] if self.args.overwrite else self.checkpoints()[::-1]:
+            crc32, content = (data := path.read_bytes())[:4], data[4:]
+            if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
+                return int(path.stem), serialization.msgpack_restore(content)
+            print(f"{path} is damaged: it is not used.", file=sys.stderr)
+        return 0, {"state": None, "sums": None, "lines": 0, "wall_time": 0.0}
+
     def restore(self, state):
-        """(done, state, sums) of the newest whole checkpoint, or else (0, state, None).
+        """(done, state, sums) of the checkpoint, or else (0, state, None).
 
         The metrics that were logged after it are dropped; they come again, the same.
         """
-        saved = {"sums": None, "lines": 0, "wall_time": 0.0}
-        for path in self.checkpoints()[::-1]:
-            crc32, content = (data := path.read_bytes())[:4], data[4:]
-            if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
-                saved, self.saved = serialization.msgpack_restore(content), int(path.stem)
-                state = serialization.from_state_dict(state, saved["state"])
-                self.bar.update(self.saved)
-                print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
-                break
-            print(f"{path} is damaged: it is not used.", file=sys.stderr)
-        self.started -= saved["wall_time"]
-        lines = self.lines()
-        if len(lines) < saved["lines"]:
-            message = f"{self.dir}/metrics.jsonl has lost lines of the updates until {self.saved:,}"
-            raise SystemExit(f"{message}: put them back, or give --overwrite to start again.")
+        if self.saved:
+            state = serialization.from_state_dict(state, self.checkpoint["state"])
+            self.bar.update(self.saved)
+            print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
+        self.started -= self.checkpoint["wall_time"]
         if self.writes:
-            text = "".join(json.dumps(line) + "\n" for line in lines[: saved["lines"]])
-            self.write("metrics.jsonl", text.encode())
-        return self.saved, state, saved["sums"]
+            lines = self.lines()[: self.checkpoint["lines"]]
+            self.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
+        return self.saved, state, self.checkpoint["sums"]
 
     def save(self, done: int, state, sums: dict | None) -> None:
         """Writes checkpoints/{done}.msgpack, its CRC-32 first; the last two are kept.
@@ -1417,6 +1431,9 @@ class Run:
         self.bar.set_postfix_str(status)
         if self.writes and self.bar.disable:
             print(f"update {done:,}: {status}", flush=True)
+
+    def show_evaluation(self, finished: int, episodes: int) -> None:
+        self.bar.set_postfix_str(f"evaluation: {finished} of {episodes} episodes")
 
     def interrupt(self, *_) -> None:
         if self.stopping:
@@ -1513,6 +1530,8 @@ def train(
             run.exit()
         if enough:
             break
+        if metrics is None:
+            run.show(done, "compiling")
         with run.time("data"):
             batch = next(batches)
         with run.time("update" if metrics else "compilation"):
@@ -1567,7 +1586,7 @@ def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, 
         return None if run.stopping else act(params, observation, key, greedy, network, args)
 
     with run.time("evaluation"):
-        return evaluate(policy, args.env_id, num_episodes, seed)
+        return evaluate(policy, args.env_id, num_episodes, seed, run.show_evaluation)
 
 
 def evaluate_agent(run: Run, done: int, params, network, args: Args) -> str:
@@ -1585,6 +1604,7 @@ def finish_run(run: Run, done: int, params, network, args: Args) -> None:
     """The final evaluations, in the first process."""
     if run.writes:
         number, inputs = args.final_eval_episodes, (done, params, network, args)
+        run.show(done, f"final evaluation: {number} sampled, {number} greedy episodes")
         sampled, greedy = (play(run, number, greedy, *inputs) for greedy in (False, True))
         if sampled is not None and greedy is not None:
             run.finish(done, [sampled], [greedy])

@@ -35,7 +35,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -74,7 +74,7 @@ class Args:
     log_every: int = 200  # updates over which the logged losses are averaged
     checkpoint_every: int = 10_000  # updates between two checkpoints
     run_dir: Path | None = None
-    """folder of this run [default: runs/{script}/{env-id}[-variant]/seeds{first}-{last}]"""
+    """folder of the run; None: runs/{script}/{task}[-changes]/seeds{first}-{last}"""
     overwrite: bool = False  # start again in a folder that holds a run, and delete that run
     track: bool = False  # mirror the metrics to Weights & Biases
 
@@ -359,8 +359,8 @@ def load_dataset(args) -> Steps:
     try:
         with np.load(path) as file:
             header = json.loads(str(file["header"]))
-            if (header["schema"], header["env_id"]) != (1, args.env_id):
-                raise ValueError(f"it says {header['env_id']}, schema {header['schema']}")
+            if (header.get("schema"), header.get("env_id")) != (1, args.env_id):
+                raise ValueError(f"its header, {header}, does not say schema 1 and this env_id")
             return check_steps(Steps(*(file[name] for name in Steps._fields)), args.env_id)
     except Exception as error:  # a damaged file can raise almost anything
         message = f"{path} cannot be used as a dataset of {args.env_id}: {error}"
@@ -423,7 +423,15 @@ def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
 
 
 # --- evaluate (identical in *_bsuite.py) ---
-def evaluate(act, env_id: str, seeds: list[int], done: int, num_episodes: int, noise: float):
+def evaluate(
+    act: Callable,
+    env_id: str,
+    seeds: list[int],
+    done: int,
+    num_episodes: int,
+    noise: float,
+    report: Callable = lambda *_: None,
+):
     """Plays complete episodes in the real environment, those of all seeds side by side.
 
     Args:
@@ -431,6 +439,7 @@ def evaluate(act, env_id: str, seeds: list[int], done: int, num_episodes: int, n
         or to None, which breaks off.
       done: updates; with the seed and the episode it determines the initial states.
       noise: probability that an action is replaced by a uniformly random one.
+      report: is called when episodes end, with their number and the number of all.
 
     Returns:
       Undiscounted returns, float64 [seeds, episodes], or None if it was broken off.
@@ -458,6 +467,8 @@ def evaluate(act, env_id: str, seeds: list[int], done: int, num_episodes: int, n
             returns[i] += timestep.reward
             if not timestep.last():
                 still_playing.append(i)
+        if len(still_playing) < len(playing):
+            report(len(environments) - len(still_playing), len(environments))
         playing, t = still_playing, t + 1
     return returns.reshape(shape)
 
@@ -481,7 +492,7 @@ class Run:
 
     def __init__(self, args, seeds: list[int], data: dict):
         """Opens the folder. Ends the program if it holds something else, or the run's end."""
-        self.args, self.seeds, self.stopping, self.saved = args, seeds, False, 0
+        self.args, self.seeds, self.stopping = args, seeds, False
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
         defaults = {field.name: field.default for field in dataclasses.fields(args)}
@@ -502,6 +513,10 @@ class Run:
         if final == [args.total_updates] * len(seeds):
             print(f"This run is finished: see {self.dir}, or give --overwrite to start again.")
             raise SystemExit(0)
+        self.saved, self.checkpoint = self.load()
+        if len(lines) < self.checkpoint["lines"]:
+            message = f"{self.dir}/metrics.jsonl has lost lines of the updates until {self.saved:,}"
+            raise SystemExit(f"{message}: put them back, or give --overwrite to start again.")
         if self.writes:
             self.open()
         hide = not (self.writes and sys.stderr.isatty())
@@ -584,30 +599,29 @@ class Run:
     def checkpoints(self) -> list[Path]:
         return sorted(self.dir.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))
 
+    def load(self) -> tuple[int, dict]:
+        """Updates done and content of the newest whole checkpoint, or of the start."""
+        for path in [] if self.args.overwrite else self.checkpoints()[::-1]:
+            crc32, content = (data := path.read_bytes())[:4], data[4:]
+            if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
+                return int(path.stem), serialization.msgpack_restore(content)
+            print(f"{path} is damaged: it is not used.", file=sys.stderr)
+        return 0, {"state": None, "sums": None, "lines": 0, "wall_time": 0.0}
+
     def restore(self, state):
-        """(done, state, sums) of the newest whole checkpoint, or else (0, state, None).
+        """(done, state, sums) of the checkpoint, or else (0, state, None).
 
         The metrics that were logged after it are dropped; they come again, the same.
         """
-        saved = {"sums": None, "lines": 0, "wall_time": 0.0}
-        for path in self.checkpoints()[::-1]:
-            crc32, content = (data := path.read_bytes())[:4], data[4:]
-            if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
-                saved, self.saved = serialization.msgpack_restore(content), int(path.stem)
-                state = serialization.from_state_dict(state, saved["state"])
-                self.bar.update(self.saved)
-                print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
-                break
-            print(f"{path} is damaged: it is not used.", file=sys.stderr)
-        self.started -= saved["wall_time"]
-        lines = self.lines()
-        if len(lines) < saved["lines"]:
-            message = f"{self.dir}/metrics.jsonl has lost lines of the updates until {self.saved:,}"
-            raise SystemExit(f"{message}: put them back, or give --overwrite to start again.")
+        if self.saved:
+            state = serialization.from_state_dict(state, self.checkpoint["state"])
+            self.bar.update(self.saved)
+            print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
+        self.started -= self.checkpoint["wall_time"]
         if self.writes:
-            text = "".join(json.dumps(line) + "\n" for line in lines[: saved["lines"]])
-            self.write("metrics.jsonl", text.encode())
-        return self.saved, state, saved["sums"]
+            lines = self.lines()[: self.checkpoint["lines"]]
+            self.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
+        return self.saved, state, self.checkpoint["sums"]
 
     def save(self, done: int, state, sums: dict | None) -> None:
         """Writes checkpoints/{done}.msgpack, its CRC-32 first; the last two are kept.
@@ -659,6 +673,9 @@ class Run:
         self.bar.set_postfix_str(status)
         if self.writes and self.bar.disable:
             print(f"update {done:,}: {status}", flush=True)
+
+    def show_evaluation(self, finished: int, episodes: int) -> None:
+        self.bar.set_postfix_str(f"evaluation: {finished} of {episodes} episodes")
 
     def interrupt(self, *_) -> None:
         if self.stopping:
@@ -795,7 +812,8 @@ def main(args: Args) -> None:
 
         noise = args.noise if args.eval_noise else 0.0
         with run.time("evaluation"):
-            return evaluate(policy, args.env_id, seeds, done, num_episodes, noise)
+            show = run.show_evaluation
+            return evaluate(policy, args.env_id, seeds, done, num_episodes, noise, show)
 
     longest, part, played = 1, "compilation", ""
     while True:
@@ -816,6 +834,8 @@ def main(args: Args) -> None:
         # As many updates as take half a second, but not past a line, an evaluation or a checkpoint.
         stations = (args.log_every, args.eval_every, args.checkpoint_every, args.total_updates)
         number = min(longest, *(every - done % every for every in stations))
+        if part == "compilation":
+            run.show(done, "compiling")
         before = time.monotonic()
         with run.time(part):
             states, sums = train(number, states, sums, data, network, args, by_device)
@@ -829,7 +849,9 @@ def main(args: Args) -> None:
                 run.log(done, seed, {name: x[i] for name, x in means.items()})
             run.show(done, f"loss {means['losses/total'].mean():.3f}{played}")
             sums = jax.device_put(zeros, replicated)
-    sampled, greedy = (play(args.final_eval_episodes, greedy) for greedy in (False, True))
+    number = args.final_eval_episodes
+    run.show(done, f"final evaluation: {number} sampled, {number} greedy episodes of every seed")
+    sampled, greedy = (play(number, greedy) for greedy in (False, True))
     if sampled is None or greedy is None:
         run.exit()
     run.finish(done, sampled, greedy)

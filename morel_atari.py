@@ -92,8 +92,7 @@ class Args:
     total_updates: int = 1_250  # number of updates of the policy, each an iteration of PPO
     log_every: int = 10  # updates (of model and policy) over which the logged losses are averaged
     checkpoint_every: int = 50  # updates of the policy between two checkpoints
-    run_dir: Path | None = None
-    """folder of this run [default: runs/{script}/{env-id}[-variant]/seed{n}]"""
+    run_dir: Path | None = None  # folder of the run; None: runs/{script}/{game}[-changes]/seed{n}
     overwrite: bool = False
     """start again in a folder that holds a run, and delete that run and its world model"""
     track: bool = False  # mirror the policy's metrics to Weights & Biases
@@ -111,30 +110,33 @@ class Args:
     # world model
     world_model: Path | None = None
     """take the ensemble from this folder, {run folder}-world-model of another run"""
-    members: int = 4  # E, members of the ensemble
-    deter: int = 1024  # size of the recurrent state h
-    hidden: int = 1000  # units of the layers around the recurrent state
-    latents: int = 32  # categorical variables of the latent state z
-    classes: int = 32  # classes of each
-    depth: int = 48  # channels of the encoder's first convolution; the rest of both scales with it
-    head_units: int = 400  # units of the four layers of the reward's and of the terminal's head
+    members: int = 4  # E, members of the ensemble of world models
+    deter: int = 1024  # world model: size of the recurrent state h
+    hidden: int = 1000  # world model: units of the layers around the recurrent state
+    latents: int = 32  # world model: categorical variables of the latent state z
+    classes: int = 32  # world model: classes of each
+    depth: int = 48
+    """world model: channels of the encoder's first convolution; the rest of both scales with it"""
+    head_units: int = 400
+    """world model: units of the four layers of the reward's and of the terminal's head"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """arithmetic of the networks (auto: bfloat16 on accelerators); the rest is always float32"""
 
     # world model: training
-    model_updates: int = 200_000  # largest number of updates
-    model_batch_size: int = 32  # windows in a member's batch, over all devices
-    model_length: int = 48  # T, steps of a window
-    model_learning_rate: float = 3e-4  # AdamW's learning rate
-    model_weight_decay: float = 0.01  # AdamW's weight decay, on weight matrices only
-    model_max_grad_norm: float = 200.0  # largest global norm of a member's gradient
-    kl_coef: float = 0.1  # β, weight of the KL divergence
-    kl_balance: float = 0.8  # share of its gradient that moves the prior towards the posterior
+    model_updates: int = 200_000  # world model: largest number of updates of a member
+    model_batch_size: int = 32  # world model: windows in a member's batch, over all devices
+    model_length: int = 48  # T, steps of a window of the world model
+    model_learning_rate: float = 3e-4  # world model: AdamW's learning rate
+    model_weight_decay: float = 0.01
+    """world model: AdamW's weight decay, on weight matrices only"""
+    model_max_grad_norm: float = 200.0  # world model: largest global norm of a member's gradient
+    kl_coef: float = 0.1  # β, weight of the KL divergence in the loss of the world model
+    kl_balance: float = 0.8  # share of its gradient that moves the prior to the posterior
     model_eval_every: int = 1_000
-    """updates between two evaluations on held-out episodes, each with a checkpoint"""
-    model_eval_batches: int = 8  # batches of held-out windows, the same in each evaluation
+    """world model: updates between two evaluations on held-out episodes, each with a checkpoint"""
+    model_eval_batches: int = 8  # world model: batches of held-out windows in an evaluation
     model_patience: int = 10_000
-    """updates without enough improvement of the held-out loss after which training ends"""
+    """world model: updates without enough improvement of the held-out loss before training ends"""
     model_min_improvement: float = 0.005  # enough improvement, as a part of the held-out loss
 
     # policy: pessimistic MDP
@@ -148,29 +150,29 @@ class Args:
     starts: int = 4  # starts for each imagined episode in an update; used again if more are needed
 
     # policy: network (D.2.1)
-    channels: int = 64  # channels of the residual blocks; the rest of the network scales with it
+    channels: int = 64  # channels of the policy's blocks; the rest of its network scales with it
 
     # policy: behavior cloning
-    bc_updates: int = 0  # updates for which it imitates the logged actions, before PPO
-    bc_batch_size: int = 256  # logged steps in a batch, over all devices
-    bc_learning_rate: float = 7e-4  # Adam's learning rate
+    bc_updates: int = 0  # updates of the policy before PPO, which imitate logged actions
+    bc_batch_size: int = 256  # logged steps in a batch of these, over all devices
+    bc_learning_rate: float = 7e-4  # Adam's learning rate for these
 
     # policy: PPO
-    batch_size: int = 64  # imagined episodes side by side, over all devices
-    rollout_length: int = 128  # steps of each in an update
-    epochs: int = 4  # passes over these steps
-    minibatches: int = 4  # gradient steps of a pass
-    learning_rate: float = 2.5e-4  # Adam's learning rate at first
-    anneal_updates: int = 1_250  # updates over which it falls to zero, at least --total-updates
-    max_grad_norm: float = 0.5  # largest global norm of the gradient
+    batch_size: int = 64  # PPO: imagined episodes side by side, over all devices
+    rollout_length: int = 128  # PPO: steps of each in an update
+    epochs: int = 4  # PPO: passes over these steps
+    minibatches: int = 4  # PPO: gradient steps of a pass
+    learning_rate: float = 2.5e-4  # PPO: Adam's learning rate at first
+    anneal_updates: int = 1_250  # PPO: updates over which it falls to zero
+    max_grad_norm: float = 0.5  # PPO: largest global norm of the gradient
     discount: float = 0.99  # discount factor γ
-    gae_lambda: float = 0.95  # λ of the generalised advantage
-    clip_ratio: float = 0.1  # ε, change of a probability ratio beyond which its gradient is cut
-    entropy_coef: float = 0.01  # weight of the entropy
-    value_coef: float = 0.5  # weight of the value's loss
+    gae_lambda: float = 0.95  # λ of PPO's generalised advantage
+    clip_ratio: float = 0.1  # ε, change of PPO's probability ratio beyond which it is cut
+    entropy_coef: float = 0.01  # PPO: weight of the entropy
+    value_coef: float = 0.5  # PPO: weight of the value's loss
 
     # policy: evaluation in the game
-    eval_every: int = 50  # updates between two evaluations
+    eval_every: int = 50  # updates of the policy between two evaluations
     eval_episodes: int = 2  # episodes of each evaluation during training
     final_eval_episodes: int = 100  # episodes of the final evaluation
     eval_greedy: bool = False  # take the most probable action in evaluations during training
@@ -1298,12 +1300,18 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 
 # --- evaluate (identical in *_atari.py) ---
 def evaluate(
-    act: Callable, env_id: str, num_episodes: int, seed: int, **kwargs: Any
+    act: Callable,
+    env_id: str,
+    num_episodes: int,
+    seed: int,
+    report: Callable = lambda *_: None,
+    **kwargs: Any,
 ) -> list[float] | None:
     """Raw returns of `num_episodes` episodes, played side by side, each in its own environment.
 
     `act` takes observations uint8 [E, 84, 84, 4] (newest frame last, zeros before the first) and a
-    key, and returns actions [E], or None to break off; `kwargs` change `make_env`'s settings.
+    key, and returns actions [E], or None to break off; `report(finished, num_episodes)` is called
+    when episodes end; `kwargs` change `make_env`'s settings.
     """
     if num_episodes == 0:
         return []
@@ -1319,7 +1327,10 @@ def evaluate(
             return None
         observations, rewards, terminated, truncated, _ = env.step(np.asarray(actions, np.int32))
         returns += running * rewards
-        running &= ~(terminated | truncated)
+        ended = running & (terminated | truncated)
+        running &= ~ended
+        if ended.any():
+            report(num_episodes - running.sum(), num_episodes)
     return returns.tolist()
 
 
@@ -1342,7 +1353,7 @@ class Run:
 
     def __init__(self, args, seeds: list[int], data: dict):
         """Opens the folder. Ends the program if it holds something else, or the run's end."""
-        self.args, self.seeds, self.stopping, self.saved = args, seeds, False, 0
+        self.args, self.seeds, self.stopping = args, seeds, False
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
         defaults = {field.name: field.default for field in dataclasses.fields(args)}
@@ -1363,6 +1374,10 @@ class Run:
         if final == [args.total_updates] * len(seeds):
             print(f"This run is finished: see {self.dir}, or give --overwrite to start again.")
             raise SystemExit(0)
+        self.saved, self.checkpoint = self.load()
+        if len(lines) < self.checkpoint["lines"]:
+            message = f"{self.dir}/metrics.jsonl has lost lines of the updates until {self.saved:,}"
+            raise SystemExit(f"{message}: put them back, or give --overwrite to start again.")
         if self.writes:
             self.open()
         hide = not (self.writes and sys.stderr.isatty())
@@ -1445,30 +1460,29 @@ class Run:
     def checkpoints(self) -> list[Path]:
         return sorted(self.dir.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))
 
+    def load(self) -> tuple[int, dict]:
+        """Updates done and content of the newest whole checkpoint, or of the start."""
+        for path in [] if self.args.overwrite else self.checkpoints()[::-1]:
+            crc32, content = (data := path.read_bytes())[:4], data[4:]
+            if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
+                return int(path.stem), serialization.msgpack_restore(content)
+            print(f"{path} is damaged: it is not used.", file=sys.stderr)
+        return 0, {"state": None, "sums": None, "lines": 0, "wall_time": 0.0}
+
     def restore(self, state):
-        """(done, state, sums) of the newest whole checkpoint, or else (0, state, None).
+        """(done, state, sums) of the checkpoint, or else (0, state, None).
 
         The metrics that were logged after it are dropped; they come again, the same.
         """
-        saved = {"sums": None, "lines": 0, "wall_time": 0.0}
-        for path in self.checkpoints()[::-1]:
-            crc32, content = (data := path.read_bytes())[:4], data[4:]
-            if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
-                saved, self.saved = serialization.msgpack_restore(content), int(path.stem)
-                state = serialization.from_state_dict(state, saved["state"])
-                self.bar.update(self.saved)
-                print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
-                break
-            print(f"{path} is damaged: it is not used.", file=sys.stderr)
-        self.started -= saved["wall_time"]
-        lines = self.lines()
-        if len(lines) < saved["lines"]:
-            message = f"{self.dir}/metrics.jsonl has lost lines of the updates until {self.saved:,}"
-            raise SystemExit(f"{message}: put them back, or give --overwrite to start again.")
+        if self.saved:
+            state = serialization.from_state_dict(state, self.checkpoint["state"])
+            self.bar.update(self.saved)
+            print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
+        self.started -= self.checkpoint["wall_time"]
         if self.writes:
-            text = "".join(json.dumps(line) + "\n" for line in lines[: saved["lines"]])
-            self.write("metrics.jsonl", text.encode())
-        return self.saved, state, saved["sums"]
+            lines = self.lines()[: self.checkpoint["lines"]]
+            self.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
+        return self.saved, state, self.checkpoint["sums"]
 
     def save(self, done: int, state, sums: dict | None) -> None:
         """Writes checkpoints/{done}.msgpack, its CRC-32 first; the last two are kept.
@@ -1520,6 +1534,9 @@ class Run:
         self.bar.set_postfix_str(status)
         if self.writes and self.bar.disable:
             print(f"update {done:,}: {status}", flush=True)
+
+    def show_evaluation(self, finished: int, episodes: int) -> None:
+        self.bar.set_postfix_str(f"evaluation: {finished} of {episodes} episodes")
 
     def interrupt(self, *_) -> None:
         if self.stopping:
@@ -1616,6 +1633,8 @@ def train(
             run.exit()
         if enough:
             break
+        if metrics is None:
+            run.show(done, "compiling")
         with run.time("data"):
             batch = next(batches)
         with run.time("update" if metrics else "compilation"):
@@ -1670,7 +1689,7 @@ def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, 
         return None if run.stopping else act(params, observation, key, greedy, network, args)
 
     with run.time("evaluation"):
-        return evaluate(policy, args.env_id, num_episodes, seed)
+        return evaluate(policy, args.env_id, num_episodes, seed, run.show_evaluation)
 
 
 def evaluate_agent(run: Run, done: int, params, network, args: Args) -> str:
@@ -1688,6 +1707,7 @@ def finish_run(run: Run, done: int, params, network, args: Args) -> None:
     """The final evaluations, in the first process."""
     if run.writes:
         number, inputs = args.final_eval_episodes, (done, params, network, args)
+        run.show(done, f"final evaluation: {number} sampled, {number} greedy episodes")
         sampled, greedy = (play(run, number, greedy, *inputs) for greedy in (False, True))
         if sampled is not None and greedy is not None:
             run.finish(done, [sampled], [greedy])

@@ -89,8 +89,7 @@ class Args:
     total_updates: int = 200_000  # number of updates
     log_every: int = 200  # updates over which the logged losses are averaged
     checkpoint_every: int = 10_000  # updates between two checkpoints
-    run_dir: Path | None = None
-    """folder of this run [default: runs/{script}/{env-id}[-variant]/seed{n}]"""
+    run_dir: Path | None = None  # folder of the run; None: runs/{script}/{game}[-changes]/seed{n}
     overwrite: bool = False  # start again in a folder that holds a run, and delete that run
     track: bool = False  # mirror the metrics to Weights & Biases
 
@@ -122,7 +121,7 @@ class Args:
     unroll_steps: int = 5  # K, steps that the model is unrolled for the loss (Fig. 4c: 1)
     td_steps: int = 5  # n, rewards in the value target (Eq. 8)
     num_samples: int | None = None
-    """N, actions sampled for the policy target (Eq. 9) [default: every action, Eq. 6]"""
+    """N, actions sampled for the policy target (Eq. 9); None: every action (Eq. 6)"""
     policy_coef: float = 1.0  # weight of the policy loss
     value_coef: float = 0.25  # weight of the value loss
     behavior_coef: float = 0.2  # α, weight of the behaviour regularisation (Eq. 11)
@@ -747,12 +746,18 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 
 # --- evaluate (identical in *_atari.py) ---
 def evaluate(
-    act: Callable, env_id: str, num_episodes: int, seed: int, **kwargs: Any
+    act: Callable,
+    env_id: str,
+    num_episodes: int,
+    seed: int,
+    report: Callable = lambda *_: None,
+    **kwargs: Any,
 ) -> list[float] | None:
     """Raw returns of `num_episodes` episodes, played side by side, each in its own environment.
 
     `act` takes observations uint8 [E, 84, 84, 4] (newest frame last, zeros before the first) and a
-    key, and returns actions [E], or None to break off; `kwargs` change `make_env`'s settings.
+    key, and returns actions [E], or None to break off; `report(finished, num_episodes)` is called
+    when episodes end; `kwargs` change `make_env`'s settings.
     """
     if num_episodes == 0:
         return []
@@ -768,7 +773,10 @@ def evaluate(
             return None
         observations, rewards, terminated, truncated, _ = env.step(np.asarray(actions, np.int32))
         returns += running * rewards
-        running &= ~(terminated | truncated)
+        ended = running & (terminated | truncated)
+        running &= ~ended
+        if ended.any():
+            report(num_episodes - running.sum(), num_episodes)
     return returns.tolist()
 
 
@@ -791,7 +799,7 @@ class Run:
 
     def __init__(self, args, seeds: list[int], data: dict):
         """Opens the folder. Ends the program if it holds something else, or the run's end."""
-        self.args, self.seeds, self.stopping, self.saved = args, seeds, False, 0
+        self.args, self.seeds, self.stopping = args, seeds, False
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
         defaults = {field.name: field.default for field in dataclasses.fields(args)}
@@ -812,6 +820,10 @@ class Run:
         if final == [args.total_updates] * len(seeds):
             print(f"This run is finished: see {self.dir}, or give --overwrite to start again.")
             raise SystemExit(0)
+        self.saved, self.checkpoint = self.load()
+        if len(lines) < self.checkpoint["lines"]:
+            message = f"{self.dir}/metrics.jsonl has lost lines of the updates until {self.saved:,}"
+            raise SystemExit(f"{message}: put them back, or give --overwrite to start again.")
         if self.writes:
             self.open()
         hide = not (self.writes and sys.stderr.isatty())
@@ -894,30 +906,29 @@ class Run:
     def checkpoints(self) -> list[Path]:
         return sorted(self.dir.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))
 
+    def load(self) -> tuple[int, dict]:
+        """Updates done and content of the newest whole checkpoint, or of the start."""
+        for path in [] if self.args.overwrite else self.checkpoints()[::-1]:
+            crc32, content = (data := path.read_bytes())[:4], data[4:]
+            if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
+                return int(path.stem), serialization.msgpack_restore(content)
+            print(f"{path} is damaged: it is not used.", file=sys.stderr)
+        return 0, {"state": None, "sums": None, "lines": 0, "wall_time": 0.0}
+
     def restore(self, state):
-        """(done, state, sums) of the newest whole checkpoint, or else (0, state, None).
+        """(done, state, sums) of the checkpoint, or else (0, state, None).
 
         The metrics that were logged after it are dropped; they come again, the same.
         """
-        saved = {"sums": None, "lines": 0, "wall_time": 0.0}
-        for path in self.checkpoints()[::-1]:
-            crc32, content = (data := path.read_bytes())[:4], data[4:]
-            if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
-                saved, self.saved = serialization.msgpack_restore(content), int(path.stem)
-                state = serialization.from_state_dict(state, saved["state"])
-                self.bar.update(self.saved)
-                print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
-                break
-            print(f"{path} is damaged: it is not used.", file=sys.stderr)
-        self.started -= saved["wall_time"]
-        lines = self.lines()
-        if len(lines) < saved["lines"]:
-            message = f"{self.dir}/metrics.jsonl has lost lines of the updates until {self.saved:,}"
-            raise SystemExit(f"{message}: put them back, or give --overwrite to start again.")
+        if self.saved:
+            state = serialization.from_state_dict(state, self.checkpoint["state"])
+            self.bar.update(self.saved)
+            print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
+        self.started -= self.checkpoint["wall_time"]
         if self.writes:
-            text = "".join(json.dumps(line) + "\n" for line in lines[: saved["lines"]])
-            self.write("metrics.jsonl", text.encode())
-        return self.saved, state, saved["sums"]
+            lines = self.lines()[: self.checkpoint["lines"]]
+            self.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
+        return self.saved, state, self.checkpoint["sums"]
 
     def save(self, done: int, state, sums: dict | None) -> None:
         """Writes checkpoints/{done}.msgpack, its CRC-32 first; the last two are kept.
@@ -969,6 +980,9 @@ class Run:
         self.bar.set_postfix_str(status)
         if self.writes and self.bar.disable:
             print(f"update {done:,}: {status}", flush=True)
+
+    def show_evaluation(self, finished: int, episodes: int) -> None:
+        self.bar.set_postfix_str(f"evaluation: {finished} of {episodes} episodes")
 
     def interrupt(self, *_) -> None:
         if self.stopping:
@@ -1133,7 +1147,7 @@ def main(args: Args) -> None:
             return None if run.stopping else act(params, observation, key, greedy, network, args)
 
         with run.time("evaluation"):
-            return evaluate(policy, args.env_id, num_episodes, seed)
+            return evaluate(policy, args.env_id, num_episodes, seed, run.show_evaluation)
 
     batches, metrics, played = load_batches(load, done, args.loader_threads), None, ""
     while True:
@@ -1153,6 +1167,8 @@ def main(args: Args) -> None:
             run.exit()
         if ends:
             break
+        if metrics is None:
+            run.show(done, "compiling")
         with run.time("data"):
             batch = next(batches)
         with run.time("update" if metrics else "compilation"):
@@ -1169,7 +1185,9 @@ def main(args: Args) -> None:
             sums = None
     batches.close()
     if run.writes:
-        sampled, greedy = (play(args.final_eval_episodes, greedy) for greedy in (False, True))
+        number = args.final_eval_episodes
+        run.show(done, f"final evaluation: {number} sampled, {number} greedy episodes")
+        sampled, greedy = (play(number, greedy) for greedy in (False, True))
         if sampled is not None and greedy is not None:
             run.finish(done, [sampled], [greedy])
     if any(all_processes(run.stopping)):  # the others wait for the first

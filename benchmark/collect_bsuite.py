@@ -67,7 +67,7 @@ class Args:
     from_rlds: Path | None = None  # convert this TFDS/RLDS folder instead of collecting
     data_dir: Path = Path("data/bsuite")  # the folder of the datasets
     out: Path | None = None
-    """the file to write [default: {data-dir}/{env-id}-noise{noise}-seed{seed}.npz]"""
+    """the file to write; None: {data-dir}/{env-id}-noise{noise}-seed{seed}.npz"""
 
 
 RANGES = {  # least, most

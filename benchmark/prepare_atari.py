@@ -70,10 +70,10 @@ class Args:
     data_dir: Path = Path("data")  # the store is {data_dir}/atari/{env_id}-run{run}-{percent}pct
     out: Path | None = None  # path of the store, instead
     rlu_prefix: str = "gs://rl_unplugged"  # bucket or folder with RL Unplugged's raw shards
-    tfds_dir: Path | None = None  # TFDS folder with RL Unplugged [default: TFDS's own, if there]
+    tfds_dir: Path | None = None  # TFDS folder with RL Unplugged; None: TFDS's own, if there
     dqn_replay: Path | None = None  # folder of the DQN Replay dataset, {env_id}/{run}/replay_logs
     old_store: Path | None = None  # convert this store of format 1, in place (or to --out)
-    workers: int | None = None  # processes [default: one a core]; an import's memory grows with it
+    workers: int | None = None  # processes; None: one a core; an import's memory grows with it
 
 
 # --- environment (identical in *_atari.py and benchmark/prepare_atari.py) ---

@@ -46,9 +46,9 @@ class Args:
 
     # cells
     methods: tuple[str, ...] | None = None  # some of the methods, as reports name them
-    seeds: tuple[int, ...] | None = None  # seeds of every cell [default: the paper's]
-    env_ids: tuple[str, ...] | None = None  # tasks or games, also others [default: the paper's]
-    total_updates: int | None = None  # updates of every run [default: the paper's]
+    seeds: tuple[int, ...] | None = None  # seeds of every cell; None: the paper's
+    env_ids: tuple[str, ...] | None = None  # tasks or games, also others; None: the paper's
+    total_updates: int | None = None  # updates of every run; None: the paper's
     runs: tuple[Path, ...] = (Path("runs"), Path("benchmark/results"))
     """folders with runs; of two of a cell that share a seed, the one with more seeds counts"""
 
@@ -65,7 +65,7 @@ class Args:
 
     # report.py alone, which takes all of these, so that one command line fits both
     out: Path | None = None
-    """folder of the results [default: benchmark/results, of own runs runs/report]"""
+    """folder of the results; None: benchmark/results, of own runs runs/report"""
     mix: bool = False  # draw runs of different data or evaluations together; the page says so
 
 

@@ -41,10 +41,10 @@ METHODS = ("rosmo", "muzero_unplugged", "crr", "cql", "bc")
 @dataclasses.dataclass(frozen=True)
 class Args:
     domain: Annotated[Literal["atari", "bsuite"], tyro.conf.Positional]
-    scripts: tuple[str, ...] = ()  # scripts to measure [default: all but the model-based]
-    batch_size: int | None = None  # windows in a batch [default: the script's]
-    channels: int | None = None  # channels of the network (Atari) [default: the script's]
-    dtype: Literal["float32", "bfloat16"] | None = None  # of the network [default: the script's]
+    scripts: tuple[str, ...] = ()  # scripts to measure; none: all but the model-based
+    batch_size: int | None = None  # windows in a batch; None: the script's
+    channels: int | None = None  # channels of the network (Atari); None: the script's
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the network; None: the script's
     store: Path | None = None  # store to load batches from (Atari)
     loader_threads: int = 4  # threads that decode batches of the store (Atari)
     num_seeds: int = 1  # seeds trained side by side (BSuite)

@@ -6,6 +6,7 @@ import math
 
 import helpers
 import pytest
+import tyro
 
 # A number's refused values by name; a script is asked about those that it has.
 ALL = {
@@ -54,6 +55,19 @@ ALLOWED = {
     "cql_alpha": [0.0], "dirichlet_fraction": [0.0, 1.0], "num_action_samples": [1],
 }  # fmt: skip
 by_script = pytest.mark.parametrize("name", helpers.SCRIPTS)
+
+
+@by_script
+def test_help_fits_a_narrow_terminal_and_says_each_default_once(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        tyro.cli(importlib.import_module(name).Args, args=["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    said = " ".join(line.strip("│ ") for line in text.splitlines())
+    fields = len(dataclasses.fields(importlib.import_module(name).Args))
+    assert said.count("(default:") == said.lower().count("default") == fields
+    assert "[-changes]/seed" in said  # in one piece
 
 
 @by_script

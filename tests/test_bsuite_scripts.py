@@ -61,7 +61,7 @@ def test_final_evaluations_sample_then_take_the_best_and_need_no_noise(
     def act(params, observation, key, greedy, network, args):
         return jnp.full(len(observation), int(greedy))
 
-    def evaluate(policy, env_id, seeds, done, num_episodes, noise):
+    def evaluate(policy, env_id, seeds, done, num_episodes, noise, report):
         noises.append(noise)
         return np.array(policy(np.zeros((len(seeds), num_episodes, 10, 5), np.float32), 0))
 

@@ -11,13 +11,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import helpers
 import numpy as np
 import pytest
 from filelock import FileLock
 from helpers import BSUITE, ROOT, checkpoints, metrics
+from tqdm import tqdm
 
+import bc_atari
 import bc_bsuite
 import rosmo_bsuite
 
@@ -184,6 +187,23 @@ def test_intervals_of_any_kind_end_the_same_wherever_they_are_interrupted(
     assert metrics(tmp_path / "run") == expected
 
 
+@pytest.mark.parametrize("name", ["bc_bsuite", "bc_atari"])
+def test_what_takes_long_is_said_before(in_process, monkeypatch, name):
+    shown = []
+    monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text: shown.append(text))
+    if name == "bc_atari":
+        brief = partial(bc_atari.evaluate, max_num_frames_per_episode=200)
+        monkeypatch.setattr(bc_atari, "evaluate", brief)
+    result = in_process(name, "--final-eval-episodes", 3)
+    assert result.returncode == 0, result.stderr
+    first, *_, last = [x for x in result.stdout.splitlines() if x.startswith("update ")]
+    assert first == "update 0: compiling"
+    assert "final evaluation: 3 sampled, 3 greedy episodes" in last
+    episodes = 3 if name.endswith("atari") else 6
+    final = shown[1 + shown.index(last.split(": ", 1)[1]) :]
+    assert final.count(f"evaluation: {episodes} of {episodes} episodes") == 2
+
+
 def test_neither_evaluations_nor_a_final_one(in_process, tmp_path):
     none = ["--eval-episodes", 0, "--final-eval-episodes", 0, *SHORT]
     result = in_process("bc_bsuite", *none)
@@ -225,8 +245,10 @@ def test_metrics_that_were_lost_end_in_one_sentence(short, whole, in_process, ho
     path.write_text({"halved": text[: len(text) // 2]}.get(how, ""))
     if how == "deleted":
         path.unlink()
-    result = in_process("bc_bsuite")
+    config = (short / "config.json").read_bytes()
+    result = in_process("bc_bsuite", "--total-updates", 1_000)
     assert result.returncode == 1
+    assert (short / "config.json").read_bytes() == config
     assert "run/metrics.jsonl has lost lines of the updates until 60: put them" in result.stderr
     assert "\n" not in result.stderr
     path.write_text(text)  # as it says
