@@ -115,7 +115,7 @@ class Item(NamedTuple):
     """Cells: every method, with every value of the swept argument, on every task."""
 
     title: str
-    form: Literal["table", "aggregate", "curves", "pooled curves"]
+    form: Literal["table", "table and curves", "aggregate", "curves", "pooled curves"]
     methods: dict[str, tuple[str, dict]]  # label: script, arguments
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -160,7 +160,7 @@ FIVE = {k: (v, {}) for k, v in ALGORITHMS.items()}
 BOTH = {k: (ALGORITHMS[k], {}) for k in ("ROSMO", "MuZero Unplugged")}
 BSUITE = {"seeds": (0, 1, 2, 3, 4), "common": (("log_every", 1000),)}
 ATARI = {"seeds": (0, 1, 2)}
-SHARES = {"argument": "data_percent", "axis": "share of the data", "column": "{}% of the data"}
+SHARES = {"argument": "data_percent", "axis": "share of the data, %", "column": "{}% of the data"}
 TENTH = (*BSUITE["common"], ("data_percent", 10.0))
 SMALL = (
     ("dataset", Path("data/atari/MsPacman-dqn-60k")),
@@ -183,7 +183,7 @@ ITEMS = {
     ),
     "table2": Item(
         "Table 2: the five methods on BSuite",
-        "table",
+        "table and curves",
         on("bsuite", **FIVE),
         TASKS,
         **BSUITE,
@@ -440,7 +440,7 @@ ITEMS["figure3"] = ITEMS["table8"]._replace(
     of="table8",
 )
 ITEMS["figure6"] = ITEMS["table8"]._replace(
-    title="Figure 6: the five methods on each game", form="curves", numbers={}, of="table8"
+    title="Figure 6: the five methods on each game", form="curves", of="table8"
 )
 ITEMS["figure9"] = ITEMS["table1"]._replace(
     title="Figure 9: catch, data of a noisy environment", form="curves", of="table1"

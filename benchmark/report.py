@@ -3,13 +3,15 @@
     python benchmark/report.py table1 figure9
     python benchmark/report.py figure2a --total-updates 50000
     python benchmark/report.py compare "mine=runs/rosmo_atari/Pong/seed0" "theirs=other/run"
+    python benchmark/report.py curves benchmark/results
 
 It takes the arguments of run.py, further ones included, and counts the runs of which run.py says
 that they are finished; a cell without one stays empty and is listed. For each item, --out gets a
 page with the numbers and where they come from ({item}.md), the numbers alone ({item}.csv) and the
 figures ({item}.png, ...); report.html holds all pages there with their images. Runs of different
 data or evaluations are not drawn together, unless --mix is given. Runs keep raw returns only; their
-scores are normalised here.
+scores are normalised here. `curves` draws learning_curve.png anew in the folders of all finished
+runs below those named, with lines of random play and of the online DQN.
 """
 
 import base64
@@ -19,6 +21,7 @@ import json
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,11 +30,12 @@ import numpy as np
 import tyro
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from rliable import library, metrics
 from scipy.stats import trim_mean
 
 import run
-from paper import ITEMS, REFERENCE_RETURNS, Item
+from paper import ALGORITHMS, ITEMS, REFERENCE_RETURNS, TABLE5, Item
 from run import Args
 
 BOOTSTRAPS = 2000
@@ -254,56 +258,139 @@ def cell_curve(item: Item, task: str, result: Result) -> np.ndarray:
 
 def draw_line(axes, x, values: np.ndarray, color: str, several: bool):
     """A line [3, points] with its band, if it has several seeds."""
-    line = axes.plot(x, values[0], color=color, marker="o" if len(x) < 4 else None)[0]
+    line = axes.plot(x, values[0], color=color, marker="o" if len(x) < 6 else None)[0]
     if several:
-        axes.fill_between(x, values[1], values[2], color=color, alpha=0.2)
+        axes.fill_between(x, values[1], values[2], color=color, alpha=0.15, linewidth=0)
     return line
 
 
-def draw_curves(item: Item, cells: dict, path: Path, against: str) -> None:
-    """Panels of learning curves against updates or hours; those without a run are left out.
+COLORS = {"ROSMO": "C0", "MuZero Unplugged": "C1", "BC": "C2", "CRR": "C3", "CQL": "C4"}
+MORE_COLORS = ("C9", "C5", "C6", "C8", "C0", "C1", "C2", "C3", "C4")  # C7 is the lines' grey
+LINES = {"random play": ":", "data": "--", "online DQN": "-."}
 
-    With one task a panel for each value, with one value for each task, else a row for each task.
-    """
+
+def color(item: Item, method: str) -> str:
+    """A method has the same one in all figures."""
+    others = [name for name in item.methods if name not in COLORS]
+    return COLORS.get(method) or MORE_COLORS[others.index(method) % len(MORE_COLORS)]
+
+
+def references(task: str, runs: list[run.Run], normalized: bool) -> list[tuple[str, float]]:
+    """Mean returns, or scores, of random play, the online DQN and the runs' data, where known."""
+    means = {data_facts(x.config["data"]).get("mean") for x in runs} - {None}
+    found = [("data", float(mean)) for mean in sorted(means)]
+    if task in REFERENCE_RETURNS:
+        found += zip(("random play", "online DQN"), REFERENCE_RETURNS[task], strict=True)
+    found.sort(key=lambda x: -x[1])
+    return [(k, normalized_score(task, v)) for k, v in found] if normalized else found
+
+
+def draw_references(axes, known: list[tuple[str, float]]) -> None:
+    """Lines at known returns. The panel stays cut to its curves; what is beyond is named there."""
+    low, high = axes.get_ylim()
+    alone = axes.get_autoscaley_on()  # not of a panel that has its limits from another one
+    if alone:
+        near = 0.25 * (high - low)
+        inside = [value for _, value in known if low - near < value < high + near]
+        low, high = min([low, *inside]), max([high, *inside])
+    above = [f"↑ {name} {value:,.4g}" for name, value in known if value > high]
+    below = [f"↓ {name} {value:,.4g}" for name, value in known if value < low]
+    if alone:  # with room for these words
+        line = 0.09 * (high - low)
+        axes.set_ylim(low - line * (0.3 + len(below)), high + line * (0.3 + len(above)))
+    for name, value in known:
+        axes.axhline(value, color="0.45", linewidth=1, linestyle=LINES[name], zorder=1, label=name)
+    style = {"transform": axes.transAxes, "fontsize": "small", "color": "0.3"}
+    axes.text(0.02, 0.97, "\n".join(above), va="top", **style)
+    axes.text(0.98, 0.03, "\n".join(below), ha="right", **style)
+
+
+def panels(count: int, width: float = 3.6) -> tuple[Figure, list]:
+    """A figure of so many panels that can be read at a page's width, and their axes."""
+    columns = 2 if count in (2, 4) else min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure((max(width * columns, 5.6), 2.6 * rows + 1.2), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return figure, list(grid.flat[:count])
+
+
+def finish(figure: Figure, drawn: dict, note: str, path: Path) -> None:
+    """Saves a figure with its legend: what was drawn, the lines of known returns, and a note."""
+    for axes in figure.axes:
+        drawn |= {x.get_label(): x for x in axes.lines if x.get_label() in LINES}
+    width = figure.get_figwidth()
+    style = {"title": textwrap.fill(note, int(15 * width)), "title_fontsize": "small"}
+    style |= {"frameon": False, "ncols": int(width / 1.8)}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", **style)
+    figure.savefig(path, dpi=120)
+
+
+def draw_curves(item: Item, cells: dict, path: Path, against: str, note: str) -> None:
+    """Panels of learning curves against updates or hours; those without a run are left out."""
     tasks = dict.fromkeys(task for _, _, task in cells)
-    tasks = [t for t in tasks if any(cells[k] for k in by(cells, 2, t))]
-    values = [v for v in item.values if any(cells[k] for k in by(cells, 1, v))]
-    panels, is_grid = [(task, value) for task in tasks for value in values], False
-    if min(len(tasks), len(values)) > 1:
-        is_grid, columns = True, len(values)
-    else:
-        columns = min(len(panels), 4)
-    rows = -(-len(panels) // columns)
-    figure = Figure((max(3.3 * columns, 5.2), 2.7 * rows + 0.7), layout="constrained")
-    share = {"sharey": "row"} if is_grid or len(tasks) == 1 else {}
-    grid = figure.subplots(rows, columns, sharex=against == "updates", squeeze=False, **share)
-    drawn, shown = {}, {}  # a line of each method; axes by (row, column)
-    for i, axes in enumerate(grid.flat):
-        results = {m: cells[m, *panels[i][::-1]] for m in item.methods} if i < len(panels) else {}
-        axes.set_visible(any(results.values()))
-        if axes.get_visible():
-            shown[divmod(i, columns)] = axes
-        for color, (method, result) in enumerate(results.items()):
-            if result is not None:
+    shown = [
+        (value, task)
+        for value in item.values
+        for task in tasks
+        if any(cells[method, value, task] for method in item.methods)
+    ]
+    figure, grid = panels(len(shown))
+    several, drawn, first = len({task for _, task in shown}) > 1, {}, {}
+    for axes, (value, task) in zip(grid, shown, strict=True):
+        if first.setdefault(task, axes) is not axes:
+            axes.sharey(first[task])
+        for method in item.methods:
+            if result := cells[method, value, task]:
                 n = window(len(result.updates))
                 x = (result.updates if against == "updates" else result.hours.mean(axis=0))[n - 1 :]
-                line = cell_curve(item, panels[i][0], result)
-                drawn[method] = draw_line(axes, x, line, f"C{color}", len(result.seeds) > 1)
-    for (i, j), axes in shown.items():
-        if against == "updates":
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
-        axes.locator_params(axis="x", nbins=5)
-        task, value = panels[i * columns + j]
-        if not is_grid or not any(row < i and column == j for row, column in shown):  # the highest
-            axes.set_title(item.label(value) if is_grid or len(tasks) == 1 else task)
-        if not any(row > i and column == j for row, column in shown):  # the lowest
-            axes.xaxis.set_tick_params(labelbottom=True)
-            axes.set_xlabel(against)
-        if not any(row == i and column < j for row, column in shown):  # the first
-            axes.yaxis.set_tick_params(labelleft=True)
-            axes.set_ylabel(f"{task}, {item.unit}" if is_grid or len(tasks) == 1 else item.unit)
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=120)
+                line = cell_curve(item, task, result)
+                style = (color(item, method), len(result.seeds) > 1)
+                drawn[method] = draw_line(axes, x, line, *style)
+        if against == "hours" and len(item.methods) > 1:  # they differ by a factor of twenty
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_minor_formatter("")
+        else:
+            axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(thousands)
+        words = (task if several or not item.argument else "", item.label(value))
+        axes.set_title(", ".join(filter(None, words)), fontsize="medium")
+    for axes, (value, task) in zip(grid, shown, strict=True):
+        results = [cells[method, value, task] for method in item.methods]
+        runs = [one for result in results if result for one in result.runs]
+        draw_references(axes, references(task, runs, item.unit != "return"))
+    figure.supxlabel(against, fontsize="medium")
+    task = "" if several or not item.argument else f", {shown[0][1]}"  # else it is in the titles
+    figure.supylabel(f"{item.unit}{task}", fontsize="medium")
+    finish(figure, drawn, note, path)
+
+
+def thousands(x: float, _) -> str:
+    return f"{x / 1000:g}k" if x >= 1000 else f"{x:g}"
+
+
+def draw_run(one: run.Run) -> None:
+    """learning_curve.png of a run: the moving averages of its seeds' returns, and their mean."""
+    task, n = one.config["args"]["env_id"], window(len(one.updates))
+    curves, x = smooth(one.returns.mean(axis=2)), one.updates[n - 1 :]
+    figure, (axes,) = panels(1, 7)
+    several = len(curves) > 1
+    if several:
+        seeds = axes.plot(x, curves.T, color="C0", alpha=0.3, linewidth=1)
+    mean = draw_line(axes, x, curves.mean(axis=0)[None], "C0", False)
+    drawn = {"mean of the seeds": mean, "a seed": seeds[0]} if several else {"one seed": mean}
+    draw_references(axes, references(task, [one], False))
+    stem = one.config["script"].removesuffix(".py").rpartition("_")[0]
+    names = {v: k for k, v in ALGORITHMS.items()} | {"morel": "MOReL", "combo": "COMBO"}
+    folder = textwrap.fill(str(one.folder), 80)
+    name = names.get(stem, one.config["script"])
+    axes.set_title(f"{name} on {task}\n{folder}", fontsize="medium")
+    axes.xaxis.set_major_formatter(thousands)
+    axes.set(xlabel="updates", ylabel="return")
+    note = f"Moving averages over {n} evaluations." if n > 1 else "Single evaluations."
+    finish(figure, drawn, note, one.folder / "learning_curve.png")
 
 
 def by(cells: dict, position: int, value) -> list[tuple]:
@@ -329,46 +416,57 @@ def pooled_curves(item: Item, cells: dict, tasks: tuple[str, ...]) -> dict[str, 
     return curves
 
 
-def draw_pooled(item: Item, curves: dict, path: Path, with_time: bool) -> None:
-    figure = Figure((9.5 if with_time else 5.2, 4), layout="constrained")
-    row = figure.subplots(1, 1 + with_time, sharey=True, squeeze=False)[0]
+NORMALIZED = [("online DQN", 1.0), ("random play", 0.0)]
+
+
+def draw_pooled(item: Item, curves: dict, path: Path, with_time: bool, note: str) -> None:
+    """Curves over all tasks [3, evaluations], against updates and, if known, against hours."""
+    figure, row = panels(1 + with_time, 4.8)
+    drawn = {}
     for axes, (i, label) in zip(row, enumerate(("updates", "hours")), strict=False):
         for method, points in curves.items():
-            color = f"C{list(item.methods).index(method)}"
-            draw_line(axes, points[i], points[2], color, points[3] > 1).set_label(method)
+            style = (color(item, method), points[3] > 1)
+            drawn[method] = draw_line(axes, points[i], points[2], *style)
         if item.level:
-            axes.axhline(item.level[0], color="grey", linewidth=0.8, linestyle=":")
+            axes.axhline(item.level[0], color="0.7", linewidth=0.8)
+        draw_references(axes, NORMALIZED)
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel(label)
+    row[0].xaxis.set_major_formatter(thousands)
     row[0].set_ylabel("IQM of the normalised score")
-    row[0].legend()
-    figure.savefig(path, dpi=120)
+    finish(figure, drawn, note, path)
 
 
-def draw_aggregate(item: Item, cells: dict, tasks: tuple[str, ...], path: Path) -> None:
-    """One panel for all tasks, where they have been run, and one for each."""
+def draw_aggregate(item: Item, cells: dict, tasks: tuple[str, ...], path: Path, note: str) -> None:
+    """One panel for all tasks, where they have been run, and one for each; values with a run."""
     groups = {"all tasks": tasks} | {task: (task,) for task in tasks}
-    panels = {name: aggregates(item, cells, group) for name, group in groups.items()}
-    panels = {name: estimates for name, estimates in panels.items() if estimates}
-    figure = Figure((max(0.8 + 3.2 * len(panels), 5.2), 3.6), layout="constrained")
-    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    shown = {name: aggregates(item, cells, group) for name, group in groups.items()}
+    shown = {name: estimates for name, estimates in shown.items() if estimates}
+    finished = {value for estimates in shown.values() for _, value in estimates}
+    ticks = [value for value in item.values if value in finished]
+    figure, grid = panels(len(shown))
     drawn = {}
-    for axes, (name, estimates) in zip(row, panels.items(), strict=True):
+    for axes, (name, estimates) in zip(grid, shown.items(), strict=True):
+        if axes is not grid[0]:
+            axes.sharey(grid[0])
         for i, method in enumerate(item.methods):
-            values = [value for value in item.values if (method, value) in estimates]
+            values = [value for value in ticks if (method, value) in estimates]
             if values:
                 points = np.transpose([estimates[method, value][:, 0] for value in values])
-                positions = [item.values.index(value) for value in values]
-                drawn[method] = axes.plot(positions, points[0], color=f"C{i}", marker="o")[0]
-                axes.fill_between(positions, points[1], points[2], color=f"C{i}", alpha=0.2)
-        labels = [f"{x:g}" if isinstance(x, float) else x for x in item.values]
+                aside = 0.1 * (i - (len(item.methods) - 1) / 2)  # no method hides another
+                x = [ticks.index(value) + aside for value in values]
+                style = {"color": color(item, method), "marker": "os^D"[i % 4], "markersize": 5}
+                drawn[method] = axes.plot(x, points[0], **style)[0]
+                axes.vlines(x, points[1], points[2], color=style["color"], linewidth=2, alpha=0.5)
+        labels = [f"{x:g}" if isinstance(x, float) else x for x in ticks]
         axes.set_xticks(range(len(labels)), labels)
-        axes.set_xlim(-0.3, len(labels) - 0.7)
-        axes.set_title(name)
+        axes.set_xlim(-0.4, len(labels) - 0.6)
+        axes.set_title(name, fontsize="medium")
+    for axes in grid:
+        draw_references(axes, NORMALIZED)
     figure.supxlabel(item.axis, fontsize="medium")
-    row[0].set_ylabel("IQM of the normalised score")
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=3)
-    figure.savefig(path, dpi=120)
+    figure.supylabel("IQM of the normalised score", fontsize="medium")
+    finish(figure, drawn, note, path)
 
 
 def draw_profiles(item: Item, scores: dict, path: Path) -> None:
@@ -381,24 +479,18 @@ def draw_profiles(item: Item, scores: dict, path: Path) -> None:
     profiles, bounds = library.create_performance_profile(
         scores, tau, custom_profile_func=above, reps=min(BOOTSTRAPS, 500)
     )
-    columns = min(len(values), 4)
-    rows = -(-len(values) // columns)
-    figure = Figure((max(3.2 * columns, 5.2), 2.7 * rows + 0.7), layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    figure, grid = panels(len(values))
     drawn = {}
-    for axes in grid.flat[len(values) :]:
-        axes.set_visible(False)
-    for axes, value in zip(grid.flat, values, strict=False):
-        for i, method in enumerate(item.methods):
+    for axes, value in zip(grid, values, strict=True):
+        for method in item.methods:
             if (method, value) in scores:
                 line = np.stack([profiles[method, value], *bounds[method, value]])
                 several = len(scores[method, value]) > 1
-                drawn[method] = draw_line(axes, tau, line, f"C{i}", several)
-        axes.set_title(item.label(value))
+                drawn[method] = draw_line(axes, tau, line, color(item, method), several)
+        axes.set_title(item.label(value), fontsize="medium")
     figure.supxlabel("normalised score τ", fontsize="medium")
     figure.supylabel("share of the runs above τ", fontsize="medium")
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=3)
-    figure.savefig(path, dpi=120)
+    finish(figure, drawn, "Shaded: 95% stratified bootstrap intervals.", path)
 
 
 # Pages
@@ -420,23 +512,23 @@ def with_interval(estimate, several: bool = True) -> str:
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]" if several else f"{middle:.3f}"
 
 
-def returns_text(item: Item, result: Result | None, all_single: bool) -> str:
+def returns_text(item: Item, result: Result | None, most: int) -> str:
+    """The final return of a cell, and its number of seeds if another has more: `most`."""
     if result is None:
         return ""
-    if len(result.seeds) == 1:
-        value = result.final[0]
-        if item.average == "IQM":
-            value = pooled_iqm(result.final_returns)[0]
-        return f"{value:.3f}" + ("" if all_single else " (1 seed)")
+    count = len(result.seeds)
     if item.average == "IQM":
-        return with_interval(pooled_iqm(result.final_returns))
-    return f"{result.final.mean():.3f} ± {result.final.std():.3f}"
+        text = with_interval(pooled_iqm(result.final_returns), count > 1)
+    else:
+        text = f"{result.final.mean():.3f}"
+        text += f" ± {result.final.std():.3f}" if count > 1 else ""
+    return text if count == most else f"{text} ({count} seed{'s' * (count > 1)})"
 
 
 def result_tables(item: Item, cells: dict, tasks: tuple[str, ...]) -> list[str]:
     """Final returns: a table for each task, or one of all where nothing is swept."""
-    all_single = all(len(result.seeds) == 1 for result in cells.values() if result)
-    text = {key: returns_text(item, result, all_single) for key, result in cells.items()}
+    most = max(len(result.seeds) for result in cells.values() if result)
+    text = {key: returns_text(item, result, most) for key, result in cells.items()}
     if item.argument is None:
         rows = [[task, *(text[m, None, task] for m in item.methods)] for task in tasks]
         return table(["task", *item.methods], rows)
@@ -447,6 +539,24 @@ def result_tables(item: Item, cells: dict, tasks: tuple[str, ...]) -> list[str]:
         rows = [[m, *(text[m, v, task] for v in item.values)] for m in item.methods]
         lines += table([task, *map(item.label, item.values)], rows)
     return lines
+
+
+def reference_table(cells: dict) -> list[str]:
+    """Mean returns of random play, the online DQN and the data, here and in the paper."""
+    found = {}
+    for (_, _, task), result in cells.items():
+        for one in result.runs if result else []:
+            found.setdefault((task, one.config["args"].get("noise")), []).append(one)
+    rows = []
+    for (task, noise), runs in found.items():
+        here = [f"{value:,.2f}" for name, value in references(task, runs, False) if name == "data"]
+        known = [f"{value:,.2f}" for value in REFERENCE_RETURNS.get(task, ())] or ["-", "-"]
+        theirs = f"{TABLE5[task, noise][1]:,.2f}" if (task, noise) in TABLE5 else "-"
+        name = f"{task}, noise ε = {noise:g}" if noise else task
+        rows.append([name, *known, " or ".join(here) or "-", theirs])
+    head = ["mean return", "random play", "online DQN", "data here", "data in the paper"]
+    source = "Random play and the online DQN: Table 6 of the paper, and of games RL Unplugged's."
+    return [*table(head, rows), source, ""]
 
 
 def paper_table(item: Item, cells: dict, estimates: dict) -> list[str]:
@@ -465,7 +575,7 @@ def paper_table(item: Item, cells: dict, estimates: dict) -> list[str]:
             paper = f"{theirs:,.2f}" + ("" if np.isnan(spread) else f" ± {spread:,.2f}")
             rows.append([task, method, f"{ours:,.2f}", paper, difference])
     head = ["task", "method", "here", "paper", "difference"]
-    return ["## Beside the paper's numbers", "", *table(head, rows)] if rows else []
+    return ["## Beside the paper's numbers", "", *(table(head, rows) if rows else [])]
 
 
 def level_table(item: Item, curves: dict, with_time: bool) -> list[str]:
@@ -527,37 +637,43 @@ def time_table(item: Item, cells: dict) -> list[str]:
     return ["## Time", "", *table(head, rows)] if rows else []
 
 
-def caption(item: Item, cells: dict, has_curves: bool) -> str:
-    found = [result for result in cells.values() if result]
+def caption(item: Item, found: list[Result], estimates: dict) -> str:
+    """What the tables of a page hold."""
     counts = sorted({r.final_returns.shape[1] for r in found})
     episodes = f"{' or '.join(map(str, counts))} episodes"
-    single = all(len(r.seeds) == 1 for r in found)
-    if single:
+    if all(len(r.seeds) == 1 for r in found):
         text = f"Final mean return, {episodes}. One seed in each cell: there is no interval, and "
         text += "a difference may be chance."
     elif item.average == "IQM":
         text = f"IQM of the returns of all seeds' final {episodes}, 95% bootstrap over seeds."
     else:
         text = f"Mean and standard deviation over seeds of the final mean return, {episodes}."
-    if item.form in ("aggregate", "pooled curves"):
-        text += " IQM of the normalised score over seeds and tasks; shaded: 95% stratified"
-        text += " bootstrap."
-    if has_curves:
-        n = max(window(len(r.updates)) for r in found)
-        text += f" Curves are moving averages over {n} evaluations" if n > 1 else " Curves are"
-        if single:
-            text += "." if n > 1 else " single evaluations."
-        elif item.form == "pooled curves":
-            text += f"{' of' * (n > 1)} the IQM."
-        elif item.average == "IQM":
-            text += f"{' of' * (n > 1)} the IQM; shaded: its 95% bootstrap interval over seeds."
-        else:
-            text += f"{' of' * (n > 1)} the mean over seeds; shaded: the standard deviation over"
-            text += " seeds, but not beyond the lowest and the highest one."
-        if not any(any(x.seconds.values()) for r in found for x in r.runs):
-            text += " These runs' hours include evaluation."
-        else:
-            text += " Hours are those of training, without evaluation."
+    if estimates and not item.form.startswith("table"):
+        text += " The first table has the interquartile mean (IQM) of the normalised score over "
+        text += "seeds and tasks, and its 95% stratified bootstrap interval if there are several."
+    return text
+
+
+def figure_note(item: Item, cells: dict) -> str:
+    """What a figure of an item shows: averages, what is shaded, and how much is missing."""
+    found = [result for result in cells.values() if result]
+    single = all(len(r.seeds) == 1 for r in found)
+    n = max(window(len(r.updates)) for r in found)
+    average = f"Moving averages over {n} evaluations" if n > 1 else "Single evaluations"
+    if item.form == "aggregate":
+        text = "IQM over seeds and tasks. "
+        text += "One seed in each cell." if single else "Bars: 95% stratified bootstrap intervals."
+    elif single:
+        text = f"{average}. One seed in each cell."
+    elif item.form == "pooled curves":
+        text = f"{average}. Shaded: 95% stratified bootstrap intervals."
+    elif item.average == "IQM":
+        text = f"{average}, IQM over seeds and episodes. Shaded: 95% bootstrap over seeds."
+    else:
+        text = f"{average}, mean over seeds. Shaded: the standard deviation over seeds, but not "
+        text += "beyond the lowest and the highest seed."
+    if len(found) < len(cells):
+        text += f" {len(found)} of {len(cells)} cells."
     return text
 
 
@@ -590,10 +706,11 @@ def runs_table(item: Item, cells: dict) -> list[str]:
             devices = dict.fromkeys(start["device"] for start in starts)
             texts = dict.fromkeys(describe(config["data"]) for config in configs)
             updates = dict.fromkeys(f"{config['args']['total_updates']:,}" for config in configs)
+            folders = [f"`{x.folder}`" for x in result.runs]
             cell = ", ".join(filter(None, (task, item.label(value))))
             row = [method, cell, len(result.seeds), "; ".join(updates), ", ".join(commits)]
-            rows.append([*row, "; ".join(devices), "; ".join(texts)])
-    head = ["Method", "Cell", "Seeds", "Updates", "Commit", "Device", "Data"]
+            rows.append([*row, "; ".join(devices), "; ".join(texts), ", ".join(folders)])
+    head = ["Method", "Cell", "Seeds", "Updates", "Commit", "Device", "Data", "Folder"]
     return ["## Runs", "", *table(head, rows)]
 
 
@@ -620,18 +737,18 @@ def write_page(
     scores = score_matrices(item, cells, tasks)
     devices = {s["device"] for r in found for x in r.runs for s in x.config["starts"]}
     with_time = len(devices) == 1 and not any(np.isnan(r.hours).any() for r in found)
-    curves, extra = {}, []
+    curves, extra, note = {}, [], figure_note(item, cells)
     has_curves = any(len(r.updates) for r in found) and "curves" in item.form
     images = {"": item.title}
     if item.form == "aggregate" and any(aggregates(item, cells, (t,)) for t in tasks):
-        draw_aggregate(item, cells, tasks, out / f"{name}.png")
+        draw_aggregate(item, cells, tasks, out / f"{name}.png", note)
     elif item.form == "pooled curves" and (curves := pooled_curves(item, cells, tasks)):
-        draw_pooled(item, curves, out / f"{name}.png", with_time)
+        draw_pooled(item, curves, out / f"{name}.png", with_time, note)
         extra = level_table(item, curves, with_time) if item.level else []
-    elif item.form == "curves" and has_curves:
-        draw_curves(item, cells, out / f"{name}.png", "updates")
+    elif item.form != "pooled curves" and has_curves:
+        draw_curves(item, cells, out / f"{name}.png", "updates", note)
         if with_time:
-            draw_curves(item, cells, out / f"{name}-time.png", "hours")
+            draw_curves(item, cells, out / f"{name}-time.png", "hours", note)
             images["-time"] = f"{item.title}, against wall-clock"
     several = any(len(x) > 1 for x in scores.values())
     summary = item.of is None or item.form == "pooled curves"
@@ -642,7 +759,7 @@ def write_page(
     lines = [f"# {item.title}", ""]
     if item.claim:
         lines += [f"The paper's claim: {item.claim}", ""]
-    if estimates and item.form != "table":
+    if estimates and not item.form.startswith("table"):
         rows = [
             [m, *(
                 with_interval(estimates[m, v][:, 0], len(scores[m, v]) > 1)
@@ -652,10 +769,20 @@ def write_page(
         ]  # fmt: skip
         lines += table(["IQM", *(item.label(v) or "all tasks" for v in item.values)], rows)
     lines += extra + result_tables(item, cells, tasks)
-    lines += [caption(item, cells, has_curves), ""]
+    lines += [caption(item, found, estimates), ""]
     for suffix, text in images.items():
         if (out / f"{name}{suffix}.png").exists():
             lines += [f"![{text}]({name}{suffix}.png)", ""]
+    if (out / f"{name}.png").exists():
+        known = "scores of random play and of the online DQN"
+        if has_curves and item.form != "pooled curves":
+            known = "mean returns of random play, of the online DQN and, where runs tell it, of "
+            known += "the data (on BSuite of the whole dataset)"
+        lines += [f"{note} Lines: {known}; those beyond a panel are named at its edge.", ""]
+    if has_curves and with_time:
+        told = any(any(x.seconds.values()) for r in found for x in r.runs)
+        hours = "are those of training, without" if told else "of these runs include"
+        lines += [f"Hours {hours} evaluation.", ""]
     if has_curves and not with_time:
         why = f"the devices differ ({', '.join(sorted(devices))})"
         why = why if len(devices) > 1 else "not all runs tell their times"
@@ -667,6 +794,9 @@ def write_page(
     for note in notes:
         lines += [note, ""]
     lines += paper_table(item, cells, estimates)
+    if item.claim and not item.numbers and name != "atari_small":
+        lines += ["The paper has these numbers in a picture alone, not in its text.", ""]
+    lines += reference_table(cells)
     lines += statistics(item, cells, tasks, estimates) if summary else []
     lines += time_table(item, cells) + runs_table(item, cells)
     lines += [f"Made by `{shlex.join(words)}`."]
@@ -820,6 +950,12 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
 def main(args: Args, further: list[str]) -> None:
     if args.dry_run or args.launcher == "slurm":
         print("The report can be made when the runs are finished.")
+        return
+    if args.items[:1] == ("curves",):
+        for one in run.read_runs(tuple(map(Path, args.items[1:]))):
+            if len(one.updates) > 1:
+                draw_run(one)
+                print(f"See {one.folder / 'learning_curve.png'}.")
         return
     is_compare = args.items[:1] == ("compare",)
     out = args.out or Path("runs/report" if is_compare else "benchmark/results")

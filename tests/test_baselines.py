@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+from collections import Counter
 from functools import partial
 
 import helpers
@@ -32,14 +33,16 @@ def test_behavior_cloning_against_a_loop():
     network = bc.make_network(3, args)
     params, batch = helpers.make_params(bc, network, 0), random_batch()
     loss, metrics = jax.jit(partial(bc.bc_loss, network=network, args=args))(params, batch)
-    expected, hits = 0.0, 0
+    expected, hits, entropy = 0.0, 0, 0.0
     for i in range(32):
+        logits = np.array(network.apply(params, batch.observation[i, 0]), float)
+        entropy -= softmax(logits) @ np.log(softmax(logits)) / 32
         if not batch.is_last[i, 0]:
-            logits = np.array(network.apply(params, batch.observation[i, 0]), float)
             expected -= math.log(softmax(logits)[batch.action[i, 0]]) / 32
             hits += logits.argmax() == batch.action[i, 0]
     assert loss == pytest.approx(expected, rel=1e-5)
     assert metrics["charts/accuracy"] == pytest.approx(hits / 32)
+    assert metrics["charts/policy_entropy"] == pytest.approx(entropy, rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", ["exp", "binary"])
@@ -58,7 +61,7 @@ def test_crr_against_a_loop(weight):
         policy_logits, q_logits = network.apply(params, observation)
         return np.array(policy_logits, float), np.array(q_logits, float)
 
-    critic_loss, policy_loss, weights = 0.0, 0.0, []
+    critic_loss, policy_loss, weights, means = 0.0, 0.0, [], Counter()
     for i in range(32):
         action = batch.action[i, 0]
         logits, q_logits = predict(params, batch.observation[i, 0])
@@ -68,14 +71,18 @@ def test_crr_against_a_loop(weight):
         q = np.array(crr.to_scalar(jnp.array(q_logits)))
         advantage = q[action] - softmax(logits) @ q
         w = min(math.exp(advantage / 0.5), 20) if weight == "exp" else float(advantage > 0)
+        means["policy_entropy"] -= softmax(logits) @ np.log(softmax(logits)) / 32
         if not batch.is_last[i, 0]:
             critic_loss += two_hot_cross_entropy(y, q_logits[action]) / 32
             policy_loss -= w * math.log(softmax(logits)[action]) / 32
             weights.append(w)
+            means.update(q=q[action] / 32, q_target=y / 32, advantage=advantage / 32)
     assert metrics["losses/critic"] == pytest.approx(critic_loss, rel=1e-4)
     assert metrics["losses/policy"] == pytest.approx(policy_loss, rel=1e-4)
     assert total == pytest.approx(critic_loss + policy_loss, rel=1e-4)
-    assert metrics["charts/weight"] == pytest.approx(sum(weights) / 32, rel=1e-4)
+    means["weight"], means["weight_p95"] = sum(weights) / 32, np.percentile(weights, 95)
+    for name, mean in means.items():
+        assert metrics[f"charts/{name}"] == pytest.approx(mean, rel=1e-3, abs=1e-6), name
 
 
 def test_crr_weights_have_one_axis_are_capped_and_gate_in_binary_form():
@@ -128,7 +135,7 @@ def test_cql_against_a_loop():
     )
     loss = jax.jit(partial(cql.cql_loss, network=network, args=args))
     total, metrics = loss(params, target_params, batch)
-    td_loss, penalty = 0.0, 0.0
+    td_loss, penalty, means, values = 0.0, 0.0, Counter(), []
     for i in range(32):
         action = batch.action[i, 0]
         logits = np.array(network.apply(params, batch.observation[i, 0]), float)
@@ -138,6 +145,11 @@ def test_cql_against_a_loop():
         if not batch.is_last[i, 0]:
             td_loss += two_hot_cross_entropy(y, logits[action]) / 32
             penalty += 0.7 * (logsumexp(q) - q[action]) / 32
+            means.update(q=q[action] / 32, q_target=y / 32, gap=(logsumexp(q) - q[action]) / 32)
+            values += [*q]
+    for name, mean in means.items():
+        assert metrics[f"charts/{name}"] == pytest.approx(mean, rel=1e-3, abs=1e-6), name
+    assert metrics["charts/q_min"] == pytest.approx(min(values), rel=1e-4)
     assert metrics["losses/td"] == pytest.approx(td_loss, rel=1e-4)
     assert metrics["losses/conservative"] == pytest.approx(penalty, rel=1e-3)
     assert total == pytest.approx(td_loss + penalty, rel=1e-3)

@@ -281,7 +281,7 @@ def test_the_loss_against_a_loop(push_up, batch, rollouts, q_params):
     logits = np.array(apply(q_params[0], observation[0]), float)
     next_q = to_value(np.array(apply(q_params[1], observation[1]), float)).max(axis=-1)
     q = to_value(logits)
-    td_loss = down = up = 0.0
+    td_loss = down = up = y_mean = gap = 0.0
     values, rewards = ({True: [], False: []} for _ in range(2))
     for i in range(20):
         is_real, action = i < 12, int(batch.action[i, 0])
@@ -291,6 +291,8 @@ def test_the_loss_against_a_loop(push_up, batch, rollouts, q_params):
         reward = float(np.clip(batch.reward[i, 0], -1, 1))
         y = reward if batch.is_terminal[i, 1] else reward + 0.9 * next_q[i]
         td_loss += two_hot_cross_entropy(y, logits[i, action]) / 20
+        y_mean += y / 20
+        gap += (logsumexp(q[i]) - q[i, action]) / 20
         down += logsumexp(q[i]) / 20
         if push_up == "mix":
             up += q[i, action] / 20
@@ -303,6 +305,11 @@ def test_the_loss_against_a_loop(push_up, batch, rollouts, q_params):
     assert metrics["losses/conservative"] == pytest.approx(0.7 * (down - up), rel=1e-3)
     assert total == pytest.approx(td_loss + 0.7 * (down - up), rel=1e-3)
     counted = len(values[True]) + len(values[False])
+    assert metrics["charts/q"] == pytest.approx(sum(values[True] + values[False]) / 20, rel=1e-3)
+    assert metrics["charts/q_target"] == pytest.approx(y_mean, rel=1e-3)
+    assert metrics["charts/gap"] == pytest.approx(gap, rel=1e-3)
+    counts = ~np.array(batch.is_last[:, 0])
+    assert metrics["charts/q_min"] == pytest.approx(q[counts].min(), rel=1e-3)
     assert metrics["charts/model_share"] == pytest.approx(8 / counted)
     for name, is_real in (("real", True), ("model", False)):
         assert metrics[f"charts/q_{name}"] == pytest.approx(np.mean(values[is_real]), rel=1e-3)

@@ -264,11 +264,20 @@ def test_the_loss_follows_the_visits_and_the_searched_values(monkeypatch):
         np.zeros((4, 3, 10, 5), np.float32), ones.astype(np.int32), ones, ones > 1, ones > 1
     )
     zero = jax.tree.map(jnp.zeros_like, random_params(0))
+    heads = {name: dict(zero["params"][name]) for name in ("policy", "value")}
+    heads["policy"]["bias"] = jnp.log(jnp.array([0.25, 0.25, 0.5]))
+    heads["value"]["bias"] = 50 * muzero.two_hot(2.0, args.num_bins)
+    params = {"params": zero["params"] | heads}
     loss = jax.jit(partial(muzero.muzero_loss, network=NETWORK, args=args))
-    _, metrics = loss(zero, zero, batch, jax.random.key(0))
+    _, metrics = loss(params, zero, batch, jax.random.key(0))
     assert noises == [0.25]  # the share of Dirichlet noise
     assert metrics["charts/value_target"] == pytest.approx(1 + 0.5 * 8)
-    assert metrics["losses/policy"] == pytest.approx(math.log(3), rel=1e-5)
+    assert metrics["losses/policy"] == pytest.approx(1.5 * math.log(2), rel=1e-5)
+    assert metrics["charts/policy_entropy"] == pytest.approx(1.5 * math.log(2), rel=1e-5)
+    middle = jax.nn.softmax(heads["value"]["bias"])
+    value = float(muzero.to_scalar(jnp.log(middle)))
+    assert metrics["charts/value"] == pytest.approx(value, rel=1e-5)
+    assert value > 1
     entropy = -float(jnp.sum(p * jnp.log(p)))
     assert metrics["charts/target_entropy"] == pytest.approx(entropy, rel=1e-5)
 

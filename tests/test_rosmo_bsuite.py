@@ -247,6 +247,8 @@ def naive_losses(params, target_params, batch, b, args):
     targets = [apply(target_params, "prediction", s) for s in target_states]
     value = [float(rosmo.to_scalar(t.value_logits)) for t in targets]
     losses = {"reward": 0.0, "value": 0.0, "policy": 0.0, "behavior": 0.0}
+    charts = {name: [] for name in ("value", "value_target", "imitated", "policy_entropy")}
+    charts["advantages"] = []
     state = apply(params, "representation", batch.observation[b, 0])
     last = args.unroll_steps
     for k in range(last + 1):
@@ -254,16 +256,20 @@ def naive_losses(params, target_params, batch, b, args):
         log_pi = np.log(np.asarray(jax.nn.softmax(output.policy_logits)))
         log_v = np.log(np.asarray(jax.nn.softmax(output.value_logits)))
         log_r = np.log(np.asarray(jax.nn.softmax(output.reward_logits)))
+        charts["value"].append(float(rosmo.to_scalar(output.value_logits)))
+        charts["policy_entropy"].append(-np.exp(log_pi) @ log_pi)
         if k > 0 and known[k]:
             reward = batch.reward[b, k - 1] if moving[k - 1] else 0.0
             phi = np.asarray(rosmo.two_hot(jnp.float32(reward), args.num_bins))
             losses["reward"] -= phi @ log_r / last
         if known[k]:
             z = naive_value_target(batch.reward[b], value, *ends, k, args.discount, args.td_steps)
+            charts["value_target"].append(z)
             phi = np.asarray(rosmo.two_hot(jnp.float32(z), args.num_bins))
             losses["value"] -= args.value_coef * phi @ log_v / (last + 1)
             prior = np.asarray(jax.nn.softmax(targets[k].policy_logits))
             q = np.array([look_ahead(target_states[k], a) for a in range(3)])
+            charts["advantages"] += [*(q - value[k])]
             p = prior * np.exp(q - value[k])
             p = np.full(3, 1 / 3) if absorbing[k] else p / p.sum()
             losses["policy"] -= args.policy_coef * p @ log_pi / (last + 1)
@@ -274,13 +280,16 @@ def naive_losses(params, target_params, batch, b, args):
             else:
                 following = float(rosmo.to_scalar(targets[k + 1].reward_logits))
                 following += args.discount * value[k + 1]
+            charts["imitated"].append(following - value[k] > 0)
             if following - value[k] > 0:
                 losses["behavior"] -= args.behavior_coef * log_pi[action] / (last + 1)
             if k < last:
                 state = apply(params, "dynamics", state, action)
         elif k < last:  # a random action of the loss's own; only the constants can be compared
             break
-    return losses
+        else:
+            charts["imitated"].append(False)
+    return losses | {f"charts/{name}": values for name, values in charts.items()}
 
 
 @pytest.mark.parametrize("behavior_advantage", ["model", "next-observation"])
@@ -305,6 +314,11 @@ def test_losses_against_a_naive_algorithm_2(behavior_advantage):
         assert metrics[f"losses/{name}"] == pytest.approx(expected, rel=1e-4), name
     total = sum(metrics[f"losses/{name}"] for name in ("reward", "value", "policy", "behavior"))
     assert metrics["losses/total"] == pytest.approx(float(total))
+    for name in ("value", "value_target", "imitated", "policy_entropy"):
+        expected = np.mean([x[f"charts/{name}"] for x in naive])
+        assert metrics[f"charts/{name}"] == pytest.approx(expected, rel=1e-4), name
+    std = np.std([x["charts/advantages"] for x in naive])
+    assert metrics["charts/advantage_std"] == pytest.approx(std, rel=1e-3)
 
 
 def one_window(is_last, is_terminal):
