@@ -55,8 +55,8 @@ class Args:
     # how they are run
     dry_run: bool = False  # print the commands, and run nothing
     workers: int | None = None
-    """runs side by side: each has a GPU, or its share of the cores where there is no GPU [default:
-    one for each GPU, or one]; with SLURM, the most that run at a time"""
+    """runs side by side, each with a GPU or its share of the cores where there is no GPU; None:
+    one for each GPU, or one; with SLURM, the most that run at a time"""
     launcher: Literal["local", "slurm"] = "local"
     """here, or as a SLURM job array that is put into the queue again when it is preempted"""
     slurm: tuple[str, ...] = ()
@@ -221,6 +221,10 @@ def cell_args(item: Item, args: Args, further: list[str]) -> Iterator[tuple]:
 
 def get_items(args: Args) -> dict[str, Item]:
     """The items that the arguments name."""
+    for name, least in (("workers", 1), ("total_updates", 1), ("seeds", 0)):
+        given = getattr(args, name)
+        if given is not None and np.min(given) < least:
+            raise SystemExit(f"--{name.replace('_', '-')} {given}: give {least} or more.")
     unknown = [name for name in args.items if name not in ITEMS]
     if unknown or not args.items:
         what = f"There is no {', '.join(unknown)}" if unknown else "Nothing is named"

@@ -206,6 +206,9 @@ def test_further_arguments_reach_the_scripts_that_have_them(tmp_path, monkeypatc
         (["table2", "--methods", "PPO"], "table2 has no PPO; its methods are 'BC', 'CRR'"),
         (["figure4d", "--policy-coef", "2"], "--policy-coef is set by the item itself"),
         (["table8", "--run-dir", "x"], "--run-dir is set by the item itself"),
+        (["table2", "--workers", "0"], "--workers 0: give 1 or more"),
+        (["table2", "--total-updates", "0"], "--total-updates 0: give 1 or more"),
+        (["table2", "--seeds", "3", "-1"], "--seeds .3, -1.: give 0 or more"),
     ],
 )
 def test_wrong_words_end_in_a_sentence(tmp_path, words, message):
