@@ -421,9 +421,15 @@ def find_store(args) -> Path | None:
     return found.get(min((p for p in found if p >= args.data_percent), default=None))
 
 
+def plays(args) -> bool:
+    """Whether the run is evaluated in the game; data without a simulator can do without."""
+    return args.eval_episodes > 0 or args.final_eval_episodes > 0
+
+
 def open_store(args) -> Store:
     """The store that the arguments name; benchmark/prepare_atari.py makes it if it is missing."""
-    game_name(args.env_id)  # an unknown game ends here
+    if plays(args) or not args.dataset:
+        game_name(args.env_id)  # an unknown game ends here
     path = args.dataset or find_store(args)
     if path is None:
         tool = Path(__file__).resolve().parent / "benchmark" / "prepare_atari.py"
@@ -449,9 +455,11 @@ def open_store(args) -> Store:
         blob = memoryview(np.memmap(path / "frames.bin", np.uint8, "r"))
         if len(blob) != offsets[-1]:
             raise ValueError("frames.bin is not whole")
-        game = (args.env_id, make_env(args.env_id, 1).single_action_space.n)
-        if (meta["env_id"], meta["num_actions"]) != game:
-            raise ValueError(f"it is of {meta['env_id']} with {meta['num_actions']} actions")
+        game, num_actions, _ = (meta[name] for name in ("env_id", "num_actions", "source"))
+        if game != args.env_id or steps["action"].max() >= num_actions:
+            raise ValueError(f"it is of {game} with {num_actions} actions")
+        if plays(args) and make_env(game, 1).single_action_space.n != num_actions:
+            raise ValueError(f"it has {num_actions} actions, and the game has another number")
         if meta["percent"] < args.data_percent:
             raise ValueError(f"it has {meta['percent']:g}% of the data")
         # p% of a checkpoint are its episodes from the start until they hold p% of its steps.
@@ -463,17 +471,18 @@ def open_store(args) -> Store:
         selected = (before < limit) | (args.data_percent == 100)
         store = Store(meta, blob, offsets, steps, episodes, np.arange(0))
         return select_episodes(store, selected)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         message = f"{path} cannot be used as a store of {args.env_id}: {error!r}"
         raise SystemExit(f"{message}. Give another --dataset, or make it again.") from None
 
 
-def describe(store: Store) -> dict:
+def describe(store: Store, args) -> dict:
     """What a run writes down of its data, and compares when it goes on."""
     steps = zlib.crc32(store.steps[store.index])
     facts = {"episodes": len(store.episodes), "steps": len(store.index), "crc32": steps}
     facts["mean_return"] = float(store.episodes["return"].mean())
-    return facts | {"source": store.meta["source"], "rom": rom_digest(store.meta["env_id"])}
+    rom = rom_digest(args.env_id) if plays(args) else None
+    return facts | {"source": store.meta["source"], "rom": rom}
 
 
 def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
@@ -939,7 +948,7 @@ def main(args: Args) -> None:
     join_processes(args)
     args = check_args(args, RANGES)
     store = open_store(args)
-    run = Run(args, [args.seed], describe(store))
+    run = Run(args, [args.seed], describe(store, args))
     network = make_network(store.meta["num_actions"], args)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())

@@ -3,6 +3,7 @@
 benchmark/prepare_atari.py writes the stores; test_prepare_atari.py tests it.
 """
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -54,6 +55,10 @@ def path(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(path, tmp_path) -> Path:
     return Path(shutil.copytree(path, tmp_path / "copy"))
+
+
+def describe(store) -> dict:
+    return script.describe(store, script.Args(env_id=store.meta["env_id"]))
 
 
 def open_store(path: Path, percent: float = 100.0, env_id: str = "Pong"):
@@ -125,7 +130,7 @@ def test_smaller_percent_is_the_same_from_a_larger_store(path, tmp_path):
     batches = [script.sample_batch(store, 0, 0, 64, 11) for store in (small, large)]
     for x, y in zip(*batches, strict=True):
         np.testing.assert_array_equal(x, y)
-    assert script.describe(small) == script.describe(large) != script.describe(open_store(path))
+    assert describe(small) == describe(large) != describe(open_store(path))
 
 
 def test_all_of_a_store_is_read_if_all_of_the_data_are_asked_for(tmp_path):
@@ -136,7 +141,7 @@ def test_all_of_a_store_is_read_if_all_of_the_data_are_asked_for(tmp_path):
 
 
 def test_the_data_are_known_by_what_is_learned_from(path, tmp_path):
-    facts = script.describe(open_store(path))
+    facts = describe(open_store(path))
     assert facts["episodes"] == 9
     assert facts["steps"] == sum(LENGTHS)
     assert facts["source"] == "run1"
@@ -146,7 +151,7 @@ def test_the_data_are_known_by_what_is_learned_from(path, tmp_path):
     other = [EPISODES[0] | {"action": (EPISODES[0]["action"] + 1) % 6}, *EPISODES[1:]]
     meta = {"source": "run1", "steps_per_checkpoint": PER_CHECKPOINT}
     changed = open_store(write_store(tmp_path / "other", "Pong", other, 6, **meta))
-    assert script.describe(changed)["crc32"] != facts["crc32"]
+    assert describe(changed)["crc32"] != facts["crc32"]
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])
@@ -232,15 +237,32 @@ def test_damaged_store(copy, name, how):
     [
         ({"env_id": "Qbert"}, "it is of Qbert with 6 actions"),
         ({"num_actions": 4}, "it is of Pong with 4 actions"),
+        ({"num_actions": 18}, "it has 18 actions, and the game has another number"),
         ({"percent": 10}, "it has 10% of the data"),
         ({"version": 1}, "version|format"),
+        ({"crc32": [1]}, "AttributeError"),
+        ({"source": None}, "KeyError.'source'"),
     ],
 )
 def test_a_store_of_another_kind(copy, meta, fault):
     before = json.loads((copy / "meta.json").read_text())
-    (copy / "meta.json").write_text(json.dumps(before | meta))
+    changed = {name: value for name, value in (before | meta).items() if value is not None}
+    (copy / "meta.json").write_text(json.dumps(changed))
     with pytest.raises(SystemExit, match=rf"as a store of Pong: .*({fault})"):
         open_store(copy, 11)
+
+
+def test_without_evaluations_the_game_need_not_be_one_of_ale(copy):
+    meta = json.loads((copy / "meta.json").read_text()) | {"env_id": "Mine"}
+    args = script.Args(env_id="Mine", dataset=copy, eval_episodes=0, final_eval_episodes=0)
+    (copy / "meta.json").write_text(json.dumps(meta | {"num_actions": 7}))
+    store = script.open_store(args)
+    assert script.describe(store, args)["rom"] is None
+    with pytest.raises(SystemExit, match="There is no game 'Mine'"):
+        script.open_store(dataclasses.replace(args, final_eval_episodes=1))
+    (copy / "meta.json").write_text(json.dumps(meta | {"num_actions": 4}))
+    with pytest.raises(SystemExit, match="it is of Mine with 4 actions"):
+        script.open_store(args)
 
 
 def test_the_smallest_store_that_has_enough_is_taken(tmp_path, path):
@@ -285,7 +307,7 @@ def test_what_the_tool_recorded_instead_is_taken(tmp_path, monkeypatch):
 
     monkeypatch.setattr(script.subprocess, "run", run)
     store = script.open_store(script.Args(env_id="Pong", data_dir=tmp_path))
-    assert script.describe(store)["source"] == "dqn"
+    assert describe(store)["source"] == "dqn"
 
 
 def test_a_tool_that_fails_or_is_not_there_ends_the_script(tmp_path, monkeypatch):

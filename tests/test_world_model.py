@@ -340,9 +340,9 @@ def train(path, store):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(signal, "signal", lambda *_: None)
             patch.setattr(morel, "FileLock", lambda path: NO_LOCK)
-            run = morel.Run(args, [args.seed], morel.describe(store))
+            run = morel.Run(args, [args.seed], morel.describe(store, args))
             between(run)
-            inputs = (run, store, morel.describe(store), NETWORK, mesh)
+            inputs = (run, store, morel.describe(store, args), NETWORK, mesh)
             return morel.get_world_model(*inputs, dataclasses.replace(args, run_dir=None))
 
     return start
@@ -484,6 +484,11 @@ def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trai
     ):
         with pytest.raises(SystemExit, match=message):
             morel.load_world_model(folder, dataclasses.replace(ARGS, **change))
+    for config in ("[1]", '{"args": {}}', '{"args": 3}'):
+        (tmp_path / "empty" / "members.msgpack").touch()
+        (tmp_path / "empty" / "config.json").write_text(config)
+        with pytest.raises(SystemExit, match="There is no trained world model in"):
+            morel.load_world_model(tmp_path / "empty", ARGS)
     (tmp_path / "empty" / "config.json").write_bytes((model / "config.json").read_bytes())
     content = (model / "members.msgpack").read_bytes()
     (tmp_path / "empty" / "members.msgpack").write_bytes(content[:-1])
