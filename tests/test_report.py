@@ -58,6 +58,36 @@ def few_bootstraps(monkeypatch):
     monkeypatch.setattr(report, "CURVE_BOOTSTRAPS", 20)
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, by the names of their files."""
+    saved, savefig = {}, report.Figure.savefig
+
+    def save(self, path, **options):
+        saved[path.name] = self
+        savefig(self, path, **options)
+
+    monkeypatch.setattr(report.Figure, "savefig", save)
+    return saved
+
+
+def shown(figure) -> list:
+    return [axes for axes in figure.axes if axes.get_visible()]
+
+
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def note(figure) -> str:
+    return figure.legends[0].get_title().get_text().replace("\n", " ")
+
+
+def lines(axes) -> dict[str, float]:
+    """The heights of the lines of known returns."""
+    return {x.get_label(): x.get_ydata()[0] for x in axes.lines if x.get_label() in report.LINES}
+
+
 def make(tmp_path, *items, further=(), **options):
     options = {"total_updates": UPDATES, "runs": (tmp_path / "runs",)} | options
     args = report.Args(items, **options, out=tmp_path / "out")
@@ -100,7 +130,8 @@ def test_table_has_mean_and_std_of_the_runs_and_names_what_is_missing(tmp_path):
     assert "2 of 8 cells are finished. Not run: ROSMO, noise ε = 0, 0.1 and 0.5 on catch; " in page
     data = "2,000 episodes, 18,000 transitions, mean return 0.72"
     assert "Not the paper's setting: 2,000 updates, not 200,000." in page
-    assert f"| ROSMO | catch, noise ε = 0.3 | 2 | 2,000 | 0123456 | 1 x cpu | {data} |" in page
+    where = f"1 x cpu | {data} | `{runs / 'a'}` |"
+    assert f"| ROSMO | catch, noise ε = 0.3 | 2 | 2,000 | 0123456 | {where}" in page
     with (out / "table1.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [float(row["return"]) for row in lines] == [1.0, 0.5, -1.0]
@@ -137,13 +168,120 @@ def test_of_two_runs_of_a_cell_the_one_with_more_seeds_counts(tmp_path):
     assert (out / "figure9.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_curves_have_a_legend_when_the_first_cell_is_empty(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(report.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+def test_curves_have_a_legend_when_the_first_cell_is_empty(tmp_path, figures):
     write_run(tmp_path / "runs" / "a", "muzero_unplugged_bsuite", [1.0], noise=0.3)
     make(tmp_path, "figure9")
-    (legend,) = figures[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == ["MuZero Unplugged"]
+    known = ["online DQN", "data", "random play"]
+    assert legend(figures["figure9.png"]) == ["MuZero Unplugged", *known]
+
+
+def test_table_2_has_the_curves_of_all_methods_on_each_task(tmp_path, figures):
+    for i, script in enumerate(("bc", "crr", "cql", "muzero_unplugged", "rosmo")):
+        for task in paper.TASKS:
+            folder = tmp_path / "runs" / f"{i}{task}"
+            write_run(folder, f"{script}_bsuite", [0.5, 0.7], env_id=task)
+    page = (make(tmp_path, "table2") / "table2.md").read_text()
+    assert rows(page, "task")["catch"] == ["0.600 ± 0.100"] * 5
+    assert "![Table 2: the five methods on BSuite](table2.png)" in page
+    panels = shown(figures["table2.png"])
+    assert [axes.get_title() for axes in panels] == list(paper.TASKS)
+    assert legend(figures["table2.png"])[:5] == list(paper.METHODS)
+    for task, axes in zip(paper.TASKS, panels, strict=True):
+        assert len(axes.lines) == 5 + 3
+        random, online = paper.REFERENCE_RETURNS[task]
+        assert lines(axes) == {"random play": random, "online DQN": online, "data": 0.72}
+
+
+def test_lines_of_known_returns_do_not_stretch_a_panel():
+    """A line that is far away is named at the edge, also in panels that share their limits."""
+    _, (axes, other) = report.panels(2)
+    axes.plot([0, 1], [230, 380])
+    other.sharey(axes)
+    other.plot([0, 1], [260, 240])
+    known = [("online DQN", 4171.53), ("random play", 247.97)]
+    for one in (axes, other):
+        report.draw_references(one, known)
+        assert lines(one) == dict(known)
+        low, high = one.get_ylim()
+        assert 200 < low < 230
+        assert 380 < high < 420
+        assert [text.get_text() for text in one.texts] == ["↑ online DQN 4,172", ""]
+    near = report.panels(1)[1][0]
+    near.plot([0, 1], [0.4, 0.9])
+    report.draw_references(near, [("online DQN", 1.0), ("random play", -0.66)])
+    assert near.get_ylim()[1] > 1
+    assert [text.get_text() for text in near.texts] == ["", "↓ random play -0.66"]
+
+
+def test_figures_say_what_is_averaged_what_is_shaded_and_how_much_is_missing(tmp_path, figures):
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0, 0.5], noise=0.3)
+    write_run(tmp_path / "runs" / "b", "rosmo_bsuite", [1.0, 0.5], data_percent=10)
+    out = make(tmp_path, "figure9", "figure2a")
+    words = "Single evaluations, mean over seeds. Shaded: the standard deviation over seeds, but "
+    words += "not beyond the lowest and the highest seed. 1 of 8 cells."
+    assert note(figures["figure9.png"]) == words
+    assert f"\n{words} Lines: mean returns of random play, " in (out / "figure9.md").read_text()
+    words = "IQM over seeds and tasks. Bars: 95% stratified bootstrap intervals. 1 of 24 cells."
+    assert note(figures["figure2a.png"]) == words
+    assert f"\n{words} Lines: scores of random play and " in (out / "figure2a.md").read_text()
+    cells = {("ROSMO", 0.0, "catch"): report.put_together(run.read_runs((tmp_path / "runs",))[:1])}
+    long = cells["ROSMO", 0.0, "catch"]._replace(updates=np.arange(50))
+    words = report.figure_note(paper.ITEMS["figure9"], {("ROSMO", 0.0, "catch"): long})
+    assert words.startswith("Moving averages over 3 evaluations, mean over seeds. Shaded: ")
+
+
+def test_panels_and_values_without_a_run_are_left_out(tmp_path, figures):
+    """Of a task that is in several panels, the limits are the same."""
+    for i, (task, width) in enumerate((("catch", 32), ("catch", 256), ("cartpole", 256))):
+        arguments = {"env_id": task, "data_percent": 10, "dynamics_hidden": width}
+        write_run(tmp_path / "runs" / str(i), "rosmo_bsuite", [1.0, i], **arguments)
+    make(tmp_path, "figure10", "figure2b")
+    panels = shown(figures["figure10.png"])
+    titles = ["catch, 32 hidden units", "catch, 256 hidden units", "cartpole, 256 hidden units"]
+    assert [axes.get_title() for axes in panels] == titles
+    assert panels[0].get_ylim() == panels[1].get_ylim() != panels[2].get_ylim()
+    panels = shown(figures["figure2b.png"])
+    assert [axes.get_title() for axes in panels] == ["catch", "cartpole"]
+    for axes in panels:
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["32", "256"]
+
+
+@pytest.mark.parametrize("item", paper.ITEMS.values(), ids=paper.ITEMS)
+def test_methods_of_a_figure_have_colors_of_their_own(item):
+    colors = {method: report.color(item, method) for method in item.methods}
+    assert len(set(colors.values())) == len(colors)
+    assert colors.get("ROSMO", "C0") == "C0"
+
+
+def test_known_returns_stand_on_the_page(tmp_path):
+    """Of Tables 5 and 6. The numbers of Table 1 are in a picture, those of Table 8 are not."""
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0])
+    write_run(tmp_path / "runs" / "b", "rosmo_bsuite", [1.0], noise=0.3, data=OTHER_DATA)
+    write_run(tmp_path / "runs" / "c", "rosmo_atari", [1.0], env_id="Pong", data=STORE)
+    out = make(tmp_path, "table1", "table8")
+    page = (out / "table1.md").read_text()
+    assert "The paper has these numbers in a picture alone, not in its text." in page
+    known = rows(page, "mean return")
+    assert known["catch"] == ["-0.66", "1.00", "0.72", "0.71"]
+    assert known["catch, noise ε = 0.3"] == ["-0.66", "1.00", "0.50", "0.25"]
+    page = (out / "table8.md").read_text()
+    assert "in a picture alone" not in page
+    assert rows(page, "mean return")["Pong"] == ["-20.30", "18.25", "512.50", "-"]
+
+
+def test_learning_curves_of_runs_are_drawn_anew(tmp_path, figures, capsys):
+    folder = tmp_path / "runs" / "a"
+    write_run(folder, "rosmo_bsuite", [1.0, 0.5, 0.0])
+    write_run(tmp_path / "runs" / "b", "bc_bsuite", [1.0], finished=False)
+    report.main(report.Args(("curves", str(tmp_path / "runs"))), [])
+    assert capsys.readouterr().out == f"See {folder / 'learning_curve.png'}.\n"
+    assert not (tmp_path / "runs" / "b" / "learning_curve.png").exists()
+    (axes,) = shown(figures["learning_curve.png"])
+    name, *path = axes.get_title().split("\n")
+    assert (name, "".join(path)) == ("ROSMO on catch", str(folder))
+    assert [x.get_ydata()[0] for x in axes.lines[:4]] == [0.0, -0.5, -1.0, -0.5]  # the mean last
+    assert lines(axes) == {"random play": -0.66, "online DQN": 1.0, "data": 0.72}
+    assert legend(figures["learning_curve.png"])[:2] == ["mean of the seeds", "a seed"]
 
 
 def test_runs_with_other_seeds_are_put_together(tmp_path):
@@ -310,13 +448,23 @@ def test_figure3_tells_when_the_level_is_reached(tmp_path):
     assert (out / "figure3-profiles.png").exists()
 
 
-def test_single_seeds_are_marked(tmp_path):
+def test_cells_of_fewer_seeds_are_marked(tmp_path):
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0, 0.5, 0.0])
+    write_run(tmp_path / "runs" / "b", "rosmo_bsuite", [1.0, 0.5], noise=0.1)
+    page = (make(tmp_path, "table1") / "table1.md").read_text()
+    assert rows(page, "catch")["ROSMO"][:2] == ["0.500 ± 0.408", "0.750 ± 0.250 (2 seeds)"]
+
+
+def test_single_seeds_are_marked(tmp_path, figures):
     for beta in (0.1, 0.3):
         folder, small = tmp_path / "runs" / str(beta), dict(paper.SMALL)
         write_run(folder, "crr_atari", [300.0], beta=beta, **small)
     page = (make(tmp_path, "sweep_crr_atari") / "sweep_crr_atari.md").read_text()
     assert "One seed in each cell: there is no interval, and a difference may be chance." in page
     assert rows(page, "MsPacman")["CRR"] == ["300.000", "300.000", ""]
+    assert note(figures["sweep_crr_atari.png"]) == (
+        "Single evaluations. One seed in each cell. 2 of 3 cells."
+    )
     assert "±" not in page
     assert "[" not in page.split("## Runs")[0].replace("![", "")
 
@@ -421,7 +569,9 @@ def test_runs_of_the_printed_commands_fill_every_cell(tmp_path, monkeypatch, cap
     assert f"{cells} of {cells} cells are finished.\n" in page
     assert page.startswith(f"# {item.title}\n")
     assert (out / f"{name}.png").exists() == (item.form != "table")
-    assert (out / f"{name}-time.png").exists() == (item.form == "curves")
+    assert (out / f"{name}-time.png").exists() == (item.form in ("curves", "table and curves"))
+    if item.argument and "_" in item.argument:
+        assert item.argument not in page  # but words
 
 
 def test_the_command_line_names_the_items():
