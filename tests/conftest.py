@@ -51,6 +51,16 @@ def hurry():
         jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def optimized(hurry):
+    """For a test of such a module that trains for long."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="session")
 def catch_dataset(tmp_path_factory) -> Path:
     return helpers.write_catch_dataset(tmp_path_factory.mktemp("data") / "catch.npz", 100)

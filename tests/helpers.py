@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +52,18 @@ def metrics(folder: Path) -> list[dict]:
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     timed = lambda key: key == "wall_time" or key.startswith("seconds/")  # noqa: E731
     return [{k: v for k, v in row.items() if not timed(k)} for row in rows]
+
+
+def documented_metrics(name: str) -> set[str]:
+    """The metrics in the tables of docs/metrics.md and of the page of the script's method."""
+    method, domain = name.rsplit("_", 1)
+    found = set()
+    for page in ("metrics", method):
+        text = (ROOT / "docs" / f"{page}.md").read_text()
+        for cell, meaning in re.findall(r"^\| (`.*?`) \| (.*)", text, re.MULTILINE):
+            if domain == "atari" or not meaning.startswith("Atari:"):
+                found |= set(re.findall(r"`(\w+/\w+)`", cell))
+    return found
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from flax import serialization
 import morel_atari as morel
 import prepare_atari
 
+pytestmark = pytest.mark.usefixtures("hurry")
 TINY = "--env-id Pong --members 3 --deter 8 --hidden 8 --latents 3 --classes 3 --depth 1"
 TINY += " --head-units 8 --rollout-length 4 --minibatches 2 --epochs 2 --horizon 3 --warm-up 5"
 ARGS = tyro.cli(morel.Args, args=TINY.split())

@@ -18,6 +18,7 @@ from scipy.special import softmax
 import morel_atari as morel
 import prepare_atari
 
+pytestmark = pytest.mark.usefixtures("hurry")
 SIZES = "--members 2 --deter 16 --hidden 16 --latents 4 --classes 4 --depth 2 --head-units 16"
 TINY = f"--env-id Pong {SIZES} --model-length 6 --model-batch-size 2 --log-every 2"
 TINY += " --model-eval-every 4 --model-updates 12 --model-eval-batches 1 --heldout-percent 30"
@@ -286,7 +287,7 @@ def test_the_best_parameters_are_kept_and_the_reference_tells_when_training_ends
     assert float(state.best_loss) == 98
 
 
-def test_a_small_model_overfits_real_segments_and_beats_copying_the_last_frame():
+def test_a_small_model_overfits_real_segments_and_beats_copying_the_last_frame(optimized):
     """One-step predictions of the prior; ten segments of random play in the game."""
     env, rng, length = morel.make_env("Riverraid", 10), np.random.default_rng(0), 4
     num_actions = int(env.single_action_space.n)
