@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 
+import flax.linen as nn
 import helpers
 import jax
 import jax.numpy as jnp
@@ -144,3 +145,32 @@ def test_the_optimizer_clips_decays_and_changes_its_rate_as_the_authors(name, mo
     assert (updates["kernel"] < 0).all()
     assert (updates["bias"] == 0).all()
     assert optax.adamw is adamw
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_begins_with_the_weights_of_the_authors(name):
+    """Truncated normals of standard deviation √0.774 / √fan_in, heads of zeros, ε = 1e-5."""
+    module, args = helpers.script_and_args(name, channels=16)
+    network, epsilons = module.make_network(3, args), set()
+
+    def note(call, arguments, keywords, context):
+        if isinstance(context.module, nn.LayerNorm):
+            epsilons.add(context.module.epsilon)
+        return call(*arguments, **keywords)
+
+    inputs = [] if name.endswith("_atari") else [jnp.zeros((10, 5))]
+    with nn.intercept_methods(note):
+        init = jax.jit(lambda key: module.init_state(key, network, *inputs, args))
+        state = init(jax.random.key(0))
+    assert epsilons == ({1e-5} if name.endswith("_atari") else set())
+    assert state.step == 0
+    if hasattr(state, "target_params"):
+        jax.tree.map(np.testing.assert_array_equal, state.params, state.target_params)
+    kernels = [x for x in jax.tree.leaves(state.params) if x.ndim > 1]
+    drawn = [x for x in kernels if x.any()]
+    assert len(drawn) > 2
+    scaled = np.concatenate([np.ravel(x) * np.prod(x.shape[:-1]) ** 0.5 for x in drawn])
+    assert scaled.std() == pytest.approx(0.774**0.5, rel=0.02)
+    assert len(kernels) - len(drawn) == {"bc": 1, "cql": 1, "crr": 2}.get(name.split("_")[0], 3)
+    length = {"bc": 1, "cql": 2, "crr": 2}.get(name.split("_")[0])
+    assert module.window_length(args) == (length or args.unroll_steps + 1 + args.td_steps)
