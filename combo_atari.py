@@ -1380,15 +1380,16 @@ class Run:
 
         The metrics that were logged after it are dropped; they come again, the same.
         """
+        saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
-            state = serialization.from_state_dict(state, self.checkpoint["state"])
+            state = serialization.from_state_dict(state, saved["state"])
             self.bar.update(self.saved)
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
-        self.started -= self.checkpoint["wall_time"]
+        self.started -= saved["wall_time"]
         if self.writes:
-            lines = self.lines()[: self.checkpoint["lines"]]
+            lines = self.lines()[: saved["lines"]]
             self.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
-        return self.saved, state, self.checkpoint["sums"]
+        return self.saved, state, saved["sums"]
 
     def save(self, done: int, state, sums: dict | None) -> None:
         """Writes checkpoints/{done}.msgpack, its CRC-32 first; the last two are kept.
