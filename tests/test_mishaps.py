@@ -91,7 +91,7 @@ def test_help_where_a_terminal_knows_ascii_alone(script, name):
 def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
     import watch
 
-    in_process("rosmo_atari")
+    in_process("bc_atari", "--eval-episodes", 0, "--final-eval-episodes", 0)
     run = tmp_path / "run"
     script, env_id, act = watch.load_agent(run)
     assert env_id == "Asterix"
