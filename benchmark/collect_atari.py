@@ -59,7 +59,7 @@ import tyro
 import zstandard
 from tqdm import tqdm
 
-from prepare_atari import make_env, rom_digest, run, write_store
+from prepare_atari import find_fault, make_env, rom_digest, run, write_store
 
 
 @dataclass
@@ -396,8 +396,11 @@ def main(args: Args) -> None:
     check_args(args)
     path = Path(args.out or f"{args.data_dir}/atari/{args.env_id}-dqn-{args.num_steps // 1000}k")
     path = path.expanduser()
+    if fault := path.exists() and find_fault(path, args.env_id, "dqn", 100):
+        raise SystemExit(f"{path} {fault}.")
     if path.exists():
-        raise SystemExit(f"{path} exists already: it is complete, there is nothing to collect.")
+        print(f"{path} exists already: it is complete, there is nothing to collect.")
+        return
     steps_per_checkpoint = max(1, args.num_steps // args.num_checkpoints)
     meta = {"env_id": args.env_id, "source": "dqn", "percent": 100}
     meta |= {"steps_per_checkpoint": steps_per_checkpoint, "rom_sha256": rom_digest(args.env_id)}

@@ -92,9 +92,17 @@ def test_saved_episodes_survive_the_kill(killed_and_resumed):
             np.testing.assert_array_equal(recorded[name], episode[name])
 
 
-def test_finished_collection_is_not_overwritten(killed_and_resumed):
-    with pytest.raises(SystemExit, match="exists already"):
-        collect_atari.main(collect_atari.Args(out=str(killed_and_resumed)))
+def test_finished_collection_is_not_overwritten(killed_and_resumed, tmp_path, capsys):
+    meta = (killed_and_resumed / "meta.json").read_bytes()
+    collect_atari.main(collect_atari.Args(out=str(killed_and_resumed)))
+    assert "exists already" in capsys.readouterr().out
+    assert (killed_and_resumed / "meta.json").read_bytes() == meta
+    with pytest.raises(SystemExit, match="not 100% of Qbert-dqn; choose another path"):
+        collect_atari.main(collect_atari.Args(env_id="Qbert", out=str(killed_and_resumed)))
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(SystemExit, match="is no whole store"):
+        collect_atari.main(collect_atari.Args(out=str(tmp_path)))
+    assert (tmp_path / "mine").read_text() == "x"
 
 
 @pytest.mark.parametrize(
