@@ -10,7 +10,7 @@
 
 MuZero Unplugged learns MuZero's latent model from logged episodes. At every state of a window it
 searches the model's tree with N simulations (Eq. 2); the visits of the root's actions are the
-target of the policy (Eq. 4), and their mean value bootstraps the target of the value (Eq. 3).
+target of the policy (Eq. 3, 4), and their mean value bootstraps the target of the value (Eq. 3).
 
     python muzero_unplugged_atari.py --env-id MsPacman                       # N = 20
     python muzero_unplugged_atari.py --env-id MsPacman --data-percent 1      # Fig. 4(a)
@@ -43,6 +43,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -123,7 +124,7 @@ class Args:
     td_steps: int = 5  # n, rewards in the value target (Eq. 3)
     num_simulations: int = 20  # N, simulations of a search
     max_depth: int | None = None  # depth of the tree at which a simulation ends; None: N
-    policy_target: Literal["visits", "mpo"] = "visits"  # visits (Eq. 4) or MZU-Q's π exp(Q/τ)
+    policy_target: Literal["visits", "mpo"] = "visits"  # visits (Eq. 3) or MZU-Q's π exp(Q/τ)
     mpo_temperature: float = 0.1  # τ of MZU-Q
     dirichlet_fraction: float = 0.25  # share of noise in the prior of a root, for targets
     policy_coef: float = 1.0  # weight of the policy loss
@@ -284,7 +285,7 @@ class MuZeroNetwork(nn.Module):
 
 # --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
 def transform(x):
-    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, where a bracket slipped)."""
+    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, with εx inside the bracket)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
 
 
@@ -351,7 +352,7 @@ def window_positions(is_last, is_terminal):
 
 
 def value_target(reward, value, moving, absorbing, discount: float, td_steps: int):
-    """z, the n-step return (Eq. 8): rewards and values [batch, time] -> [batch, time - n].
+    """z, the n-step return (Eq. 3, 8): rewards and values [batch, time] -> [batch, time - n].
 
     It stops where the episode does, with the value of a truncated end and with zero at a terminal
     one.
@@ -398,7 +399,7 @@ def search(network, params, state, prediction, key, noise: float, args):
     """Searches the tree below latent states [...] with N simulations (Eq. 2).
 
     Returns:
-      The policy [..., actions], Eq. 4 with T = 1 or π exp(Q/τ), and the value in Eq. 3 [...].
+      The policy [..., actions] and the value [...] of Eq. 3, with T = 1 or with π exp(Q/τ).
     """
 
     def model(params, _, action, state):
@@ -414,7 +415,7 @@ def search(network, params, state, prediction, key, noise: float, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2, where Q is scaled to [0, 1] among the values at the node (MuZero)."""
+        """Eq. 2; n counts the node itself, and Q is scaled to [0, 1] at the node (MuZero, mctx)."""
         n, value = tree.node_visits[node], tree.node_values[node]
         visits = tree.children_visits[node]
         q = jnp.where(visits > 0, tree.qvalues(node), value)
@@ -491,10 +492,10 @@ def muzero_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork
     p = jnp.where(absorbing[..., None], 1 / num_actions, p[:, : K + 1])
 
     # Eq. 12-14, averaged over the unrolled steps; a reward belongs to the action before it.
-    reward = jnp.where(moving, batch.reward[:, : K + 1], 0.0)[:, :K]
+    reward = jnp.where(moving[:, :K], batch.reward[:, :K], 0.0)
     reward_loss = cross_entropy(two_hot(reward, args.num_bins), prediction.reward_logits[:, 1:])
     value_loss = cross_entropy(two_hot(z, args.num_bins), prediction.value_logits)
-    policy_loss = cross_entropy(p, prediction.policy_logits)
+    policy_loss = cross_entropy(p, prediction.policy_logits)  # Eq. 4
 
     losses = {
         "losses/reward": jnp.mean(reward_loss * known[:, 1:]),
@@ -581,7 +582,7 @@ CHUNK = 16  # consecutive frames that are compressed together
 
 
 class Store(NamedTuple):
-    """Episodes on disk, or some of them: benchmark/prepare_atari.py tells the format."""
+    """Episodes on disk, or some of them: docs/atari_data.md tells the format."""
 
     meta: dict
     blob: memoryview  # zstd chunks of CHUNK frames each, with a CRC-32 at their ends
@@ -623,11 +624,13 @@ def open_store(args) -> Store:
         options |= {"--percent": args.data_percent, "--data-dir": args.data_dir}
         command = [str(tool), *(str(x) for option in options.items() for x in option)]
         if jax.process_count() > 1 or not tool.exists():
-            raise SystemExit(f"The data are missing; make them first: python {' '.join(command)}")
+            where = "" if tool.exists() else ", in the repository that this script comes from"
+            message = f"The data are missing; make them first: python {shlex.join(command)}"
+            raise SystemExit(f"{message}{where}.")
         # This process holds the accelerator; the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
-            raise SystemExit(status)  # it has said why
+            raise SystemExit(status if status > 0 else f"{tool} was killed.")  # else it said why
         path = find_store(args) or args.data_dir / "atari" / f"{args.env_id}-dqn-200k"
     try:
         meta = json.loads((path / "meta.json").read_text())
@@ -649,10 +652,8 @@ def open_store(args) -> Store:
         if meta["percent"] < args.data_percent:
             raise ValueError(f"it has {meta['percent']:g}% of the data")
         # p% of a checkpoint are its episodes from the start until they hold p% of its steps.
-        _, first, checkpoint = np.unique(
-            episodes["checkpoint"], return_index=True, return_inverse=True
-        )
-        before = episodes["start"] - episodes["start"][first][checkpoint]
+        first = np.searchsorted(episodes["checkpoint"], episodes["checkpoint"])
+        before = episodes["start"] - episodes["start"][first]
         limit = args.data_percent / 100 * meta["steps_per_checkpoint"]
         selected = (before < limit) | (args.data_percent == 100)
         store = Store(meta, blob, offsets, steps, episodes, np.arange(0))
@@ -800,6 +801,7 @@ NOT_COMPARED = ["run_dir", "overwrite", "track", "data_dir", "dataset", "loader_
 NOT_NAMED = ["run_dir", "overwrite", "track", "data_dir", "loader_threads", "env_id", "seed"]
 NOT_NAMED += ["num_seeds", "total_updates", "log_every", "checkpoint_every", "eval_every"]
 NOT_NAMED += ["eval_episodes", "final_eval_episodes"]
+NOT_NAMED += ["model_updates", "model_eval_every", "world_model"]  # of MOReL and COMBO
 
 
 class Run:
@@ -859,7 +861,7 @@ class Run:
             changes = ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b)
             script, starts = before["script"], [*before["starts"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            changes, starts = f"or its config.json is damaged: {error!r}", []
+            changes, starts = f"or its config.json is damaged: {error!r}" if script else "files", []
         if script != self.config["script"] or (changes and not self.args.overwrite):
             message = f"{self.dir} holds something else ({changes}); give another --run-dir"
             advice = ", or --overwrite to delete the run in it"
@@ -962,8 +964,7 @@ class Run:
         """Appends a line to metrics.jsonl, with the seconds of each part of the work since."""
         self.check_finite(done, values)
         if self.writes:
-            finite = {name: x for name, x in values.items() if np.isfinite(x).all()}
-            values = {name: np.asarray(x).tolist() for name, x in finite.items()}
+            values = {k: np.asarray(x).tolist() for k, x in values.items() if np.isfinite(x).all()}
             line = {"update": done, "seed": seed, "wall_time": time.monotonic() - self.started}
             with (self.dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line | values | self.seconds) + "\n")
@@ -1013,13 +1014,13 @@ class Run:
         """Draws the curve and logs the final returns [seeds, episodes], which ends the run."""
         self.bar.close()
         self.plot()
-        for seed, *both in zip(self.seeds, sampled, greedy, strict=True):
-            final = dict(zip(("final/returns", "final/returns_greedy"), both, strict=True))
-            if len(both[0]):
-                means = [float(np.mean(returns)) for returns in both]
-                final |= {"final/return_mean": means[0], "final/return_mean_greedy": means[1]}
+        for seed, returns, best in zip(self.seeds, sampled, greedy, strict=True):
+            final = {"final/returns": returns, "final/returns_greedy": best}
+            if len(returns):
+                mean, mean_greedy = np.mean(returns), np.mean(best)
+                final |= {"final/return_mean": mean, "final/return_mean_greedy": mean_greedy}
                 data = self.config["data"]["mean_return"]
-                print(f"Final return {means[0]:.2f}, greedy {means[1]:.2f} (data {data:.2f}).")
+                print(f"Final return {mean:.2f}, greedy {mean_greedy:.2f} (data {data:.2f}).")
             self.log(done, seed, final)
         print(f"See {self.dir}.")
 
@@ -1047,14 +1048,14 @@ class Run:
 # --- end run folder ---
 
 
-# Least and most of the numbers; others are at least 1, or 0 if they may have a fraction.
+# Least and most of the numbers; other integers are at least 1, other floats at least 0.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
 RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "rlu_run": (1, 5)}
 RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
-RANGES |= {"num_simulations": (1, 10**6), "mpo_temperature": (TINY, 1e9)}
 RANGES |= {"dirichlet_fraction": (0, 1), "eval_dirichlet_fraction": (0, 1)}
+RANGES |= {"mpo_temperature": (TINY, 1e9)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---
@@ -1062,16 +1063,12 @@ def require_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError):
-        platforms = os.environ.get("JAX_PLATFORMS")
-        message = (
-            f"JAX finds no device of JAX_PLATFORMS={platforms}: install jax for it, or unset it."
-        )
-        raise SystemExit(message) from None
+        message = f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+        raise SystemExit(f"{message}: install jax for it, or unset it.") from None
 
 
 def check_args(args, ranges: dict[str, tuple[float, float]]):
     """The arguments, with ~ in paths expanded. A number out of its range ends the program."""
-    require_devices()
     for name, value in vars(args).items():
         if type(value) in (int, float):
             least, most = ranges.get(name, (type(value) is int, 1e15))
@@ -1082,8 +1079,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     if args.batch_size % jax.device_count():
         message = f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices"
         raise SystemExit(f"{message}; give a multiple.")
-    paths = {name: path for name, path in vars(args).items() if isinstance(path, Path)}
-    paths = {name: Path(os.path.expanduser(path)) for name, path in paths.items()}
+    paths = {k: Path(os.path.expanduser(x)) for k, x in vars(args).items() if isinstance(x, Path)}
     return dataclasses.replace(args, **paths)
 
 
@@ -1166,7 +1162,8 @@ def main(args: Args) -> None:
     batches, metrics, played = load_batches(load, done, args.loader_threads), None, ""
     while True:
         ends = done == args.total_updates
-        evaluates = done > 0 and (done % args.eval_every == 0 or ends)
+        evaluates = ends or (done > 0 and args.eval_episodes > 0 and done % args.eval_every == 0)
+        # All processes ask each other at the same updates.
         agrees = evaluates or done % args.log_every == 0 or jax.process_count() == 1
         stops = agrees and any(all_processes(run.stopping))
         if stops or evaluates or done % args.checkpoint_every == 0:
@@ -1198,13 +1195,14 @@ def main(args: Args) -> None:
             run.show(done, f"loss {means['losses/total']:.3f}{played}")
             sums = None
     batches.close()
+    finished = True
     if run.writes:
-        number = args.final_eval_episodes
-        run.show(done, f"final evaluation: {number} sampled, {number} greedy episodes")
+        if number := args.final_eval_episodes:
+            run.show(done, f"final evaluation: {number} sampled, {number} greedy episodes")
         sampled, greedy = (play(number, greedy) for greedy in (False, True))
-        if sampled is not None and greedy is not None:
+        if finished := sampled is not None and greedy is not None:
             run.finish(done, [sampled], [greedy])
-    if any(all_processes(run.stopping)):  # the others wait for the first
+    if not all(all_processes(finished)):  # the others wait for the first
         run.exit()
 
 

@@ -10,7 +10,7 @@
 
 MuZero Unplugged learns MuZero's latent model from logged episodes. At every state of a window it
 searches the model's tree with N simulations (Eq. 2); the visits of the root's actions are the
-target of the policy (Eq. 4), and their mean value bootstraps the target of the value (Eq. 3).
+target of the policy (Eq. 3, 4), and their mean value bootstraps the target of the value (Eq. 3).
 
     python muzero_unplugged_bsuite.py --env-id catch                        # N = 4, five seeds
     python muzero_unplugged_bsuite.py --env-id catch --num-simulations 20 --max-depth 2  # Fig. 2(c)
@@ -37,6 +37,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -116,7 +117,7 @@ class Args:
     num_simulations: int = 4  # N, simulations of a search
     max_depth: int | None = None  # depth of the tree at which a simulation ends; None: N
     policy_target: Literal["visits", "mpo"] = "visits"
-    """visit counts (Eq. 4), or π exp(Q/τ) (mpo: MZU-Q)"""
+    """visit counts (Eq. 3), or π exp(Q/τ) (mpo: MZU-Q)"""
     mpo_temperature: float = 0.1  # τ of MZU-Q
     dirichlet_fraction: float = 0.25  # share of Dirichlet noise in the prior of a root, for targets
     policy_coef: float = 1.0  # weight of the policy loss
@@ -200,7 +201,7 @@ class MuZeroNetwork(nn.Module):
 
 # --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
 def transform(x):
-    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, where a bracket slipped)."""
+    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, with εx inside the bracket)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
 
 
@@ -256,7 +257,7 @@ def window_positions(is_last, is_terminal):
 
 
 def value_target(reward, value, moving, absorbing, discount: float, td_steps: int):
-    """z, the n-step return (Eq. 8): rewards and values [batch, time] -> [batch, time - n].
+    """z, the n-step return (Eq. 3, 8): rewards and values [batch, time] -> [batch, time - n].
 
     It stops where the episode does, with the value of a truncated end and with zero at a terminal
     one.
@@ -303,7 +304,7 @@ def search(network, params, state, prediction, key, noise: float, args):
     """Searches the tree below latent states [...] with N simulations (Eq. 2).
 
     Returns:
-      The policy [..., actions], Eq. 4 with T = 1 or π exp(Q/τ), and the value in Eq. 3 [...].
+      The policy [..., actions] and the value [...] of Eq. 3, with T = 1 or with π exp(Q/τ).
     """
 
     def model(params, _, action, state):
@@ -319,7 +320,7 @@ def search(network, params, state, prediction, key, noise: float, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2, where Q is scaled to [0, 1] among the values at the node (MuZero)."""
+        """Eq. 2; n counts the node itself, and Q is scaled to [0, 1] at the node (MuZero, mctx)."""
         n, value = tree.node_visits[node], tree.node_values[node]
         visits = tree.children_visits[node]
         q = jnp.where(visits > 0, tree.qvalues(node), value)
@@ -394,10 +395,10 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
     p = jnp.where(absorbing[..., None], 1 / num_actions, p[:, : K + 1])
 
     # Eq. 12-14, averaged over the unrolled steps; a reward belongs to the action before it.
-    reward = jnp.where(moving, batch.reward[:, : K + 1], 0.0)[:, :K]
+    reward = jnp.where(moving[:, :K], batch.reward[:, :K], 0.0)
     reward_loss = cross_entropy(two_hot(reward, args.num_bins), prediction.reward_logits[:, 1:])
     value_loss = cross_entropy(two_hot(z, args.num_bins), prediction.value_logits)
-    policy_loss = cross_entropy(p, prediction.policy_logits)  # Eq. 5
+    policy_loss = cross_entropy(p, prediction.policy_logits)  # Eq. 4
 
     losses = {
         "losses/reward": jnp.mean(reward_loss * known[:, 1:]),
@@ -525,14 +526,15 @@ def load_dataset(args) -> Steps:
     if not path.exists():
         tool = Path(__file__).resolve().parent / "benchmark" / "collect_bsuite.py"
         command = [str(tool), "--env-id", args.env_id, "--noise", f"{args.noise:g}"]
-        command += ["--data-dir", str(path.parent)]
+        command += ["--out", str(path)]
         if args.dataset or not tool.exists():
-            advice = f"give another --dataset, or make it: python {' '.join(command)}"
-            raise SystemExit(f"There is no dataset {path}; {advice}")
+            where = "" if tool.exists() else ", in the repository that this script comes from"
+            advice = f"give another --dataset, or make it: python {shlex.join(command)}{where}"
+            raise SystemExit(f"There is no dataset {path}; {advice}.")
         # This process holds the accelerator; the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
-            raise SystemExit(status)  # it has said why
+            raise SystemExit(status if status > 0 else f"{tool} was killed.")  # else it said why
     try:
         with np.load(path) as file:
             header = json.loads(str(file["header"]))
@@ -586,7 +588,7 @@ def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
       The steps' indices [seeds, most of any seed], padded with zeros, and their numbers [seeds].
     """
     episode, num_episodes = np.cumsum(is_last) - is_last, int(is_last.sum())
-    num_chosen = int(num_episodes * data_percent / 100)
+    num_chosen = int(round(num_episodes * data_percent / 100, 6))
     if num_chosen == 0:
         raise SystemExit(f"--data-percent {data_percent:g} of {num_episodes} episodes leaves none.")
     chosen = [np.random.default_rng(s).permutation(num_episodes)[:num_chosen] for s in seeds]
@@ -659,6 +661,7 @@ NOT_COMPARED = ["run_dir", "overwrite", "track", "data_dir", "dataset", "loader_
 NOT_NAMED = ["run_dir", "overwrite", "track", "data_dir", "loader_threads", "env_id", "seed"]
 NOT_NAMED += ["num_seeds", "total_updates", "log_every", "checkpoint_every", "eval_every"]
 NOT_NAMED += ["eval_episodes", "final_eval_episodes"]
+NOT_NAMED += ["model_updates", "model_eval_every", "world_model"]  # of MOReL and COMBO
 
 
 class Run:
@@ -718,7 +721,7 @@ class Run:
             changes = ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b)
             script, starts = before["script"], [*before["starts"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            changes, starts = f"or its config.json is damaged: {error!r}", []
+            changes, starts = f"or its config.json is damaged: {error!r}" if script else "files", []
         if script != self.config["script"] or (changes and not self.args.overwrite):
             message = f"{self.dir} holds something else ({changes}); give another --run-dir"
             advice = ", or --overwrite to delete the run in it"
@@ -821,8 +824,7 @@ class Run:
         """Appends a line to metrics.jsonl, with the seconds of each part of the work since."""
         self.check_finite(done, values)
         if self.writes:
-            finite = {name: x for name, x in values.items() if np.isfinite(x).all()}
-            values = {name: np.asarray(x).tolist() for name, x in finite.items()}
+            values = {k: np.asarray(x).tolist() for k, x in values.items() if np.isfinite(x).all()}
             line = {"update": done, "seed": seed, "wall_time": time.monotonic() - self.started}
             with (self.dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line | values | self.seconds) + "\n")
@@ -872,13 +874,13 @@ class Run:
         """Draws the curve and logs the final returns [seeds, episodes], which ends the run."""
         self.bar.close()
         self.plot()
-        for seed, *both in zip(self.seeds, sampled, greedy, strict=True):
-            final = dict(zip(("final/returns", "final/returns_greedy"), both, strict=True))
-            if len(both[0]):
-                means = [float(np.mean(returns)) for returns in both]
-                final |= {"final/return_mean": means[0], "final/return_mean_greedy": means[1]}
+        for seed, returns, best in zip(self.seeds, sampled, greedy, strict=True):
+            final = {"final/returns": returns, "final/returns_greedy": best}
+            if len(returns):
+                mean, mean_greedy = np.mean(returns), np.mean(best)
+                final |= {"final/return_mean": mean, "final/return_mean_greedy": mean_greedy}
                 data = self.config["data"]["mean_return"]
-                print(f"Final return {means[0]:.2f}, greedy {means[1]:.2f} (data {data:.2f}).")
+                print(f"Final return {mean:.2f}, greedy {mean_greedy:.2f} (data {data:.2f}).")
             self.log(done, seed, final)
         print(f"See {self.dir}.")
 
@@ -906,14 +908,14 @@ class Run:
 # --- end run folder ---
 
 
-# Least and most of the numbers; others are at least 1, or 0 if they may have a fraction.
+# Least and most of the numbers; other integers are at least 1, other floats at least 0.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
 RANGES |= {"learning_rate_decay": (TINY, 1), "noise": (0, 1)}
 RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
 RANGES |= {"dirichlet_fraction": (0, 1), "eval_dirichlet_fraction": (0, 1)}
-RANGES |= {"mpo_temperature": (TINY, 1e9), "max_depth": (1, 10**6)}
+RANGES |= {"mpo_temperature": (TINY, 1e9)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---
@@ -921,16 +923,12 @@ def require_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError):
-        platforms = os.environ.get("JAX_PLATFORMS")
-        message = (
-            f"JAX finds no device of JAX_PLATFORMS={platforms}: install jax for it, or unset it."
-        )
-        raise SystemExit(message) from None
+        message = f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+        raise SystemExit(f"{message}: install jax for it, or unset it.") from None
 
 
 def check_args(args, ranges: dict[str, tuple[float, float]]):
     """The arguments, with ~ in paths expanded. A number out of its range ends the program."""
-    require_devices()
     for name, value in vars(args).items():
         if type(value) in (int, float):
             least, most = ranges.get(name, (type(value) is int, 1e15))
@@ -941,8 +939,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     if args.batch_size % jax.device_count():
         message = f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices"
         raise SystemExit(f"{message}; give a multiple.")
-    paths = {name: path for name, path in vars(args).items() if isinstance(path, Path)}
-    paths = {name: Path(os.path.expanduser(path)) for name, path in paths.items()}
+    paths = {k: Path(os.path.expanduser(x)) for k, x in vars(args).items() if isinstance(x, Path)}
     return dataclasses.replace(args, **paths)
 
 
@@ -960,6 +957,7 @@ def keep_programs() -> None:
 # --- main (identical in *_bsuite.py) ---
 def main(args: Args) -> None:
     keep_programs()
+    require_devices()
     args = check_args(args, RANGES)
     steps = load_dataset(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
@@ -997,7 +995,7 @@ def main(args: Args) -> None:
     longest, part, played = 1, "compilation", ""
     while True:
         ends = done == args.total_updates
-        evaluates = done > 0 and (done % args.eval_every == 0 or ends)
+        evaluates = ends or (done > 0 and args.eval_episodes > 0 and done % args.eval_every == 0)
         if run.stopping or evaluates or done % args.checkpoint_every == 0:
             run.save(done, states, sums)
         if evaluates and args.eval_episodes:
@@ -1028,8 +1026,8 @@ def main(args: Args) -> None:
                 run.log(done, seed, {name: x[i] for name, x in means.items()})
             run.show(done, f"loss {means['losses/total'].mean():.3f}{played}")
             sums = jax.device_put(zeros, replicated)
-    number = args.final_eval_episodes
-    run.show(done, f"final evaluation: {number} sampled, {number} greedy episodes of every seed")
+    if number := args.final_eval_episodes:
+        run.show(done, f"final evaluation: {number} sampled, {number} greedy episodes of a seed")
     sampled, greedy = (play(number, greedy) for greedy in (False, True))
     if sampled is None or greedy is None:
         run.exit()

@@ -611,7 +611,7 @@ def find_source(args: Args) -> tuple[Callable, list[str]] | None:
     tfds_dir = args.tfds_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     prepared = Path(tfds_dir).expanduser() / "rlu_atari_checkpoints_ordered"
     prepared = max(prepared.glob(f"{env_id}_run_{run}/*.*.*/"), default=None)
-    if prepared:
+    if prepared and (args.tfds_dir or prefix == Args.rlu_prefix):
         splits = import_tfds().builder_from_directory(prepared).info.splits
         return partial(read_tfds, prepared), sorted(splits)
     if args.tfds_dir:

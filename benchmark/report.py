@@ -342,7 +342,8 @@ def draw_curves(item: Item, cells: dict, path: Path, against: str, note: str) ->
         if first.setdefault(task, axes) is not axes:
             axes.sharey(first[task])
         for method in item.methods:
-            if result := cells[method, value, task]:
+            result = cells[method, value, task]
+            if result and len(result.updates):  # else it was trained without evaluations
                 n = window(len(result.updates))
                 x = (result.updates if against == "updates" else result.hours.mean(axis=0))[n - 1 :]
                 line = cell_curve(item, task, result)
@@ -403,7 +404,8 @@ def pooled_curves(item: Item, cells: dict, tasks: tuple[str, ...]) -> dict[str, 
     curves = {}
     for method in item.methods:
         row = [cells[method, None, task] for task in tasks]
-        if None not in row and all(task in REFERENCE_RETURNS for task in tasks):
+        known = all(task in REFERENCE_RETURNS for task in tasks)
+        if known and None not in row and all(len(x.updates) for x in row):
             count = min(len(x.seeds) for x in row)
             scores = [
                 normalized_score(task, x.returns[:count].mean(axis=2, keepdims=True))
@@ -927,6 +929,9 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
             seeds = [int(seed) for one in runs for seed in one.seeds]
             if len(seeds) != len(set(seeds)):
                 raise SystemExit(f"{label} holds {several}.")
+            sizes = {(*x.updates, x.returns.shape[2], x.final_returns.shape[1]) for x in runs}
+            if len(sizes) > 1:
+                raise SystemExit(f"{label} holds runs with other numbers of updates or episodes.")
             cells[label, None, task] = put_together(runs)
             for one in runs:
                 script = importlib.import_module(one.config["script"].removesuffix(".py"))

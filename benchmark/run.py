@@ -117,7 +117,7 @@ def read_run(folder: Path) -> Run | None:
         np.array([final[s]["final/return_mean"] for s in seeds]),
         np.array([final[s]["final/returns"] for s in seeds]),
         np.array([x["update"] for x in curves[0]]),
-        np.array(returns, float).reshape(count, len(curves[0]), -1),
+        np.array(returns, float).reshape(count, len(curves[0]), -1 if curves[0] else 0),
         np.array([[x["hours"] for x in curve] for curve in curves]),
         seconds,
     )

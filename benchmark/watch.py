@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -48,17 +49,23 @@ def load_agent(run: Path) -> tuple[ModuleType, str, Callable]:
     """
     try:
         config = json.loads((run / "config.json").read_text())
-        paths = {int(path.stem): path for path in run.glob("checkpoints/*.msgpack")}
-        content = paths[max(paths)].read_bytes()[4:]  # after its CRC-32
+        if not config["script"].endswith("_atari.py"):
+            raise SystemExit(f"{run} is a run of {config['script']}; only Atari has pictures.")
+        saved = {int(path.stem): path.read_bytes() for path in run.glob("checkpoints/*.msgpack")}
+        whole = {
+            n: x[4:] for n, x in saved.items() if zlib.crc32(x[4:]).to_bytes(4, "little") == x[:4]
+        }
+        content = whole[max(whole)]
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{run} is no run with a checkpoint ({error}).") from None
-    if not config["script"].endswith("_atari.py"):
-        raise SystemExit(f"{run} is a run of {config['script']}; only Atari has pictures.")
+        raise SystemExit(f"{run} is no run with a whole checkpoint ({error}).") from None
     script = importlib.import_module(config["script"].removesuffix(".py"))
     known = {field.name for field in fields(script.Args)} & set(config["args"])
     args = script.Args(**{name: config["args"][name] for name in known})
     num_actions = int(script.make_env(args.env_id, 1).single_action_space.n)
-    params = serialization.msgpack_restore(content)["state"]["params"]
+    state = serialization.msgpack_restore(content)["state"]
+    if "params" not in state:
+        raise SystemExit(f"{run} is a world model; give the folder of its policy.")
+    params = state["params"]
     network = script.make_network(num_actions, args)
     return script, args.env_id, partial(script.act, params, network=network, args=args)
 

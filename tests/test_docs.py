@@ -82,7 +82,7 @@ def parse(program: str, words: list[str]) -> None:
     elif name in ("run", "report"):
         own, further = run.split_arguments(words, run.Args)
         args = tyro.cli(run.Args, args=own)
-        if args.items[:1] != ("compare",):
+        if args.items[0] not in ("compare", "curves"):
             for item in run.get_items(args).values():
                 run.script_args(item, further)
     elif hasattr(module := importlib.import_module(name), "Args"):

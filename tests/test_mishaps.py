@@ -102,8 +102,15 @@ def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
     episode_return = watch.record(act, make_env, env_id, 3, True, path)
     assert episode_return >= 0
     assert path.stat().st_size > 1_000
-    with pytest.raises(SystemExit, match="is no run with a checkpoint"):
+    with pytest.raises(SystemExit, match="is no run with a whole checkpoint"):
         watch.load_agent(tmp_path)
+    newest = max(run.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert watch.load_agent(run)[1] == "Asterix"  # of the one before
+    for path in run.glob("checkpoints/*.msgpack"):
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit, match="is no run with a whole checkpoint"):
+        watch.load_agent(run)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "checkpoints").mkdir()
     (tmp_path / "other" / "checkpoints" / "1.msgpack").write_bytes(b"1234")

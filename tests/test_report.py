@@ -499,6 +499,15 @@ def test_own_runs_are_compared(tmp_path, monkeypatch):
     write_run(tmp_path / "a" / "z", "rosmo_bsuite", [0.5], seed=1)
     with pytest.raises(SystemExit, match="small holds several runs of the same seed"):
         report.main(report.Args(("compare", "small=a")), [])
+    write_run(tmp_path / "d" / "x", "rosmo_bsuite", [1.0], seed=0)
+    write_run(tmp_path / "d" / "y", "rosmo_bsuite", [0.5], seed=1)
+    lines = (tmp_path / "d" / "y" / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "d" / "y" / "metrics.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(SystemExit, match="d holds runs with other numbers of updates"):
+        report.main(report.Args(("compare", "d=d")), [])
+    (tmp_path / "d" / "y" / "metrics.jsonl").write_text(lines[-1] + "\n")  # no evaluations
+    report.main(report.Args(("compare", "d=d/y", "default=b")), [])
+    assert rows((tmp_path / "runs/report/compare.md").read_text(), "task")["catch"][0] == "0.500"
     with pytest.raises(SystemExit, match="nowhere is not LABEL=FOLDER"):
         report.main(report.Args(("compare", "nowhere")), [])
 
