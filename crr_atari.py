@@ -1026,13 +1026,13 @@ def main(args: Args) -> None:
         with run.time("evaluation"):
             return evaluate(policy, args.env_id, num_episodes, seed, run.show_evaluation)
 
+    run.show(done, "compiling")
     batches, metrics, played = load_batches(load, done, args.loader_threads), None, ""
     while True:
         ends = done == args.total_updates
         evaluates = ends or (done > 0 and args.eval_episodes > 0 and done % args.eval_every == 0)
-        # All processes ask each other at the same updates.
         agrees = evaluates or done % args.log_every == 0 or jax.process_count() == 1
-        stops = agrees and any(all_processes(run.stopping))
+        stops = agrees and any(all_processes(run.stopping))  # all ask at the same updates
         if stops or evaluates or done % args.checkpoint_every == 0:
             run.save(done, state, sums)
         if evaluates and run.writes and not stops and args.eval_episodes:
@@ -1045,8 +1045,6 @@ def main(args: Args) -> None:
             run.exit()
         if ends:
             break
-        if metrics is None:
-            run.show(done, "compiling")
         with run.time("data"):
             batch = next(batches)
         with run.time("update" if metrics else "compilation"):

@@ -829,8 +829,8 @@ def main(args: Args) -> None:
     network = make_network(ENVIRONMENTS[args.env_id]().action_spec().num_values, args)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    keys = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in seeds])
-    init_keys, train_keys, act_keys = keys.T
+    keys = [jax.random.split(jax.random.key(seed), 3) for seed in seeds]
+    init_keys, train_keys, act_keys = jnp.stack(keys).T
     init = jax.jit(init_state, static_argnums=(1, 3))
     states = [init(key, network, steps.observation[0], args) for key in init_keys]
     done, states, sums = run.restore(jax.tree.map(lambda *x: jnp.stack(x), *states))
@@ -846,15 +846,15 @@ def main(args: Args) -> None:
         policy = partial(act, greedy=greedy, network=network, args=args)
         return jax.vmap(policy)(params, observation, fold(act_keys))
 
-    def play(num_episodes: int, greedy: bool) -> np.ndarray | None:  # [seeds, episodes]
+    def play(number: int, greedy: bool) -> np.ndarray | None:  # [seeds, episodes]
         def policy(observation, t):
             return None if run.stopping else act_seeds(states.params, observation, done, t, greedy)
 
         noise = args.noise if args.eval_noise else 0.0
         with run.time("evaluation"):
-            show = run.show_evaluation
-            return evaluate(policy, args.env_id, seeds, done, num_episodes, noise, show)
+            return evaluate(policy, args.env_id, seeds, done, number, noise, run.show_evaluation)
 
+    run.show(done, "compiling")
     longest, part, played = 1, "compilation", ""
     while True:
         ends = done == args.total_updates
@@ -874,8 +874,6 @@ def main(args: Args) -> None:
         # As many updates as take half a second, but not past a line, an evaluation or a checkpoint.
         stations = (args.log_every, args.eval_every, args.checkpoint_every, args.total_updates)
         number = min(longest, *(every - done % every for every in stations))
-        if part == "compilation":
-            run.show(done, "compiling")
         before = time.monotonic()
         with run.time(part):
             states, sums = train(number, states, sums, data, network, args, by_device)

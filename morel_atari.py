@@ -1629,6 +1629,7 @@ def train(
     Returns:
       The number of updates done, and the state.
     """
+    run.show(done, "compiling")
     batches, metrics, shown = load_batches(load, done, args.loader_threads), None, ""
     while True:
         enough = done == total
@@ -1644,8 +1645,6 @@ def train(
             run.exit()
         if enough:
             break
-        if metrics is None:
-            run.show(done, "compiling")
         with run.time("data"):
             batch = next(batches)
         with run.time("update" if metrics else "compilation"):

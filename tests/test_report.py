@@ -507,7 +507,10 @@ def test_own_runs_are_compared(tmp_path, monkeypatch):
         report.main(report.Args(("compare", "d=d")), [])
     (tmp_path / "d" / "y" / "metrics.jsonl").write_text(lines[-1] + "\n")  # no evaluations
     report.main(report.Args(("compare", "d=d/y", "default=b")), [])
-    assert rows((tmp_path / "runs/report/compare.md").read_text(), "task")["catch"][0] == "0.500 (1 seed)"
+    assert (
+        rows((tmp_path / "runs/report/compare.md").read_text(), "task")["catch"][0]
+        == "0.500 (1 seed)"
+    )
     with pytest.raises(SystemExit, match="nowhere is not LABEL=FOLDER"):
         report.main(report.Args(("compare", "nowhere")), [])
 
