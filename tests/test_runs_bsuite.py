@@ -509,4 +509,6 @@ def test_a_copied_script_names_the_command_that_makes_its_data(tmp_path):
     shutil.copy(ROOT / "bc_bsuite.py", tmp_path)
     command = [sys.executable, "bc_bsuite.py", "--env-id", "mountain_car", "--noise", "0.3"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
-    one_sentence(result, "collect_bsuite.py --env-id mountain_car --noise 0.3 --data-dir data/bsui")
+    one_sentence(
+        result, "--noise 0.3 --out data/bsuite/mountain_car-noise0.3-seed0.npz, in the repository"
+    )
