@@ -345,15 +345,21 @@ ITEMS = {
         "the paper's figure are not named in its text; these are all of Table 8's.)",
     ),
     "atari_small": Item(
-        "Five methods on MsPacman, small",
+        "Five methods on Breakout, small",
         "curves",
-        on("atari", **FIVE),
-        ("MsPacman",),
+        on(  # 176 transitions an update: 16 windows of eleven steps
+            "atari",
+            **{k: (v, {"batch_size": 16 if k in BOTH else 176}) for k, v in ALGORITHMS.items()},
+        ),
+        ("Breakout",),
         **ATARI,
-        common=SMALL,
-        claim="On MsPacman at the paper's size: ROSMO 5,020, MuZero Unplugged 4,539, CRR 3,737, "
-        "BC 2,733, CQL 2,142 (Table 8).",
-        total_updates=3_000,
+        common=(
+            ("dataset", Path("data/atari/Breakout-dqn-60k")),
+            *(("channels", 16), ("eval_episodes", 5), ("final_eval_episodes", 20)),
+        ),
+        claim="On Breakout at the paper's size: ROSMO 441, CQL 418, MuZero Unplugged 390, "
+        "CRR 219, BC 85 (Table 8).",
+        total_updates=5_000,
     ),
     "sweep_crr": Item(
         "CRR's β on catch",
