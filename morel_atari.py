@@ -604,8 +604,7 @@ def layer_norm(dtype: Any) -> nn.LayerNorm:
 
 def average_pool(x):
     """Halves rows and columns; the mean leaves out what lies beyond the border."""
-    pool = partial(nn.avg_pool, window_shape=(3, 3), strides=(2, 2), padding="SAME")
-    return pool(x) / pool(jnp.ones((*x.shape[-3:-1], 1), x.dtype))
+    return nn.avg_pool(x, (3, 3), (2, 2), "SAME", count_include_pad=False)
 
 
 class ResidualBlock(nn.Module):
@@ -1310,32 +1309,32 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 
 # --- evaluate (identical in *_atari.py) ---
 def evaluate(
-    act: Callable,
-    env_id: str,
-    num_episodes: int,
-    seed: int,
-    report: Callable = lambda *_: None,
-    **kwargs: Any,
+    act: Callable, env_id: str, num_episodes: int, seed: int, report: Callable = lambda *_: None
 ) -> list[float] | None:
     """Raw returns of `num_episodes` episodes, played side by side, each in its own environment.
 
     `act` takes observations uint8 [E, 84, 84, 4] (newest frame last, zeros before the first) and a
     key, and returns actions [E], or None to break off; `report(finished, num_episodes)` is called
-    when episodes end; `kwargs` change `make_env`'s settings.
+    when episodes end.
     """
     if num_episodes == 0:
         return []
-    env = make_env(env_id, num_episodes, **kwargs)
+    env = make_env(env_id, num_episodes)
     key = jax.random.key(seed)
     seeds = np.random.default_rng(seed).integers(2**31, size=num_episodes, dtype=np.int32)
     observations, _ = env.reset(seed=seeds)
     returns, running = np.zeros(num_episodes), np.ones(num_episodes, bool)
+    actions, size = np.zeros(num_episodes, np.int32), num_episodes
     while running.any():
+        if 8 * running.sum() <= size:  # the last few go on in a smaller batch
+            size = int(running.sum())
+        rows = np.resize(np.flatnonzero(running), size)  # repeated, as each size has its program
         act_key, key = jax.random.split(key)
-        actions = act(np.ascontiguousarray(observations.transpose(0, 2, 3, 1)), act_key)
-        if actions is None:
+        chosen = act(np.ascontiguousarray(observations[rows].transpose(0, 2, 3, 1)), act_key)
+        if chosen is None:
             return None
-        observations, rewards, terminated, truncated, _ = env.step(np.asarray(actions, np.int32))
+        actions[rows] = chosen
+        observations, rewards, terminated, truncated, _ = env.step(actions)
         returns += running * rewards
         ended = running & (terminated | truncated)
         running &= ~ended

@@ -204,7 +204,7 @@ def log_and_die(run, done, seed, values):
 
 module.Run.log = log_and_die
 if {short}:
-    module.evaluate = partial(module.evaluate, **{short})
+    module.make_env = partial(module.make_env, **{short})
 module.main(tyro.cli(module.Args))
 """
 

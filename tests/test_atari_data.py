@@ -8,6 +8,7 @@ import json
 import shutil
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -379,35 +380,54 @@ def fire(observations, key):
     return jax.random.randint(key, len(observations), 0, 6)
 
 
-def test_evaluate_counts_the_first_episode_of_each_environment():
+@pytest.fixture
+def short_games(monkeypatch):
+    """short_games(frames): no episode is longer."""
+
+    def shorten(frames: int):
+        make_env = partial(script.make_env, max_num_frames_per_episode=frames)
+        monkeypatch.setattr(script, "make_env", make_env)
+
+    return shorten
+
+
+def test_evaluate_counts_the_first_episode_of_each_environment(short_games, monkeypatch):
     """Against environments played one by one, with the actions that the evaluator chose."""
-    actions = []
+    short_games(6000)  # the agents die before, at other times
+    make_env, actions, sizes = script.make_env, [], []
+
+    def recorded(env_id, num_envs):
+        env = make_env(env_id, num_envs)
+        step = lambda chosen: actions.append(chosen.copy()) or env.step(chosen)  # noqa: E731
+        return SimpleNamespace(reset=env.reset, step=step)
 
     def act(observations, key):
-        actions.append(np.asarray(fire(observations, key)))
-        return actions[-1]
+        sizes.append(len(observations))
+        return fire(observations, key)
 
-    limits = {"max_num_frames_per_episode": 2400}  # Seaquest's agents die before, at other times
-    returns = script.evaluate(act, "Seaquest", 4, 0, **limits)
-    seeds = np.random.default_rng(0).integers(2**31, size=4, dtype=np.int32)
+    monkeypatch.setattr(script, "make_env", recorded)
+    returns = script.evaluate(act, "Seaquest", 9, 0)
+    seeds = np.random.default_rng(0).integers(2**31, size=9, dtype=np.int32)
     alone, lengths = [], []
-    for i in range(4):
-        env = script.make_env("Seaquest", 1, **limits)
+    for i in range(9):
+        env = make_env("Seaquest", 1)
         env.reset(seed=seeds[i : i + 1])
         total, t, running = 0, 0, True
         while running:
-            _, rewards, terminated, truncated, _ = env.step(actions[t][i : i + 1].astype(np.int32))
+            _, rewards, terminated, truncated, _ = env.step(actions[t][i : i + 1])
             total, t, running = total + rewards[0], t + 1, not (terminated[0] or truncated[0])
         alone.append(float(total))
         lengths.append(t)
     assert returns == alone
-    assert len(set(lengths)) > 1  # so that some were over, and played on, before others
     assert max(lengths) == len(actions)
+    before_last = sorted(lengths)[-2]  # the last one goes on alone
+    assert sizes == [9] * before_last + [1] * (max(lengths) - before_last)
+    assert before_last < max(lengths)
 
 
-def test_evaluate_depends_on_the_seed_and_can_be_broken_off():
-    limits = {"max_num_frames_per_episode": 800}
-    runs = [script.evaluate(fire, "MsPacman", 3, seed, **limits) for seed in (0, 0, 1)]
+def test_evaluate_depends_on_the_seed_and_can_be_broken_off(short_games):
+    short_games(800)
+    runs = [script.evaluate(fire, "MsPacman", 3, seed) for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
     steps = []
 
@@ -415,6 +435,6 @@ def test_evaluate_depends_on_the_seed_and_can_be_broken_off():
         steps.append(None)
         return fire(observations, key) if len(steps) < 5 else None
 
-    assert script.evaluate(stop, "MsPacman", 3, 0, **limits) is None
+    assert script.evaluate(stop, "MsPacman", 3, 0) is None
     assert len(steps) == 5
     assert script.evaluate(stop, "MsPacman", 0, 0) == []

@@ -383,8 +383,8 @@ def run(path, cache_dir, tmp_path, monkeypatch):
     no_lock = SimpleNamespace(acquire=lambda blocking: None)  # the runs come one by one
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(combo, "FileLock", lambda path: no_lock)
-    short = partial(combo.evaluate, max_num_frames_per_episode=400)
-    monkeypatch.setattr(combo, "evaluate", short)
+    short = partial(combo.make_env, max_num_frames_per_episode=400)
+    monkeypatch.setattr(combo, "make_env", short)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
 
     def start(folder, *arguments, stop=None):

@@ -32,7 +32,7 @@ def short_games():
     with pytest.MonkeyPatch.context() as patch:
         for name in ATARI:
             module = importlib.import_module(name)
-            patch.setattr(module, "evaluate", partial(module.evaluate, **SHORT))
+            patch.setattr(module, "make_env", partial(module.make_env, **SHORT))
         yield
 
 

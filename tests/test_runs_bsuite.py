@@ -191,8 +191,8 @@ def test_what_takes_long_is_said_before(in_process, monkeypatch, name):
     shown = []
     monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text: shown.append(text))
     if name == "bc_atari":
-        brief = partial(bc_atari.evaluate, max_num_frames_per_episode=200)
-        monkeypatch.setattr(bc_atari, "evaluate", brief)
+        brief = partial(bc_atari.make_env, max_num_frames_per_episode=200)
+        monkeypatch.setattr(bc_atari, "make_env", brief)
     result = in_process(name, "--final-eval-episodes", 3)
     assert result.returncode == 0, result.stderr
     first, *_, last = [x for x in result.stdout.splitlines() if x.startswith("update ")]
