@@ -238,7 +238,7 @@ def crr_loss(params, target_params, batch: Steps, key, network: CRRNetwork, args
     action, moving = batch.action[:, 0], ~batch.is_last[:, 0]  # [B]
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
     observation, next_observation = jnp.moveaxis(batch.observation, 1, 0)
-    logged = action[:, None, None]
+    logged = action[:, None]
 
     # y = r + γ Σ π'(a'|s') Q'(s', a'), with the target network's policy and critic.
     state = network.apply(target_params, next_observation, method="representation")
@@ -249,7 +249,7 @@ def crr_loss(params, target_params, batch: Steps, key, network: CRRNetwork, args
 
     state = network.apply(params, observation, method="representation")
     q_logits = network.apply(params, state, method="q_logits")  # [B, actions, bins]
-    q_logits_logged = jnp.take_along_axis(q_logits, logged, axis=1)[:, 0]
+    q_logits_logged = jnp.take_along_axis(q_logits, logged[..., None], axis=1)[:, 0]
     critic_loss = cross_entropy(two_hot(y, args.num_bins), q_logits_logged)
 
     # A = Q(s, a) - V(s), V the mean of Q under π.
@@ -261,10 +261,10 @@ def crr_loss(params, target_params, batch: Steps, key, network: CRRNetwork, args
     else:
         samples = jax.random.categorical(key, logits, shape=(args.num_action_samples, len(action)))
         value = jnp.mean(jnp.take_along_axis(q, samples.T, axis=-1), axis=-1)
-    q_logged = jnp.take_along_axis(q, logged[..., 0], axis=-1)[:, 0]
+    q_logged = jnp.take_along_axis(q, logged, axis=-1)[:, 0]
     advantage = q_logged - value
     weight = regression_weight(advantage, args)  # [B]
-    log_prob = jnp.take_along_axis(log_policy, logged[..., 0], axis=-1)[:, 0]
+    log_prob = jnp.take_along_axis(log_policy, logged, axis=-1)[:, 0]
     policy_loss = -weight * log_prob
 
     losses = {

@@ -13,7 +13,7 @@ searches the model's tree with N simulations (Eq. 2); the visits of the root's a
 target of the policy (Eq. 3, 4), and their mean value bootstraps the target of the value (Eq. 3).
 
     python muzero_unplugged_bsuite.py --env-id catch                        # N = 4, five seeds
-    python muzero_unplugged_bsuite.py --env-id catch --num-simulations 20 --max-depth 2  # Fig. 2(c)
+    python muzero_unplugged_bsuite.py --env-id catch --num-simulations 16 --max-depth 2  # Fig. 2(c)
     python muzero_unplugged_bsuite.py --env-id catch --policy-target mpo    # MZU-Q
 
 Where the paper is silent, or differs from the authors' code, this file does the following.
@@ -21,16 +21,15 @@ Where the paper is silent, or differs from the authors' code, this file does the
    actions, zero reward and value, uniform policy target (authors' code).
 2. An episode that ends without a terminal state is bootstrapped; the rest of the window is ignored
    (--truncation-as-termination: the authors' code).
-3. Eq. 3 is taken literally; mctx's root value, in the authors' code, counts the network's own value
-   as one more visit. Roots that no target needs are not searched.
+3. Eq. 3 is taken literally; in the authors' code the network's own value counts as one more visit.
 4. MZU-Q fills in the Q of actions that were not visited with the value of the state.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state (authors' code).
 6. The 20 bins are the integers -9 to 10, and targets stop at 9 (authors' code).
-7. The search has MuZero's Dirichlet noise at the root and Q scaled to [0, 1] among siblings, for
-   targets and for acting; actions are sampled from its policy (authors' code). The final evaluation
-   reports the greedy policy beside it; --eval-dirichlet-fraction 0 acts without the noise. Ties
-   are broken at random, in one order for each tree and noise of 1e-6 (mctx: anew at every step).
+7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
+   [0, 1] among siblings, as for targets (authors' code; --eval-dirichlet-fraction 0: no noise); the
+   final evaluation reports the greedy policy beside it. Ties are broken at random, in one order
+   for each tree (mctx: anew at every step).
 """
 
 import dataclasses
@@ -116,10 +115,9 @@ class Args:
     td_steps: int = 3  # n, rewards in the value target (Eq. 3)
     num_simulations: int = 4  # N, simulations of a search
     max_depth: int | None = None  # depth of the tree at which a simulation ends; None: N
-    policy_target: Literal["visits", "mpo"] = "visits"
-    """visit counts (Eq. 3), or π exp(Q/τ) (mpo: MZU-Q)"""
+    policy_target: Literal["visits", "mpo"] = "visits"  # visits (Eq. 3) or MZU-Q's π exp(Q/τ)
     mpo_temperature: float = 0.1  # τ of MZU-Q
-    dirichlet_fraction: float = 0.25  # share of Dirichlet noise in the prior of a root, for targets
+    dirichlet_fraction: float = 0.25  # share of noise in the prior of a root, for targets
     policy_coef: float = 1.0  # weight of the policy loss
     value_coef: float = 0.25  # weight of the value loss
 
@@ -368,7 +366,7 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
     K, num_actions = args.unroll_steps, network.num_actions
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
     moving, absorbing, known = window_positions(batch.is_last, is_terminal)  # [B, K+1+n]
-    action_key, search_key = jax.random.split(key)
+    action_key, tree_key = jax.random.split(key)
     shape = (len(batch.action), K + 1)
     random_action = jax.random.randint(action_key, shape, 0, num_actions)
     action = jnp.where(moving[:, : K + 1], batch.action[:, : K + 1], random_action)
@@ -386,9 +384,8 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
     value = to_scalar(target.value_logits)  # [B, K+1+n]
     # Search the K + 1 states of the policy targets, and those that bootstrap the value targets.
     searched = np.union1d(np.arange(K + 1), np.arange(K + 1) + args.td_steps)
-    root_state, root = jax.tree.map(lambda x: x[:, searched], (target_state, target))
-    noise = args.dirichlet_fraction
-    p, root_value = search(network, target_params, root_state, root, search_key, noise, args)
+    roots = jax.tree.map(lambda x: x[:, searched], (target_state, target))
+    p, root_value = search(network, target_params, *roots, tree_key, args.dirichlet_fraction, args)
     value = value.at[:, searched].set(root_value)
     z = value_target(batch.reward, value, moving, absorbing, args.discount, args.td_steps)
     moving, absorbing, known = (x[:, : K + 1] for x in (moving, absorbing, known))
@@ -465,9 +462,8 @@ def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Ar
     """Actions [E] for observations [E, ...], from the policy that the search finds."""
     state = network.apply(params, observation, method="representation")
     prediction = network.apply(params, state, method="prediction")
-    search_key, key = jax.random.split(key)
-    noise = args.eval_dirichlet_fraction
-    p, _ = search(network, params, state, prediction, search_key, noise, args)
+    tree_key, key = jax.random.split(key)
+    p, _ = search(network, params, state, prediction, tree_key, args.eval_dirichlet_fraction, args)
     return jnp.argmax(p, axis=-1) if greedy else jax.random.categorical(key, jnp.log(p))
 
 
