@@ -110,8 +110,13 @@ def test_residual_block_is_pre_activation_with_layer_normalisation():
     np.testing.assert_allclose(block.apply(params, x)[0], x[0] + y, rtol=1e-3, atol=1e-4)
 
 
-def test_average_pool_does_not_count_the_padding():
-    np.testing.assert_allclose(rosmo.average_pool(jnp.ones((1, 11, 11, 1))), 1)
+def test_average_pool_is_the_mean_of_what_lies_inside():
+    x = np.random.default_rng(0).normal(size=(2, 11, 11, 3)).astype(np.float32)
+    starts = np.arange(-1, 11, 2)  # of windows of three
+    inside = [range(max(start, 0), min(start + 3, 11)) for start in starts]
+    expected = [[x[:, rows][:, :, columns].mean((1, 2)) for columns in inside] for rows in inside]
+    expected = np.moveaxis(np.asarray(expected), 2, 0)
+    np.testing.assert_allclose(rosmo.average_pool(x), expected, rtol=1e-5, atol=1e-6)
     assert rosmo.average_pool(jnp.ones((2, 3, 21, 21, 8))).shape == (2, 3, 11, 11, 8)
 
 
