@@ -113,6 +113,7 @@ class Args:
     """final exploration"""
 
 
+NOT_COMPARED = {"data_dir", "out", "format", "save_every"}  # they change no number of a store
 LIMITS = {  # least and greatest value of each number
     "num_steps": (1, 10**9),
     "num_checkpoints": (1, 10**6),
@@ -398,7 +399,15 @@ def main(args: Args) -> None:
     path = path.expanduser()
     if fault := path.exists() and find_fault(path, args.env_id, "dqn", 100):
         raise SystemExit(f"{path} {fault}.")
+    shards = path.with_name(f"{path.name}-rlu") / "atari_episodes_ordered" / args.env_id
     if path.exists():
+        before = json.loads((path / "meta.json").read_text()).get("collector", {})
+        compared = before.keys() & vars(args).keys() - NOT_COMPARED
+        changed = [k for k in vars(args) if k in compared and before[k] != getattr(args, k)]
+        words = ", ".join(f"{k} {before[k]}, not {getattr(args, k)}" for k in changed)
+        words = words or ("no shards" if args.format == "rlu" and not shards.exists() else "")
+        if words:
+            raise SystemExit(f"{path} exists already, with {words}: give another --out.")
         print(f"{path} exists already: it is complete, there is nothing to collect.")
         return
     steps_per_checkpoint = max(1, args.num_steps // args.num_checkpoints)
@@ -417,9 +426,8 @@ def main(args: Args) -> None:
         for number, (checkpoint, id) in enumerate(labels):
             yield recorder.read(number) | {"checkpoint": checkpoint, "id": id}
         if args.format == "rlu":  # before the store is complete, so that a kill loses no shards
-            folder = path.with_name(f"{path.name}-rlu") / "atari_episodes_ordered" / args.env_id
-            shutil.rmtree(folder, ignore_errors=True)
-            write_rlu(folder, recorder, labels)
+            shutil.rmtree(shards, ignore_errors=True)
+            write_rlu(shards, recorder, labels)
 
     write_store(path, meta, episodes())
     shutil.rmtree(path.with_name(f".{path.name}.collecting"))

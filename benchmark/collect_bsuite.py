@@ -67,7 +67,7 @@ class Args:
     from_rlds: Path | None = None  # convert this TFDS/RLDS folder instead of collecting
     data_dir: Path = Path("data/bsuite")  # the folder of the datasets
     out: Path | None = None
-    """the file to write; None: {data-dir}/{env-id}-noise{noise}-seed{seed}.npz"""
+    """the file to write; None: {data-dir}/{env-id}-noise{noise}-seed{seed}[-{n}episodes].npz"""
 
 
 RANGES = {  # least, most
@@ -346,13 +346,17 @@ def convert(folder: Path, task: Task) -> dict[str, np.ndarray]:
     }
 
 
-def write(path: Path, steps: dict[str, np.ndarray], header: dict[str, Any]) -> None:
+def write(
+    path: Path, steps: dict[str, np.ndarray], header: dict[str, Any], overwrite: bool
+) -> None:
     """Writes under a temporary name first: a file under the final name is always whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             np.savez_compressed(file, **steps, header=np.array(json.dumps(header, default=str)))
         check_stop()
+        if path.exists() and not overwrite:
+            raise FileExistsError  # another process has written it meanwhile
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -413,7 +417,8 @@ def check_args(args: Args) -> None:
 
 def open_path(args: Args) -> Path | None:
     """The file to write, in a folder that can be written; None if the file is there already."""
-    name = f"{args.env_id}-noise{args.noise:g}-seed{args.seed}.npz"
+    part = f"-{args.num_episodes}episodes" if args.num_episodes else ""
+    name = f"{args.env_id}-noise{args.noise:g}-seed{args.seed}{part}.npz"
     path = args.out or args.data_dir / name
     if path.is_dir():
         sys.exit(f"{path} is a folder; --out must be a file.")
@@ -475,7 +480,10 @@ def main(args: Args) -> None:
         "returns": returns,
     }
     try:
-        write(path, steps, header)
+        write(path, steps, header, args.overwrite)
+    except FileExistsError:
+        print(f"{path} was written by another process meanwhile: that one is kept.")
+        return
     except OSError as error:
         sys.exit(f"Cannot write {path}: {error.strerror or error}.")
     if not args.from_rlds:

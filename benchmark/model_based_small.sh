@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # MOReL and COMBO on a small local dataset of MsPacman, with one world model, sized for a CPU core.
 #   bash benchmark/model_based_small.sh
-# Finished runs are skipped and stopped ones go on.
+# Finished runs are skipped and stopped ones go on. Arguments: those of both scripts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ ! -e data/atari/MsPacman-dqn-60k ]; then

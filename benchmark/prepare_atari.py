@@ -116,6 +116,7 @@ STEP = np.dtype(
 EPISODE = np.dtype(
     [("checkpoint", "i8"), ("id", "i8"), ("start", "i8"), ("length", "i8"), ("return", "f4")]
 )
+FIELDS = ("frames", "action", "reward", "is_terminal", "checkpoint", "id")  # of an episode
 META = ("env_id", "source", "percent", "num_actions", "steps_per_checkpoint", "rom_sha256")
 STEPS_PER_CHECKPOINT = 1_000_000  # RL Unplugged's
 LOCAL_STEPS = 200_000  # collected when RL Unplugged cannot be reached
@@ -239,6 +240,13 @@ def check_episode(frames, action, reward, is_terminal, num_actions: int) -> None
 def check_meta(meta: dict) -> None:
     if missing := [name for name in META if name not in meta]:
         raise ValueError(f"meta lacks {', '.join(missing)}.")
+    try:
+        json.dumps(meta)
+    except TypeError as error:
+        raise ValueError(f"meta must be of Python's own types: {error}.") from None
+    for name in ("num_actions", "percent", "steps_per_checkpoint"):
+        if not isinstance(meta[name], (int, float)):
+            raise ValueError(f"{name} is {meta[name]!r}; it must be a number.")
     if not 1 <= meta["num_actions"] <= 256:
         raise ValueError(f"num_actions is {meta['num_actions']}; it must be 1 to 256.")
     if not 0 < meta["percent"] <= 100:
@@ -266,6 +274,9 @@ def write_store(path: Path, meta: dict, episodes: Iterable[dict]) -> None:
         try:
             writer = StoreWriter(folder / "store", meta["num_actions"])
             for episode in episodes:
+                if not {*FIELDS[:4]} <= episode.keys() <= {*FIELDS}:
+                    wanted = f"{', '.join(FIELDS[:4])}, and may have {' and '.join(FIELDS[4:])}"
+                    raise ValueError(f"an episode has {', '.join(episode)}; it must have {wanted}.")
                 writer.add(**episode)
             if not writer.episodes:
                 raise ValueError("there are no episodes.")
@@ -273,6 +284,14 @@ def write_store(path: Path, meta: dict, episodes: Iterable[dict]) -> None:
             writer.folder.rename(path)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+class Busy(SystemExit):
+    """Another process is building the store, and holds this lock."""
+
+    def __init__(self, message: str, lock: Path):
+        super().__init__(message)
+        self.lock = lock
 
 
 @contextlib.contextmanager
@@ -292,7 +311,7 @@ def building(path: Path) -> Iterator[Path]:
                 lock.unlink(missing_ok=True)
     except filelock.Timeout:
         message = f"Another process is building {path}: run again when it is done."
-        raise SystemExit(message) from None
+        raise Busy(message, lock) from None
     except OSError as error:
         raise SystemExit(f"{path} was not built: {why(error)}") from None
 
@@ -751,7 +770,16 @@ def run(main: Callable, args: Any) -> None:
     if parent := os.environ.pop("ROSMO_PARENT", None):  # set by what starts this program
         end_with(int(parent))
     try:
-        main(args)
+        while True:
+            try:
+                main(args)
+                break
+            except Busy as busy:  # of several runs that lack one store, one makes it
+                if not parent:
+                    raise
+                print("Another process is building the store: waiting for it.", flush=True)
+                with filelock.FileLock(busy.lock):  # then it is there, or goes on from its parts
+                    busy.lock.unlink(missing_ok=True)
         print(end="", flush=True)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

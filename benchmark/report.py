@@ -17,6 +17,7 @@ runs below those named, with lines of random play and of the online DQN.
 import base64
 import csv
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -121,7 +122,8 @@ def conflicts(item: Item, cells: dict[tuple, Result | None]) -> list[str]:
             args, facts = one.config["args"], data_facts(one.config["data"])
             # A run on BSuite describes the whole dataset, one on Atari its share of it.
             share = None if "num_seeds" in args else args.get("data_percent")
-            key = (task, args.get("noise"), args.get("truncation_as_termination"), share)
+            cut_off = args.get("truncation_as_termination", False)
+            key = (task, args.get("noise"), cut_off, share)
             name = f"{method} {item.label(value)}".strip()
             text = describe(one.config["data"])
             groups.setdefault(key, []).append((name, facts, text))
@@ -130,8 +132,8 @@ def conflicts(item: Item, cells: dict[tuple, Result | None]) -> list[str]:
             for k, v in protocol.items():
                 protocols.setdefault(k, {}).setdefault(str(v), []).append(f"{name} on {task}")
     for (task, *_), members in groups.items():
-        name, facts, text = members[0]
-        for other, other_facts, other_text in members[1:]:
+        pairs = itertools.combinations(members, 2)  # old runs do not tell everything
+        for (name, facts, text), (other, other_facts, other_text) in pairs:
             keys = [k for k in facts if k in other_facts and facts[k] != other_facts[k]]
             if keys:
                 what = ", ".join(
@@ -500,8 +502,9 @@ def draw_profiles(item: Item, scores: dict, path: Path) -> None:
 
 
 def table(head: list, rows: list[list]) -> list[str]:
-    lines = ["| " + " | ".join(map(str, head)) + " |", "|" + "---|" * len(head)]
-    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+    rows = [[str(x).replace("|", "\\|") for x in row] for row in (head, *rows)]
+    first, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return [first, "|" + "---|" * len(head), *others, ""]
 
 
 def swept(item: Item, *text) -> list:
@@ -514,8 +517,8 @@ def with_interval(estimate, several: bool = True) -> str:
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]" if several else f"{middle:.3f}"
 
 
-def returns_text(item: Item, result: Result | None, most: int) -> str:
-    """The final return of a cell, and its number of seeds if another has more: `most`."""
+def returns_text(item: Item, result: Result | None, asked: int) -> str:
+    """The final return of a cell, and its number of seeds if it is not the one asked for."""
     if result is None:
         return ""
     count = len(result.seeds)
@@ -524,13 +527,12 @@ def returns_text(item: Item, result: Result | None, most: int) -> str:
     else:
         text = f"{result.final.mean():.3f}"
         text += f" ± {result.final.std():.3f}" if count > 1 else ""
-    return text if count == most else f"{text} ({count} seed{'s' * (count > 1)})"
+    return text if count == asked else f"{text} ({count} seed{'s' * (count > 1)})"
 
 
 def result_tables(item: Item, cells: dict, tasks: tuple[str, ...]) -> list[str]:
     """Final returns: a table for each task, or one of all where nothing is swept."""
-    most = max(len(result.seeds) for result in cells.values() if result)
-    text = {key: returns_text(item, result, most) for key, result in cells.items()}
+    text = {key: returns_text(item, result, len(item.seeds)) for key, result in cells.items()}
     if item.argument is None:
         rows = [[task, *(text[m, None, task] for m in item.methods)] for task in tasks]
         return table(["task", *item.methods], rows)
@@ -566,7 +568,8 @@ def paper_table(item: Item, cells: dict, estimates: dict) -> list[str]:
     rows = []
     for (method, value, task), (theirs, spread) in item.numbers.items():
         if task == "IQM":
-            ours = estimates[method, value][0, 0] if (method, value) in estimates else None
+            whole = (method, value) in estimates and {key[2] for key in cells} == {*item.tasks}
+            ours = estimates[method, value][0, 0] if whole else None
         else:
             result = cells.get((method, value, task))
             ours = None if result is None else result.final.mean()
@@ -601,10 +604,13 @@ def statistics(item: Item, cells: dict, tasks: tuple, estimates: dict) -> list[s
         return []
     rows = []
     for (method, value), seeds in scores.items():
-        columns = [with_interval(x, len(seeds) > 1) for x in estimates[method, value].T]
-        rows.append([method, *swept(item, item.label(value)), *columns])
+        columns = dict(zip(AGGREGATES, estimates[method, value].T, strict=True))
+        if len(tasks) == 1:  # of the tasks' means
+            del columns["median"]
+        texts = [with_interval(x, len(seeds) > 1) for x in columns.values()]
+        rows.append([method, *swept(item, item.label(value)), *texts])
     lines = ["## Normalised scores", ""]
-    lines += table(["method", *swept(item, item.axis), *AGGREGATES], rows)
+    lines += table(["method", *swept(item, item.axis), *columns], rows)
     best = "ROSMO" if "ROSMO" in item.methods else next(iter(item.methods))
     pairs = {
         (f"{best} > {m}", v): [scores[best, v], x]
@@ -612,14 +618,15 @@ def statistics(item: Item, cells: dict, tasks: tuple, estimates: dict) -> list[s
         if m != best and (best, v) in scores
     }
     if pairs:
-        chances = intervals(pairs, improvement_probability)
-        rows = [
-            [name, *swept(item, item.label(value)), with_interval(chances[name, value][:, 0])]
-            for name, value in pairs
-        ]
+        chances, rows = intervals(pairs, improvement_probability), []
+        for (name, value), both in pairs.items():
+            chance = with_interval(chances[name, value][:, 0], max(map(len, both)) > 1)
+            rows.append([name, *swept(item, item.label(value)), chance])
         lines += table(["probability of improvement", *swept(item, item.axis), ""], rows)
     names = "all tasks together" if len(tasks) > 1 else tasks[0]
-    lines += [f"Over seeds and {names}, with 95% intervals of a stratified bootstrap.", ""]
+    several = any(len(x) > 1 for x in scores.values())
+    bounds = ", with 95% intervals of a stratified bootstrap" if several else ""
+    lines += [f"Over seeds and {names}{bounds}.", ""]
     return lines
 
 
@@ -738,7 +745,9 @@ def write_page(
     estimates = aggregates(item, cells, tasks)
     scores = score_matrices(item, cells, tasks)
     devices = {s["device"] for r in found for x in r.runs for s in x.config["starts"]}
-    with_time = len(devices) == 1 and not any(np.isnan(r.hours).any() for r in found)
+    told = {any(x.seconds.values()) for r in found for x in r.runs}  # what evaluation took
+    unknown = any(np.isnan(r.hours).any() for r in found)
+    with_time = len(devices) == len(told) == 1 and not unknown
     curves, extra, note = {}, [], figure_note(item, cells)
     has_curves = any(len(r.updates) for r in found) and "curves" in item.form
     images = {"": item.title}
@@ -772,6 +781,11 @@ def write_page(
         lines += table(["IQM", *(item.label(v) or "all tasks" for v in item.values)], rows)
     lines += extra + result_tables(item, cells, tasks)
     lines += [caption(item, found, estimates), ""]
+    short = [key for key, x in scores.items() for t in tasks if len(cells[*key, t].seeds) > len(x)]
+    if short:
+        names = dict.fromkeys(f"{m} {item.label(v)}".strip() for m, v in short)
+        text = "Scores over tasks leave out the seeds that a task lacks"
+        lines += [f"{text}: {', '.join(names)}.", ""]
     for suffix, text in images.items():
         if (out / f"{name}{suffix}.png").exists():
             lines += [f"![{text}]({name}{suffix}.png)", ""]
@@ -782,15 +796,15 @@ def write_page(
             known += "the data (on BSuite of the whole dataset)"
         lines += [f"{note} Lines: {known}; those beyond a panel are named at its edge.", ""]
     if has_curves and with_time:
-        told = any(any(x.seconds.values()) for r in found for x in r.runs)
-        hours = "are those of training, without" if told else "of these runs include"
+        hours = "are those of training, without" if True in told else "of these runs include"
         lines += [f"Hours {hours} evaluation.", ""]
     if has_curves and not with_time:
-        why = f"the devices differ ({', '.join(sorted(devices))})"
-        why = why if len(devices) > 1 else "not all runs tell their times"
+        why = "not all runs tell what evaluation took" if len(told) > 1 else "a run lacks its times"
+        why = f"the devices differ ({', '.join(sorted(devices))})" if len(devices) > 1 else why
         lines += [f"No curves against wall-clock: {why}.", ""]
-    done = len(found)
-    lines += [f"{done} of {len(cells)} cells are finished.", ""]
+    done, few = len(found), sum(len(r.seeds) < len(item.seeds) for r in found)
+    with_few = f", {few} of them with less than {len(item.seeds)} seeds" if few else ""
+    lines += [f"{done} of {len(cells)} cells are finished{with_few}.", ""]
     if done < len(cells):
         lines[-2] += f" Not run: {not_run(item, cells)}."
     for note in notes:
@@ -891,6 +905,11 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
     other, asked = [], args.total_updates or item.total_updates
     if asked != item.total_updates:
         other.append(f"{asked:,} updates, not {item.total_updates:,}")
+    tasks = args.env_ids or item.tasks
+    other += [f"on {', '.join(tasks)}"] if set(tasks) != set(item.tasks) else []
+    if args.seeds and set(args.seeds) != set(item.seeds):
+        other.append(f"seeds {', '.join(map(str, args.seeds))}")
+    item = item._replace(seeds=args.seeds or item.seeds)
     other += [f"`{shlex.join(further)}`"] if further else []
     sources = {
         data_facts(x.config["data"]).get("source") for r in cells.values() if r for x in r.runs
@@ -898,12 +917,15 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
     other += ["data of a local online DQN, not of RL Unplugged"] if "dqn" in sources else []
     if other and not name.startswith(("atari_small", "sweep")):
         notes.append(f"Not the paper's setting: {'; '.join(other)}.")
-    tasks = args.env_ids or item.tasks
+    if item.form == "curves" and not set(tasks) <= REFERENCE_RETURNS.keys():
+        item = item._replace(unit="return")  # for want of the references
     words = ["python", "benchmark/report.py", name]
     for option in ("methods", "seeds", "env_ids", "total_updates"):
         value = getattr(args, option)
         values = value if isinstance(value, tuple) else (value,)
         words += [f"--{option.replace('_', '-')}", *map(str, values)] if value else []
+    if args.runs != run.Args.runs:
+        words += ["--runs", *map(str, args.runs)]
     words += ["--mix"] * args.mix + further
     write_page(name, item, cells, tasks, notes, words, args.out or Path("benchmark/results"))
     done = sum(result is not None for result in cells.values())
@@ -913,6 +935,8 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
 
 def compare(pairs: tuple[str, ...], args: Args) -> None:
     """Draws folders of runs side by side, each under its label."""
+    if not pairs:
+        raise SystemExit("Give LABEL=FOLDER for each setting to compare.")
     cells, tasks, several = {}, {}, "several runs of the same seed; name a folder of one setting"
     for pair in pairs:
         label, equals, folder = pair.partition("=")
@@ -934,12 +958,14 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
                 raise SystemExit(f"{label} holds runs with other numbers of updates or episodes.")
             cells[label, None, task] = put_together(runs)
             for one in runs:
-                script = importlib.import_module(one.config["script"].removesuffix(".py"))
-                settings = run.plain(script.Args()) | one.config["args"]
-                settings |= {"script": one.config["script"]}
+                settings = one.config["args"] | {"script": one.config["script"]}
+                if (run.ROOT / one.config["script"]).exists():  # not a copy with another name
+                    script = importlib.import_module(one.config["script"].removesuffix(".py"))
+                    settings = run.plain(script.Args()) | settings
                 for k in settings.keys() - run.NOT_COMPARED - {"env_id"}:
                     varies.setdefault(k, {}).setdefault(label, set()).add(json.dumps(settings[k]))
-    item = Item(f"Own runs: {', '.join(labels)}", "curves", dict.fromkeys(labels), tuple(tasks), ())
+    title, most = f"Own runs: {', '.join(labels)}", max(len(x.seeds) for x in cells.values() if x)
+    item = Item(title, "curves", dict.fromkeys(labels), tuple(tasks), tuple(range(most)))
     notes = refuse_conflicts(item, cells, args.mix, "compare")
     lines = []
     for name, by_label in sorted(varies.items()):
@@ -947,7 +973,7 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
             words = ", ".join(f"{label} {' or '.join(sorted(x))}" for label, x in by_label.items())
             lines.append(f"{name}: {words}")
     notes += [f"Arguments that differ: {'; '.join(lines)}."] if lines else []
-    words = ["python", "benchmark/report.py", "compare", *pairs]
+    words = ["python", "benchmark/report.py", "compare", *pairs] + ["--mix"] * args.mix
     out = args.out or Path("runs/report")
     write_page("compare", item, cells, tuple(tasks), notes, words, out)
 
@@ -956,13 +982,18 @@ def main(args: Args, further: list[str]) -> None:
     if args.dry_run or args.launcher == "slurm":
         print("The report can be made when the runs are finished.")
         return
-    if args.items[:1] == ("curves",):
-        for one in run.read_runs(tuple(map(Path, args.items[1:]))):
-            if len(one.updates) > 1:
-                draw_run(one)
-                print(f"See {one.folder / 'learning_curve.png'}.")
+    is_compare, is_curves = args.items[:1] == ("compare",), args.items[:1] == ("curves",)
+    chosen = args.methods or args.env_ids or args.seeds or args.total_updates
+    if (is_compare or is_curves) and (further or chosen):
+        raise SystemExit(f"{args.items[0]} draws the folders that are named, whole.")
+    if is_curves:
+        runs = run.read_runs(tuple(map(Path, args.items[1:])))
+        if not (runs := [one for one in runs if len(one.updates) > 1]):
+            raise SystemExit("Give folders with finished runs of two evaluations or more.")
+        for one in runs:
+            draw_run(one)
+            print(f"See {one.folder / 'learning_curve.png'}.")
         return
-    is_compare = args.items[:1] == ("compare",)
     out = args.out or Path("runs/report" if is_compare else "benchmark/results")
     out.mkdir(parents=True, exist_ok=True)
     if is_compare:

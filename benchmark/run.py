@@ -130,7 +130,7 @@ def read_runs(folders: tuple[Path, ...]) -> list[Run]:
         if (path / "metrics.jsonl").exists():
             try:
                 runs.append(read_run(path))
-            except (ValueError, KeyError, IndexError) as error:
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 print(f"{path} cannot be read as a run: {error!r}", file=sys.stderr)
     return sorted((run for run in runs if run), key=lambda run: -len(run.final))
 
@@ -223,12 +223,15 @@ def get_items(args: Args) -> dict[str, Item]:
     """The items that the arguments name."""
     for name, least in (("workers", 1), ("total_updates", 1), ("seeds", 0)):
         given = getattr(args, name)
-        if given is not None and np.min(given) < least:
+        if given is not None and (given == () or np.min(given) < least):
             raise SystemExit(f"--{name.replace('_', '-')} {given}: give {least} or more.")
     unknown = [name for name in args.items if name not in ITEMS]
     if unknown or not args.items:
         what = f"There is no {', '.join(unknown)}" if unknown else "Nothing is named"
         raise SystemExit(f"{what}; the items are {', '.join(ITEMS)}.")
+    for name in ("seeds", "env_ids"):
+        if len(given := getattr(args, name) or ()) > len(set(given)):
+            raise SystemExit(f"--{name.replace('_', '-')} {' '.join(map(str, given))}: one twice.")
     items = {name: ITEMS[name] for name in args.items}
     for name, item in items.items() if args.methods else ():
         if absent := set(args.methods) - item.methods.keys():
@@ -285,6 +288,7 @@ def missing_jobs(
     """
     jobs, total, folders = [], 0, {}
     seeds = args.seeds or item.seeds
+    whole = next(x for x in ITEMS.values() if x.title == item.title)  # with all methods
     needed = {method for method, _ in item.needs.values()}
     for cell, cell_arguments in cell_args(item, args, further):
         found = find_runs(runs, cell_arguments, seeds)
@@ -307,7 +311,7 @@ def missing_jobs(
                 if folder is None:  # of a finished run
                     found = [
                         run.folder
-                        for other, other_args in cell_args(item, args, further)
+                        for other, other_args in cell_args(whole, args, further)
                         if (other.method, other.task) == (method, cell.task)
                         for run in find_runs(runs, other_args, (first,))
                     ]
@@ -402,8 +406,8 @@ def last_line(log: Path) -> str:
     return next((line.strip() for line in lines[::-1] if line.strip()), "it wrote nothing")
 
 
-def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> None:
-    """Runs the jobs, some side by side. Ends the program if one fails or a signal comes."""
+def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
+    """Runs the jobs, some side by side; False if one fails. A signal ends the program."""
     gpus = visible_gpus()
     workers = args.workers or len(gpus) or 1
     if gpus and workers > len(gpus):
@@ -482,7 +486,7 @@ def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> None:
         print(f"{len(failed)} of {len(jobs)} run(s) failed:", file=sys.stderr)
         for name, error in failed.items():
             print(f"  {logs / name}.log: {error}", file=sys.stderr)
-        raise SystemExit(1)
+    return not failed
 
 
 def submit(jobs: list[Job], args: Args, logs: Path, item: str) -> None:
@@ -518,21 +522,25 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str) -> None:
 
 def main(args: Args, further: list[str]) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs need no path to this file
-    items, runs, planned = get_items(args), read_runs(args.runs), set()
+    items, runs, planned, well = get_items(args), read_runs(args.runs), set(), True
     for name, item in items.items():
-        jobs, total = missing_jobs(item, runs, args, further)
-        jobs = [job for job in jobs if tuple(job.command) not in planned]  # items may share cells
+        missing, total = missing_jobs(item, runs, args, further)
+        jobs = [job for job in missing if tuple(job.command) not in planned]
         planned |= {tuple(job.command) for job in jobs}
         if args.dry_run:
             for job in jobs:
                 print(shlex.join(["python", *job.command]))
             continue
-        print(f"{name}: {total - len(jobs)} of {total} runs are finished.", flush=True)
+        text, shared = f"{total - len(missing)} of {total} runs", len(missing) - len(jobs)
+        text += f" were finished, {shared} are of an item before" if shared else " are finished"
+        print(f"{name}: {text}.", flush=True)
         logs = args.logs / (item.of or name)
         if jobs and args.launcher == "slurm":
             submit(jobs, args, logs, name)
         elif jobs:
-            run_here(jobs, total, args, logs)
+            well &= run_here(jobs, total, args, logs)
+    if not well:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

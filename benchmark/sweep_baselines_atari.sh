@@ -6,7 +6,7 @@
 # Disk: 30 MB of data, 100 MB of runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ ! -e data/atari/MsPacman-dqn-60k ]; then
+if [[ ! -e data/atari/MsPacman-dqn-60k && " $* " != *" --dry-run "* ]]; then
     python benchmark/collect_atari.py --env-id MsPacman --num-steps 60000 --replay-start 2000 \
         --epsilon-steps 15000
 fi

@@ -191,7 +191,8 @@ def machine() -> str:
 def write_section(path: Path, title: str, text: str) -> None:
     """Puts a section into a Markdown page, in the place of the one with the same title."""
     page = path.read_text() if path.exists() else "# Throughput\n"
-    sections = [part for part in re.split(r"(?m)^(?=## )", page) if not part.startswith(title)]
+    sections = re.split(r"(?m)^(?=## )", page)
+    sections = [part for part in sections if part.partition("\n")[0] != title]
     path.write_text("\n".join(part.rstrip() + "\n" for part in [*sections, f"{title}\n\n{text}"]))
 
 
@@ -234,7 +235,12 @@ def main(args: Args) -> None:
         )
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    options = [x for x in sys.argv[1:] if x != "--out" and x != str(args.out)]
+    words, options = iter(sys.argv[1:]), []
+    for word in words:
+        if word == "--out":
+            next(words)
+        elif not word.startswith("--out="):
+            options.append(word)
     command = " ".join(["python benchmark/throughput.py", *options])
     facts = f"`{command}` at {commit}, {time.strftime('%Y-%m-%d')}, on {machine()}, whose matrix "
     facts += f"product reaches {peak:,.0f} GFLOP/s."

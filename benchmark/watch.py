@@ -12,7 +12,7 @@ python benchmark/watch.py runs/rosmo_atari/MsPacman/seed0
 python benchmark/watch.py runs/rosmo_atari/MsPacman/seed0 --greedy --seed 3
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -56,9 +56,12 @@ def load_agent(run: Path) -> tuple[ModuleType, str, Callable]:
             n: x[4:] for n, x in saved.items() if zlib.crc32(x[4:]).to_bytes(4, "little") == x[:4]
         }
         content = whole[max(whole)]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{run} is no run with a whole checkpoint ({error}).") from None
-    script = importlib.import_module(config["script"].removesuffix(".py"))
+    name = config["script"].removesuffix(".py")
+    if importlib.util.find_spec(name) is None:
+        raise SystemExit(f"{run} is a run of {name}.py: put that script beside benchmark/.")
+    script = importlib.import_module(name)
     known = {field.name for field in fields(script.Args)} & set(config["args"])
     args = script.Args(**{name: config["args"][name] for name in known})
     num_actions = int(script.make_env(args.env_id, 1).single_action_space.n)

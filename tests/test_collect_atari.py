@@ -1,5 +1,6 @@
 """The collector of Atari data: what it records, and that a kill loses nothing that was saved."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -94,8 +95,16 @@ def test_saved_episodes_survive_the_kill(killed_and_resumed):
 
 def test_finished_collection_is_not_overwritten(killed_and_resumed, tmp_path, capsys):
     meta = (killed_and_resumed / "meta.json").read_bytes()
-    collect_atari.main(collect_atari.Args(out=str(killed_and_resumed)))
-    assert "exists already" in capsys.readouterr().out
+    same = collect_atari.Args(**json.loads(meta)["collector"])
+    collect_atari.main(same)
+    assert "exists already: it is complete" in capsys.readouterr().out
+    for change, words in (
+        ({"seed": 7}, "with seed 0, not 7: give another --out"),
+        ({"seed": 7, "max_frames": 400}, "with seed 0, not 7, max_frames 160, not 400"),
+        ({"format": "rlu"}, "with no shards: give another --out"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            collect_atari.main(dataclasses.replace(same, **change))
     assert (killed_and_resumed / "meta.json").read_bytes() == meta
     with pytest.raises(SystemExit, match="not 100% of Qbert-dqn; choose another path"):
         collect_atari.main(collect_atari.Args(env_id="Qbert", out=str(killed_and_resumed)))

@@ -49,7 +49,7 @@ def dataset(tmp_path_factory):
     """80 episodes, long enough for the DQN to start learning."""
     data_dir = tmp_path_factory.mktemp("bsuite")
     collector.main(collector.Args(noise=0.1, seed=3, num_episodes=80, data_dir=data_dir))
-    return data_dir / "catch-noise0.1-seed3.npz"
+    return data_dir / "catch-noise0.1-seed3-80episodes.npz"
 
 
 def test_file_holds_the_documented_arrays(dataset):
@@ -202,9 +202,19 @@ def test_seeds_give_different_data():
     assert (first["observation"] != second["observation"]).any()
 
 
+def test_data_that_came_meanwhile_are_kept(tmp_path, monkeypatch, capsys):
+    args, path = collector.Args(num_episodes=1, data_dir=tmp_path), tmp_path / "first.npz"
+    args.out = path
+    monkeypatch.setattr(np, "savez_compressed", lambda *x, **y: path.write_bytes(b"other"))
+    collector.main(args)
+    assert path.read_bytes() == b"other"
+    assert "was written by another process meanwhile: that one is kept." in capsys.readouterr().out
+    assert [*tmp_path.iterdir()] == [path]
+
+
 def test_existing_data_are_kept_unless_told(dataset, tmp_path, capsys):
     args = collector.Args(num_episodes=1, data_dir=tmp_path)
-    path = tmp_path / "catch-noise0-seed0.npz"
+    path = tmp_path / "catch-noise0-seed0-1episodes.npz"
     path.write_bytes(b"old")
     collector.main(args)
     assert path.read_bytes() == b"old"
@@ -291,7 +301,7 @@ def test_full_disk_is_one_sentence(tmp_path):
     code = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
     result = run_with(code, "--num-episodes", 400, "--data-dir", tmp_path)
     assert result.returncode == 1
-    path = tmp_path / "catch-noise0-seed0.npz"
+    path = tmp_path / "catch-noise0-seed0-400episodes.npz"
     assert result.stderr == f"Cannot write {path}: File too large.\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -303,7 +313,7 @@ def test_half_written_file_never_has_the_final_name(monkeypatch, tmp_path, error
         raise error
 
     monkeypatch.setattr(np, "savez_compressed", savez)
-    path = tmp_path / "catch-noise0-seed0.npz"
+    path = tmp_path / "catch-noise0-seed0-1episodes.npz"
     path.write_bytes(b"old")
     args = collector.Args(num_episodes=1, data_dir=tmp_path, overwrite=True)
     is_os_error = isinstance(error, OSError)
@@ -367,7 +377,7 @@ def test_paths_may_begin_with_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     collector.main(collector.Args(num_episodes=1, data_dir=collector.Path("~/data")))
-    assert (tmp_path / "data" / "catch-noise0-seed0.npz").exists()
+    assert (tmp_path / "data" / "catch-noise0-seed0-1episodes.npz").exists()
     assert not (tmp_path / "~").exists()
 
 

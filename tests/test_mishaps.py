@@ -105,7 +105,8 @@ def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="is no run with a whole checkpoint"):
         watch.load_agent(tmp_path)
     newest = max(run.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))
-    newest.write_bytes(newest.read_bytes()[:-1])
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:-1])
     assert watch.load_agent(run)[1] == "Asterix"  # of the one before
     for path in run.glob("checkpoints/*.msgpack"):
         path.write_bytes(b"")
@@ -114,6 +115,15 @@ def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "checkpoints").mkdir()
     (tmp_path / "other" / "checkpoints" / "1.msgpack").write_bytes(b"1234")
+    path = tmp_path / "other" / "config.json"
+    path.write_text("{}")
+    with pytest.raises(SystemExit, match="is no run with a whole checkpoint"):
+        watch.load_agent(tmp_path / "other")
+    path = run / "config.json"
+    path.write_text(path.read_text().replace("bc_atari.py", "my_bc_atari.py"))
+    newest.write_bytes(whole)
+    with pytest.raises(SystemExit, match=r"is a run of my_bc_atari.py: put that script beside"):
+        watch.load_agent(run)
     config = json.dumps({"script": "rosmo_bsuite.py", "args": {}})
     (tmp_path / "other" / "config.json").write_text(config)
     with pytest.raises(SystemExit, match="only Atari has pictures"):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -212,6 +213,13 @@ def test_other_refusals(tmp_path):
     meta = {k: v for k, v in META.items() if k not in ("num_actions", "rom_sha256")}
     with pytest.raises(ValueError, match="meta lacks num_actions, rom_sha256"):
         prepare_atari.write_store(store, meta, EPISODES)
+    with pytest.raises(ValueError, match=r"meta must be of Python's own types: .* int64"):
+        write(store, num_actions=np.int64(3))
+    with pytest.raises(ValueError, match="percent is '10'; it must be a number"):
+        write(store, percent="10")
+    for episode in ({k: v for k, v in GOOD.items() if k != "reward"}, GOOD | {"rewards": 0}):
+        with pytest.raises(ValueError, match=r"an episode has frames, .*; it must have frames, "):
+            prepare_atari.write_store(store, META, [episode])
     for name, value in (("num_actions", 300), ("percent", 0), ("steps_per_checkpoint", 0)):
         with pytest.raises(ValueError, match=f"{name} is {value}"):
             write(store, **{name: value})
@@ -245,6 +253,35 @@ def test_two_builds_at_once(tmp_path):
         yield EPISODES[1]
 
     prepare_atari.write_store(tmp_path / "Pong", META, episodes())
+    assert [p.name for p in tmp_path.iterdir()] == ["Pong"]
+
+
+def test_a_script_s_second_build_waits_for_the_first(tmp_path, monkeypatch, capsys):
+    """As several runs start at once that lack one store; a user's ends in a sentence."""
+    path, calls = tmp_path / "Pong", []
+
+    def main(args):
+        calls.append(path.exists())
+        if not path.exists():
+            write(path)
+
+    def episodes():
+        with ends_with("Another process is building .*Pong: run again"):
+            prepare_atari.run(main, None)
+        second = threading.Thread(target=prepare_atari.run, args=(main, None))
+        monkeypatch.setenv("ROSMO_PARENT", str(os.getpid()))
+        second.start()
+        while "waiting for it" not in capsys.readouterr().out:
+            time.sleep(0.02)
+        yield from EPISODES
+        threads.append(second)
+
+    threads = []
+    monkeypatch.setattr(prepare_atari.signal, "signal", lambda *_: None)  # of a thread
+    monkeypatch.setattr(prepare_atari, "end_with", lambda parent: None)
+    prepare_atari.write_store(path, META, episodes())
+    threads[0].join(timeout=30)
+    assert calls == [False, False, True]
     assert [p.name for p in tmp_path.iterdir()] == ["Pong"]
 
 

@@ -19,6 +19,7 @@ from scipy.stats import trim_mean
 import paper
 import report
 import run
+import throughput
 
 UPDATES = 2000
 BSUITE_DATA = {"episodes": 2000, "transitions": 18000, "mean_return": 0.7182, "crc32": 1234}
@@ -125,9 +126,10 @@ def test_table_has_mean_and_std_of_the_runs_and_names_what_is_missing(tmp_path):
     write_run(runs / "d", "rosmo_bsuite", [9.0], noise=0.5, finished=False)
     out = make(tmp_path, "table1")
     page = (out / "table1.md").read_text()
-    assert "| ROSMO |  |  | 0.750 ± 0.250 |  |" in page
+    assert "| ROSMO |  |  | 0.750 ± 0.250 (2 seeds) |  |" in page
     assert "| MuZero Unplugged |  |  | -1.000 (1 seed) |  |" in page
-    assert "2 of 8 cells are finished. Not run: ROSMO, noise ε = 0, 0.1 and 0.5 on catch; " in page
+    assert "2 of 8 cells are finished, 2 of them with less than 5 seeds." in page
+    assert "Not run: ROSMO, noise ε = 0, 0.1 and 0.5 on catch; " in page
     data = "2,000 episodes, 18,000 transitions, mean return 0.72"
     assert "Not the paper's setting: 2,000 updates, not 200,000." in page
     where = f"1 x cpu | {data} | `{runs / 'a'}` |"
@@ -164,7 +166,7 @@ def test_of_two_runs_of_a_cell_the_one_with_more_seeds_counts(tmp_path):
     write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [5.0])
     write_run(tmp_path / "runs" / "b", "rosmo_bsuite", [1.0, 2.0])
     out = make(tmp_path, "table1", "figure9")
-    assert "| ROSMO | 1.500 ± 0.500 |" in (out / "table1.md").read_text()
+    assert "| ROSMO | 1.500 ± 0.500 (2 seeds) |" in (out / "table1.md").read_text()
     assert (out / "figure9.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -180,8 +182,10 @@ def test_table_2_has_the_curves_of_all_methods_on_each_task(tmp_path, figures):
         for task in paper.TASKS:
             folder = tmp_path / "runs" / f"{i}{task}"
             write_run(folder, f"{script}_bsuite", [0.5, 0.7], env_id=task)
-    page = (make(tmp_path, "table2") / "table2.md").read_text()
+    page = (make(tmp_path, "table2", seeds=(0, 1)) / "table2.md").read_text()
     assert rows(page, "task")["catch"] == ["0.600 ± 0.100"] * 5
+    assert "15 of 15 cells are finished.\n" in page
+    assert "Not the paper's setting: 2,000 updates, not 200,000; seeds 0, 1." in page
     assert "![Table 2: the five methods on BSuite](table2.png)" in page
     panels = shown(figures["table2.png"])
     assert [axes.get_title() for axes in panels] == list(paper.TASKS)
@@ -291,7 +295,7 @@ def test_runs_with_other_seeds_are_put_together(tmp_path):
         write_run(*run, seed=seed, commits=commits)
     out = make(tmp_path, "table1")
     page = (out / "table1.md").read_text()
-    assert "| ROSMO | 2.000 ± 0.816 |" in page
+    assert "| ROSMO | 2.000 ± 0.816 (3 seeds) |" in page
     assert "| ROSMO | catch, noise ε = 0 | 3 | 2,000 | 1, 2, 4 |" in page  # not the other seed 0's
     with (out / "table1.csv").open() as file:
         returns = {int(row["seed"]): float(row["return"]) for row in csv.DictReader(file)}
@@ -326,7 +330,7 @@ def test_runs_with_other_data_are_refused(tmp_path, first, second, message):
     assert not list((tmp_path / "out").iterdir())
     page = (make(tmp_path, "table1", mix=True) / "table1.md").read_text()
     assert f"Mixed runs: the data of catch {message.removeprefix('the data of catch ')}" in page
-    assert "table1 --total-updates 2000 --mix`." in page
+    assert f"table1 --total-updates 2000 --runs {tmp_path / 'runs'} --mix`." in page
 
 
 def test_seeds_of_a_cell_with_other_data_are_refused(tmp_path):
@@ -360,7 +364,7 @@ def test_runs_with_another_evaluation_are_left_out_and_named(tmp_path):
     assert rows(page, "catch")["MuZero Unplugged"][0] == ""
     further = ["--final-eval-episodes", "5"]
     page = (make(tmp_path, "table1", further=further) / "table1.md").read_text()
-    assert rows(page, "catch")["MuZero Unplugged"][0] == "1.000"
+    assert rows(page, "catch")["MuZero Unplugged"][0] == "1.000 (1 seed)"
     assert "2,000 updates, not 200,000; `--final-eval-episodes 5`." in page
 
 
@@ -372,7 +376,7 @@ def test_intervals_are_those_of_a_bootstrap_by_hand(tmp_path, monkeypatch):
     page = (make(tmp_path, "table1") / "table1.md").read_text()
     rosmo = rows(page, "method")["ROSMO"]
     assert rosmo[0] == "noise ε = 0"
-    assert [numbers(x) for x in rosmo[1:]] == [*[[0.75, 0.5, 1.0]] * 3, [0.25, 0.0, 0.5]]
+    assert [numbers(x) for x in rosmo[1:]] == [*[[0.75, 0.5, 1.0]] * 2, [0.25, 0.0, 0.5]]
     chance = rows(page, "probability of improvement")["ROSMO > MuZero Unplugged"]
     assert numbers(chance[1]) == [0.75, 0.5, 1.0]  # one seed is better, one the same
 
@@ -425,7 +429,7 @@ def test_table8_stands_beside_the_paper_s(tmp_path):
     assert "| Pong | ROSMO | 10.00 | 20.45 ± 0.36 | -10.45 (-51%) |" in page
     assert "| Gravitar | ROSMO | 700.00 | 753.57 ± 64.82 | -53.57 (-7%) |" in page
     assert "| Pong | BC |" not in page
-    assert "2 of 60 cells are finished." in page
+    assert "2 of 60 cells are finished, 2 of them with less than 3 seeds." in page
     assert "; ROSMO on Amidar, Asterix, Breakout, " in page
 
 
@@ -441,9 +445,14 @@ def test_figure3_tells_when_the_level_is_reached(tmp_path):
     out = make(tmp_path, "figure3", **options)
     page = (out / "figure3.md").read_text()
     assert rows(page, "method")["ROSMO"] == ["1,000", "1.00", "1"]
-    iqm = numbers(rows(page, "IQM")["ROSMO"][0])[0]
-    (row,) = [line for line in page.splitlines() if line.startswith("| IQM | ROSMO |")]
-    assert numbers(row.replace("%", ""))[:3] == pytest.approx([iqm, 1.94, iqm - 1.94], abs=0.01)
+    assert "| IQM | ROSMO |" not in page  # the paper's is over all games
+    assert "Not the paper's setting: 2,000 updates, not 200,000; on Pong, Breakout." in page
+    games = report.ITEMS["figure3"]._replace(tasks=("Pong", "Breakout"))
+    cells = {("ROSMO", None, game): None for game in games.tasks}
+    estimates = {("ROSMO", None): np.full((3, 4), 1.5)}
+    assert report.paper_table(games, cells, estimates)[4] == (
+        "| IQM | ROSMO | 1.50 | 1.94 | -0.44 (-23%) |"
+    )
     assert (out / "figure3.png").exists()
     assert (out / "figure3-profiles.png").exists()
 
@@ -452,7 +461,53 @@ def test_cells_of_fewer_seeds_are_marked(tmp_path):
     write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0, 0.5, 0.0])
     write_run(tmp_path / "runs" / "b", "rosmo_bsuite", [1.0, 0.5], noise=0.1)
     page = (make(tmp_path, "table1") / "table1.md").read_text()
-    assert rows(page, "catch")["ROSMO"][:2] == ["0.500 ± 0.408", "0.750 ± 0.250 (2 seeds)"]
+    texts = ["0.500 ± 0.408 (3 seeds)", "0.750 ± 0.250 (2 seeds)"]
+    assert rows(page, "catch")["ROSMO"][:2] == texts
+    page = (make(tmp_path, "table1", seeds=(0, 1, 2)) / "table1.md").read_text()
+    assert rows(page, "catch")["ROSMO"][:2] == ["0.500 ± 0.408", texts[1]]
+    assert "2 of 8 cells are finished, 1 of them with less than 3 seeds." in page
+
+
+def test_seeds_that_a_task_lacks_are_named(tmp_path):
+    for task, returns in (("catch", [1.0, 0.5]), ("mountain_car", [-100.0]), ("cartpole", [9.0])):
+        write_run(tmp_path / "runs" / task, "rosmo_bsuite", returns, env_id=task)
+    page = (make(tmp_path, "figure2a") / "figure2a.md").read_text()
+    sentence = "Scores over tasks leave out the seeds that a task lacks: ROSMO 100% of the data."
+    assert sentence in page
+    page = (make(tmp_path, "figure2a", seeds=(0,)) / "figure2a.md").read_text()
+    assert "leave out" not in page
+
+
+def test_single_seeds_have_no_interval_anywhere(tmp_path):
+    for script in ("rosmo", "bc"):
+        for game in ("Pong", "Breakout"):
+            folder = tmp_path / "runs" / f"{script}{game}"
+            data = STORE | {"episodes": len(game)}
+            write_run(folder, f"{script}_atari", [9.0], env_id=game, data=data)
+    page = (make(tmp_path, "table8", env_ids=("Pong", "Breakout")) / "table8.md").read_text()
+    assert rows(page, "probability of improvement")["ROSMO > BC"] == ["0.500"]
+    assert "Over seeds and all tasks together.\n" in page
+    assert "bootstrap" not in page.split("## Normalised scores")[1]
+
+
+def test_games_without_references_are_drawn_as_returns(tmp_path, figures):
+    write_run(tmp_path / "runs" / "a", "rosmo_atari", [9.0], env_id="Alien", data_percent=10.0)
+    out = make(tmp_path, "figure4a", env_ids=("Alien",))
+    assert "![Figure 4(a)" in (out / "figure4a.md").read_text()
+    assert shown(figures["figure4a.png"])[0].get_ylabel() in ("", "return")
+
+
+def test_hours_of_runs_that_tell_and_that_do_not_are_not_mixed(tmp_path):
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0])
+    write_run(tmp_path / "runs" / "b", "muzero_unplugged_bsuite", [1.0])
+    path = tmp_path / "runs" / "a" / "metrics.jsonl"
+    assert "figure9-time.png" in (make(tmp_path, "figure9") / "figure9.md").read_text()
+    first, *others = map(json.loads, path.read_text().splitlines())
+    told = [first | {"seconds/update": 1.0}, *others]
+    path.write_text("".join(json.dumps(x) + "\n" for x in told))
+    page = (make(tmp_path, "figure9") / "figure9.md").read_text()
+    assert "No curves against wall-clock: not all runs tell what evaluation took." in page
+    assert "figure9-time.png" not in page
 
 
 def test_single_seeds_are_marked(tmp_path, figures):
@@ -474,7 +529,7 @@ def test_one_file_holds_all_pages_with_their_images(tmp_path):
     make(tmp_path, "table1")
     text = (make(tmp_path, "figure9") / "report.html").read_text()
     assert text.index('id="table1"') < text.index('id="figure9"')
-    assert "<td>0.500 ± 0.500</td>" in text
+    assert "<td>0.500 ± 0.500 (2 seeds)</td>" in text
     images = re.findall(r'src="([^"]+)"', text)
     assert len(images) == 2  # against updates and against hours
     for image in images:
@@ -536,7 +591,7 @@ def test_old_runs_count(tmp_path):
 
     out = make(tmp_path, "table1", "sweep_crr_atari")
     page = (out / "table1.md").read_text()
-    assert rows(page, "catch")["ROSMO"] == ["", "0.600 ± 0.100", "", ""]
+    assert rows(page, "catch")["ROSMO"] == ["", "0.600 ± 0.100 (2 seeds)", "", ""]
     assert "| 1 x cpu | 2000 episodes, as a sentence |" in page
     assert "99.0" not in (out / "table1.csv").read_text()
     page = (out / "sweep_crr_atari.md").read_text()
@@ -591,3 +646,47 @@ def test_the_command_line_names_the_items():
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode != 0
     assert "figure2a" in result.stderr + result.stdout
+
+
+def test_throughput_replaces_the_section_of_its_title_alone(tmp_path):
+    path = tmp_path / "page.md"
+    for title in ("## bsuite --num-seeds 5", "## bsuite", "## bsuite"):
+        throughput.write_section(path, title, "text")
+    assert path.read_text().count("## bsuite --num-seeds 5\n") == 1
+    assert path.read_text().count("## bsuite\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        (["compare"], {}, "Give LABEL=FOLDER"),
+        (["compare", "x=runs"], {"seeds": (0,)}, "compare draws the folders that are named"),
+        (["curves", "runs"], {"env_ids": ("catch",)}, "curves draws the folders that are named"),
+        (["curves"], {}, "Give folders with finished runs"),
+        (["curves", "nowhere"], {}, "Give folders with finished runs"),
+    ],
+)
+def test_words_that_own_runs_do_not_know(tmp_path, words, options, message):
+    with pytest.raises(SystemExit, match=message):
+        report.main(report.Args(tuple(words), **options, out=tmp_path), [])
+
+
+def test_runs_of_a_renamed_script_are_compared(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name, "rosmo_bsuite", [1.0], learning_rate=0.1 * len(name))
+        path = tmp_path / name / "config.json"
+        path.write_text(path.read_text().replace("rosmo_bsuite.py", f"my_{name}_bsuite.py"))
+    words = ("compare", f"one | two={tmp_path / 'a'}", f"b={tmp_path / 'b'}")
+    report.main(report.Args(words, out=tmp_path, mix=True), [])
+    page = (tmp_path / "compare.md").read_text()
+    assert "script: one | two" in page
+    assert r"| task | one \| two | b |" in page
+    assert page.rstrip().endswith(" --mix`.")
+
+
+def test_old_runs_do_not_hide_that_new_ones_differ(tmp_path):
+    old = "2000 episodes, 18000 transitions, mean return 0.72"
+    for name, data in (("rosmo", old), ("bc", BSUITE_DATA), ("crr", BSUITE_DATA | {"crc32": 2})):
+        write_run(tmp_path / "runs" / name, f"{name}_bsuite", [1.0], data=data)
+    with pytest.raises(SystemExit, match="differ in content: BC has"):
+        make(tmp_path, "table2")

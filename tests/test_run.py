@@ -114,6 +114,15 @@ def test_one_that_fails_does_not_stop_the_others(stand_in, tmp_path, capsys):
     ]
 
 
+def test_a_failed_run_does_not_stop_the_next_item(stand_in, tmp_path):
+    words = ["table2", "table1", "--methods", "ROSMO", "--total-updates", 7]
+    with pytest.raises(SystemExit) as end:
+        start(*words)
+    assert end.value.code == 1
+    commands = (tmp_path / "commands").read_text().splitlines()
+    assert len(commands) == 3 + 3  # both have catch without noise
+
+
 def test_every_run_has_a_gpu_of_its_own(stand_in, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "visible_gpus", lambda: ["3", "7"])
     start("table2", "--methods", "BC", "CRR", "--env-ids", "catch", "--total-updates", 7)
@@ -185,6 +194,25 @@ def test_items_share_cells(tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
+def test_runs_of_an_item_before_are_not_called_finished(stand_in, capsys):
+    start("table1", "figure9", "--methods", "ROSMO", "--total-updates", 7)
+    out = capsys.readouterr().out
+    assert "table1: 0 of 4 runs are finished." in out
+    assert "figure9: 0 of 4 runs were finished, 4 are of an item before." in out
+
+
+def test_a_folder_that_is_no_run_stops_nothing(tmp_path, capsys):
+    for name, content in (("a", "[]"), ("b", '{"args": 3}'), ("c", '{"args": {"seed": "x"}}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+        (tmp_path / name / "metrics.jsonl").write_text("")
+    (tmp_path / "d" / "config.json").mkdir(parents=True)
+    (tmp_path / "d" / "metrics.jsonl").write_text("")
+    write_run(tmp_path / "e", "bc_bsuite", [1.0])
+    assert [x.folder.name for x in run.read_runs((tmp_path,))] == ["e"]
+    assert capsys.readouterr().err.count("cannot be read as a run") == 4
+
+
 def test_further_arguments_reach_the_scripts_that_have_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = ["table8", "--dry-run", "--runs", tmp_path, "--env-ids", "Pong", "--seeds", 0]
@@ -209,6 +237,9 @@ def test_further_arguments_reach_the_scripts_that_have_them(tmp_path, monkeypatc
         (["table2", "--workers", "0"], "--workers 0: give 1 or more"),
         (["table2", "--total-updates", "0"], "--total-updates 0: give 1 or more"),
         (["table2", "--seeds", "3", "-1"], "--seeds .3, -1.: give 0 or more"),
+        (["table2", "--seeds"], r"--seeds \(\): give 0 or more"),
+        (["table2", "--seeds", "0", "0"], "--seeds 0 0: one twice"),
+        (["table8", "--env-ids", "Pong", "Pong"], "--env-ids Pong Pong: one twice"),
     ],
 )
 def test_wrong_words_end_in_a_sentence(tmp_path, words, message):
@@ -232,6 +263,8 @@ def test_combo_waits_for_morel_and_takes_its_world_model(stand_in, tmp_path, cap
     start(*words[:-1], 2000, "--dry-run")
     (line,) = capsys.readouterr().out.splitlines()
     assert "--world-model runs/mine-world-model" in line
+    start("table7", "--methods", "COMBO", *words[4:-1], 2000, "--dry-run")
+    assert "--world-model runs/mine-world-model" in capsys.readouterr().out
 
 
 SLURM = {
