@@ -21,12 +21,12 @@ The world model is a run of its own in {run folder}-world-model; morel_atari.py 
 The paper gives half of a batch from the model, rollouts of 10 steps and one random member for each;
 the rest is our reconstruction.
 1. Every 400 updates 2,048 rollouts are added, and those of the last five times are kept. An equal
-   number for each member starts at random logged frames, after the member has filtered the 15
-   frames before.
+   number for each member starts at random logged frames, after the member has filtered them and
+   the 15 frames before.
 2. Inside the model Q acts, ε-greedy with ε = 0.05, on four frames: logged ones at first, then
    predicted ones, rounded to the 256 greys of the game. Latents are samples.
 3. A rollout ends where the member says terminal with a probability above 0.5, without a bootstrap.
-   Nothing after that is ever drawn. Its last step is bootstrapped as any other.
+   Nothing after that is ever drawn. One that reaches its tenth step is bootstrapped there.
 4. The penalty pushes Q up on the actions of the mix: CQL with nothing changed but the mix. COMBO's
    paper has logged actions only (--push-up real): a difference of Q between real and predicted
    frames, which has no lower bound.
@@ -271,6 +271,7 @@ class WorldModel(nn.Module):
         return Decoded(*(head(features) for head in heads))
 
     def __call__(self, state: State, action, frame):
+        """One filtered step, for `init`."""
         deter = self.advance(state, action)
         posterior = self.posterior(deter, self.encode(frame))
         return self.prior(deter), posterior, self.decode(State(deter, draw_latent(posterior)))
@@ -375,11 +376,10 @@ def imagine(network: WorldModel, params, state: State, action, key=None) -> Stat
     return State(deter, draw_latent(network.apply(params, deter, method="prior"), key))
 
 
-def observe(network: WorldModel, params, windows: Windows, key=None, state: State | None = None):
+def observe(network: WorldModel, params, windows: Windows, key=None):
     """Filters windows [B, T] with the posterior (its mode, or samples if there is a key).
 
-    Args:
-      state: before the windows, [B] [default: empty]. It is reset at every first frame.
+    The state is empty before a window and at every first frame.
 
     Returns:
       The states [B, T], and the prior's and the posterior's logits [B, T, latents, classes].
@@ -387,13 +387,12 @@ def observe(network: WorldModel, params, windows: Windows, key=None, state: Stat
     batch_size, length = windows.action.shape
     embedding = network.apply(params, windows.frame, method="encode")
     keys = None if key is None else jax.random.split(key, length)
-    empty = empty_state(network, batch_size)
 
     def step(state, inputs):
         action, is_first, embedding, key = inputs
-        state = jax.tree.map(
-            lambda x: jnp.where(is_first.reshape(-1, *[1] * (x.ndim - 1)), 0, x), state
-        )
+        reset = is_first[:, None]
+        h, z = jnp.where(reset, 0, state.deter), jnp.where(reset[..., None], 0, state.latent)
+        state = State(h, z)
         deter = network.apply(params, state, action, method="advance")
         logits = network.apply(params, deter, embedding, method="posterior")
         state = State(deter, draw_latent(logits, key))
@@ -401,7 +400,7 @@ def observe(network: WorldModel, params, windows: Windows, key=None, state: Stat
 
     inputs = (windows.action, windows.is_first, embedding)
     inputs = (*(jnp.moveaxis(x, 1, 0) for x in inputs), keys)
-    _, outputs = jax.lax.scan(step, empty if state is None else state, inputs)
+    _, outputs = jax.lax.scan(step, empty_state(network, batch_size), inputs)
     states, posterior = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
     return states, network.apply(params, states.deter, method="prior"), posterior
 
@@ -489,9 +488,9 @@ def init_model(key, background, network: WorldModel, args: Args) -> ModelState:
     for params in init_members(key, network, args.members):
         params["params"]["decoder"]["background"] = jnp.asarray(background.ravel())
         members.append(MemberState(params, model_optimizer(args).init(params), jnp.int32(0)))
-    best = [jax.tree.map(jnp.copy, member.params) for member in members]
+    best = [jax.tree.map(jnp.copy, member.params) for member in members]  # updates donate theirs
     never = (jnp.float32(jnp.inf), jnp.int32(0))
-    return ModelState(members, best, *never, *jax.tree.map(jnp.copy, never))
+    return ModelState(members, best, *never, *never)
 
 
 @partial(jax.jit, static_argnames=("network", "args"), donate_argnames="state")
@@ -524,21 +523,20 @@ def update_model(state: ModelState, windows: list[Windows], keys, network, args:
 
 def note_evaluation(state: ModelState, loss: float, update: int, args: Args) -> ModelState:
     """Keeps the parameters if no evaluation had a lower loss, and the reference for the end."""
-    now = {"best_loss": jnp.float32(loss), "best_update": jnp.int32(update)}
+    now = (jnp.float32(loss), jnp.int32(update))
     if loss < float(state.reference) * (1 - args.model_min_improvement):
-        reference, improved = jax.tree.map(jnp.copy, tuple(now.values()))
-        state = state._replace(reference=reference, improved=improved)
+        state = state._replace(reference=now[0], improved=now[1])
     if loss < float(state.best_loss):
         best = [jax.tree.map(jnp.copy, member.params) for member in state.members]
-        state = state._replace(best=best, **now)
+        state = state._replace(best=best, best_loss=now[0], best_update=now[1])
     return state
 
 
-CONTEXT, HORIZON = 5, 15  # frames that an evaluation filters and then predicts
+CONTEXT, AHEAD = 5, 15  # frames that an evaluation filters and then predicts
 
 
 def predict_frames(network: WorldModel, params, windows: Windows) -> jax.Array:
-    """Images [B, HORIZON, 84, 84] of a member after CONTEXT frames of windows [B, T].
+    """Images [B, AHEAD, 84, 84] of a member after CONTEXT frames of windows [B, T].
 
     Open loop: it sees the logged actions, and every latent is the prior's mode.
     """
@@ -548,7 +546,7 @@ def predict_frames(network: WorldModel, params, windows: Windows) -> jax.Array:
         state = imagine(network, params, state, action)
         return state, state
 
-    action = windows.action[:, CONTEXT : CONTEXT + HORIZON].T
+    action = windows.action[:, CONTEXT : CONTEXT + AHEAD].T
     _, states = jax.lax.scan(step, jax.tree.map(lambda x: x[:, -1], states), action)
     images = network.apply(params, states, method="decode").image
     return jnp.moveaxis(images, 0, 1)
@@ -559,19 +557,19 @@ def evaluate_member(params, windows: Windows, key, network: WorldModel, args: Ar
     """Held-out losses and prediction errors of a member on windows [B, T].
 
     Returns:
-      Sums of the losses over the windows; sums over the windows inside one episode (and their
-      number) of the mean squared error of a pixel, for predictions and for copies of the last
-      frame; the predictions, uint8 [B, HORIZON, 84, 84].
+      The mean losses; sums over the windows inside one episode (and their number) of the mean
+      squared error of a pixel, for predictions and for copies of the last frame; the predictions,
+      uint8 [B, AHEAD, 84, 84].
     """
     _, losses = world_model_loss(params, windows, key, network, args)
     predicted = predict_frames(network, params, windows)
-    image = to_image(windows.frame[:, : CONTEXT + HORIZON])
-    inside = ~jnp.any(windows.is_first[:, 1 : CONTEXT + HORIZON], axis=1)  # [B]
+    image = to_image(windows.frame[:, : CONTEXT + AHEAD])
+    inside = ~jnp.any(windows.is_first[:, 1 : CONTEXT + AHEAD], axis=1)  # [B]
     error = jnp.mean((predicted - image[:, CONTEXT:]) ** 2, axis=(2, 3))  # [B, H]
     copy_error = jnp.mean((image[:, CONTEXT - 1, None] - image[:, CONTEXT:]) ** 2, axis=(2, 3))
-    sums = {f"heldout/{k}": x * windows.action.shape[0] for k, x in losses.items()}
+    sums = {f"heldout/{k}": x for k, x in losses.items()}
     for name, errors in (("error", error), ("copy_error", copy_error)):
-        for step in (1, 5, HORIZON):
+        for step in (1, 5, AHEAD):
             sums[f"heldout/{name}_{step}"] = jnp.sum(errors[:, step - 1] * inside)
     return sums, jnp.sum(inside), to_frame(predicted)
 
@@ -785,7 +783,7 @@ def combo_loss(params, target_params, batch: Batch, network: CQLNetwork, args: A
     gap = conservative_gap(q, action)
     q_logged = jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
 
-    # mean_mix log Σ exp Q(s, ·) - mean_real Q(s, a), both as a mean over the mix
+    # --push-up real: mean_mix log Σ exp Q(s, ·) - mean_real Q(s, a), both as a mean over the mix
     is_real = jnp.arange(args.batch_size) < args.batch_size - model_rows(args)  # [B]
     push_up = is_real / jnp.mean(is_real) if args.push_up == "real" else 1.0
     penalty = gap + (1 - push_up) * q_logged  # log Σ exp Q(s, ·) - push_up · Q(s, a)
@@ -814,7 +812,7 @@ class Starts(NamedTuple):
 
     windows: Windows  # [N, E, W], up to the frame o_0 from which the rollout starts
     frames: Any  # uint8 [N, E, 4, 84, 84], o_0 and the three before it
-    history: Any  # uint8 [N, E, 1], how many of those are of the episode
+    history: Any  # uint8 [N, E, 1], how many of the three are of its episode
     is_last: Any  # bool [N, E], the episode ends at o_0
 
 
@@ -830,11 +828,10 @@ class Rollouts(NamedTuple):
 
 def empty_rollouts(args: Args) -> Rollouts:
     """Rollouts that do not count."""
-    rollouts = (args.rollout_starts // args.members, args.members)
-    shape = (args.rollout_generations, *rollouts, args.rollout_length)
-    frames = jnp.zeros((*shape[:3], 4 + args.rollout_length, 84, 84), jnp.uint8)
+    shape = (args.rollout_generations, args.rollout_starts // args.members, args.members)
+    frames = jnp.zeros((*shape, 4 + args.rollout_length, 84, 84), jnp.uint8)
     types = (jnp.int32, jnp.float32, bool, bool)
-    return Rollouts(frames, *(jnp.zeros(shape, dtype) for dtype in types))
+    return Rollouts(frames, *(jnp.zeros((*shape, args.rollout_length), x) for x in types))
 
 
 def epsilon_greedy(q, key, epsilon: float):
@@ -844,32 +841,24 @@ def epsilon_greedy(q, key, epsilon: float):
     return jnp.where(explore, jax.random.randint(random_key, best.shape, 0, q.shape[-1]), best)
 
 
-@partial(jax.jit, static_argnames=("network", "world_model", "args"), donate_argnames="rollouts")
+@partial(jax.jit, static_argnames=("network", "model", "args"), donate_argnames="rollouts")
 def add_rollouts(
-    rollouts: Rollouts,
-    starts: Starts,
-    slot,
-    replay,
-    params,
-    members,
-    key,
-    network: CQLNetwork,
-    world_model: WorldModel,
-    args: Args,
+    rollouts: Rollouts, starts, generation, replay, params, members, key, network, model, args
 ) -> Rollouts:
-    """Predicts a generation and puts it into a slot of the ring.
+    """Predicts a generation and puts it into its slot of the ring.
 
     Args:
       replay: takes the actions that are in the slot, whatever Q would do now.
-      params: of Q.
-      members: parameters of the world model, each leaf [E, ...].
-      key: belongs to the generation.
+      params, network: of Q.
+      members, model: parameters of the world model, each leaf [E, ...], and its network.
     """
+    # The key belongs to the generation, so that a resumed run predicts the same.
+    slot, key = generation % args.rollout_generations, jax.random.fold_in(key, generation)
 
     def roll_out(member, starts, given, key):
         """Rollouts [N] of one member; given [N, L]: the actions of a replay."""
         filter_key, key = jax.random.split(key)
-        states, _, _ = observe(world_model, member, starts.windows, filter_key)
+        states, _, _ = observe(model, member, starts.windows, filter_key)
         stack = stack_frames(starts.frames, starts.history, 0)  # [N, 84, 84, 4]
 
         def step(carry, inputs):
@@ -879,8 +868,8 @@ def add_rollouts(
             q = to_scalar(network.apply(params, stack))
             chosen = epsilon_greedy(q, act_key, args.rollout_epsilon)
             action = jnp.where(replay, given, chosen)
-            state = imagine(world_model, member, state, action, latent_key)
-            decoded = world_model.apply(member, state, method="decode")
+            state = imagine(model, member, state, action, latent_key)
+            decoded = model.apply(member, state, method="decode")
             frame, terminal = to_frame(decoded.image), decoded.terminal_logit > 0  # p > 0.5
             stack = jnp.concatenate([stack[..., 1:], frame[..., None]], axis=-1)
             outputs = (frame, action, decoded.reward, running, terminal)
@@ -892,9 +881,11 @@ def add_rollouts(
         frames, *steps = (jnp.moveaxis(x, 0, 1) for x in outputs)
         return Rollouts(jnp.concatenate([jnp.moveaxis(stack, -1, 1), frames], axis=1), *steps)
 
-    given, keys = rollouts.action[slot], jax.random.split(key, args.members)
-    new = jax.vmap(roll_out, in_axes=(0, 1, 1, 0), out_axes=1)(members, starts, given, keys)
-    return jax.tree.map(lambda x, y: x.at[slot].set(y), rollouts, new)
+    # One member after the other: a vmap makes grouped convolutions, which devices do not share.
+    by_member = jax.tree.map(lambda x: x.swapaxes(0, 1), (starts, rollouts.action[slot]))
+    inputs = (members, *by_member, jax.random.split(key, args.members))
+    new = jax.lax.map(lambda x: roll_out(*x), inputs)  # [E, N, ...]
+    return jax.tree.map(lambda x, y: x.at[slot].set(y.swapaxes(0, 1)), rollouts, new)
 
 
 def mix_batch(real: Batch, rollouts: Rollouts, key, args: Args) -> Batch:
@@ -1427,7 +1418,7 @@ class Run:
         for name in ("losses/total", "charts/grad_norm"):
             if not np.isfinite(metrics.get(name, 0.0)).all():
                 message = f"{name} is not finite by update {done:,}; the last checkpoint is kept"
-                raise SystemExit(f"{message}. Try a lower --learning-rate.")
+                raise SystemExit(f"{message}. Try a lower learning rate.")
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
@@ -1506,13 +1497,9 @@ def train(
     load: Callable,
     evaluate: Callable,
     means: Callable,
-    total: int,
-    eval_every: int,
-    checkpoint_every: int,
-    args: Args,
     saved: Callable = lambda state: state,
 ):
-    """Trains until `total` updates are done or an evaluation says that it is enough.
+    """Trains until `total_updates` of the run are done or an evaluation says that it is enough.
 
     Args:
       done, state, sums: where `Run.restore` says that it goes on.
@@ -1525,14 +1512,15 @@ def train(
     Returns:
       The number of updates done, and the state.
     """
+    args = run.args
     run.show(done, "compiling")
     batches, metrics, shown = load_batches(load, done, args.loader_threads), None, ""
     while True:
-        enough = done == total
-        evaluates = done > 0 and (done % eval_every == 0 or enough)
+        enough = done == args.total_updates
+        evaluates = done > 0 and (done % args.eval_every == 0 or enough)
         agrees = evaluates or done % args.log_every == 0 or jax.process_count() == 1
         stops = agrees and any(all_processes(run.stopping))
-        if stops or evaluates or done % checkpoint_every == 0:
+        if stops or evaluates or done % args.checkpoint_every == 0:
             run.save(done, jax.tree.map(whole, saved(state)), sums)
         if evaluates and not stops:
             state, shown, stale = evaluate(done, state)
@@ -1627,6 +1615,7 @@ def finish_run(run: Run, done: int, params, network, args: Args) -> None:
 
 # --- world model training (identical in morel_atari.py and combo_atari.py) ---
 MODEL_SIZES = "members deter hidden latents classes depth head_units clip_rewards".split()
+MODEL_RUN = "world_model total_updates eval_every checkpoint_every".split()  # differ in its run
 
 
 class ModelRun(Run):
@@ -1647,28 +1636,34 @@ def get_world_model(run: Run, store: Store, data: dict, network: WorldModel, mes
     """Parameters of the ensemble, each leaf [members, ...]: loaded, or trained before."""
     folder = args.world_model or Path(f"{run.dir}-world-model")
     if args.world_model or ((folder / "members.msgpack").exists() and not args.overwrite):
-        members = load_world_model(folder, args)
+        members = load_world_model(run, folder)
     else:
         members = train_world_model(run, folder, store, data, network, mesh, args)
-    run.started = time.monotonic()
+    run.started = time.monotonic()  # the policy's time begins
     run.bar.unpause()
     members = jax.tree.map(lambda *x: np.stack(x), *members)
     return jax.device_put(members, NamedSharding(mesh, P()))
 
 
-def load_world_model(folder: Path, args: Args) -> list:
+def load_world_model(run: Run, folder: Path) -> list:
     """The members in the folder of a world model, or one sentence about why they are not there."""
+    args = run.args
     try:
-        theirs = json.loads((folder / "config.json").read_text())["args"]
+        config = json.loads((folder / "config.json").read_text())
+        theirs = config["args"] | {"data": config.get("data")}
         content = (folder / "members.msgpack").read_bytes()
         env_id = theirs["env_id"]
     except (OSError, ValueError, KeyError, TypeError):
         raise SystemExit(f"There is no trained world model in {folder}.") from None
     if env_id != args.env_id:
         raise SystemExit(f"{folder} is a world model of {env_id}, not of {args.env_id}.")
-    pairs = [(name, theirs.get(name), getattr(args, name)) for name in MODEL_SIZES]
+    ours, names = run.config["args"] | {"data": run.config["data"]}, MODEL_SIZES
+    if not args.world_model:  # the run's own, of an earlier start
+        names = [name for name in ours if name not in (*NOT_COMPARED, *MODEL_RUN)]
+    pairs = [(name, theirs.get(name, ours[name]), ours[name]) for name in names]
     if changes := ", ".join(f"{name} {a}" for name, a, b in pairs if a != b):
-        raise SystemExit(f"{folder} is a world model with {changes}: give the same.")
+        message = f"{folder} is a world model with {changes}"
+        raise SystemExit(f"{message}: give the same, or another --run-dir.")
     if zlib.crc32(content[4:]) != int.from_bytes(content[:4], "little"):
         raise SystemExit(f"{folder}/members.msgpack is damaged: copy or train it again.")
     return list(serialization.msgpack_restore(content[4:]).values())
@@ -1695,6 +1690,7 @@ def train_world_model(
 ) -> list:
     """Trains the ensemble in a run of its own -> parameters of the members."""
     changed = {"run_dir": folder, "total_updates": args.model_updates, "track": False}
+    changed |= dict.fromkeys(("eval_every", "checkpoint_every"), args.model_eval_every)
     if run.writes and args.overwrite:
         (folder / "members.msgpack").unlink(missing_ok=True)
     model_run = ModelRun(run, dataclasses.replace(args, **changed), data)
@@ -1706,7 +1702,7 @@ def train_world_model(
     state = init_model(init_key, np.mean(to_image(frames), axis=0), network, args)
     done, *state_and_sums = model_run.restore(state)
     state, sums = jax.device_put(state_and_sums, replicated)
-    length = max(args.model_length, CONTEXT + HORIZON)
+    length = max(args.model_length, CONTEXT + AHEAD)
     numbers = range(args.model_eval_batches)
     heldout = [sample_windows(heldout, number, length, 1, args)[0] for number in numbers]
 
@@ -1730,20 +1726,7 @@ def train_world_model(
         stale = done - int(state.improved) >= args.model_patience
         return state, f", held-out {loss:.3f}", stale
 
-    done, state = train(
-        model_run,
-        done,
-        state,
-        sums,
-        update=update,
-        load=load,
-        evaluate=evaluate,
-        means=mean_metrics,
-        total=args.model_updates,
-        eval_every=args.model_eval_every,
-        checkpoint_every=args.model_eval_every,
-        args=args,
-    )
+    done, state = train(model_run, done, state, sums, update, load, evaluate, mean_metrics)
     final = {"final/updates": done, "final/best_update": int(state.best_update)}
     model_run.log(done, args.seed, final | {"final/heldout_total": float(state.best_loss)})
     members = jax.device_get(state.best)
@@ -1771,24 +1754,24 @@ def evaluate_model(
         count += inside[0]
         if i == 0 and run.writes:
             draw_predictions(windows, predicted[0], run.dir / "world_model.png")
-    counts = {k: count if "error" in k else len(heldout) * args.model_batch_size for k in total}
+    counts = {k: count if "error" in k else len(heldout) for k in total}
     return {name: total[name] / counts[name] for name in total if counts[name]}
 
 
 def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path, count: int = 3) -> None:
     """Draws world_model.png: real frames above open-loop predictions for the same steps.
 
-    windows [B, T], predicted uint8 [B, HORIZON, 84, 84]; those inside one episode first.
+    windows [B, T], predicted uint8 [B, AHEAD, 84, 84]; those inside one episode first.
     """
     from matplotlib.figure import Figure  # without pyplot's global state
 
     steps = (-1, 0, 1, 2, 3, 5, 7, 10, 12, 15)  # after the last frame that was filtered
-    crossing = windows.is_first[:, 1 : CONTEXT + HORIZON].any(axis=1)
+    crossing = windows.is_first[:, 1 : CONTEXT + AHEAD].any(axis=1)
     chosen = np.argsort(crossing, kind="stable")[:count]
     figure = Figure((len(steps), 2 * len(chosen) + 0.3), layout="constrained")
     grid = figure.subplots(2 * len(chosen), len(steps), squeeze=False)
     for row, i in enumerate(chosen):
-        real = windows.frame[i, : CONTEXT + HORIZON]
+        real = windows.frame[i, : CONTEXT + AHEAD]
         frames = np.concatenate([real[:CONTEXT], predicted[i]])
         for line, (label, shown) in enumerate((("real", real), ("predicted", frames))):
             for column, step in enumerate(steps):
@@ -1826,15 +1809,15 @@ def require_devices() -> None:
 def check_args(args, ranges: dict[str, tuple[float, float]]):
     """The arguments, with ~ in paths expanded. A number out of its range ends the program."""
     for name, value in vars(args).items():
+        flag = name.replace("_", "-")
         if type(value) in (int, float):
             least, most = ranges.get(name, (type(value) is int, 1e15))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
-                flag = name.replace("_", "-")
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
-    if args.batch_size % jax.device_count():
-        message = f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices"
-        raise SystemExit(f"{message}; give a multiple.")
+        if name.endswith("batch_size") and value % jax.device_count():
+            message = f"--{flag} {value} cannot be shared by {jax.device_count()} devices"
+            raise SystemExit(f"{message}; give a multiple.")
     paths = {k: Path(os.path.expanduser(x)) for k, x in vars(args).items() if isinstance(x, Path)}
     return dataclasses.replace(args, **paths)
 
@@ -1851,13 +1834,16 @@ def keep_programs() -> None:
 
 
 # --- processes (identical in *_atari.py) ---
-def join_processes(args) -> None:
-    """Makes a CPU's cores devices; joins the processes of a run, which all start this script."""
+def join_processes(args, *shared: int) -> None:
+    """Makes a CPU's cores devices; joins the processes of a run, which all start this script.
+
+    The devices of a CPU are as many as can share each batch, and each further number `shared`.
+    """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = (os.environ.get(name) for name in names)
     if jax.config.jax_num_cpu_devices < 0:  # not set by JAX's own JAX_NUM_CPU_DEVICES
         sizes = [value for name, value in vars(args).items() if name.endswith("batch_size")]
-        share, cores = math.gcd(*sizes) // int(number or 1), os.cpu_count() or 1
+        share, cores = math.gcd(*sizes, *shared) // int(number or 1), os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
         numbers = [n for n in range(1, cores + 1) if share % n == 0]
@@ -1892,7 +1878,6 @@ def check_mix(args: Args) -> None:
         message = f"--rollout-starts {args.rollout_starts} must be a multiple of --members"
         raise SystemExit(f"{message} {args.members}.")
     for name, number in (
-        ("--model-batch-size", args.model_batch_size),
         ("--batch-size times --model-share", model_rows(args)),
         ("--batch-size times 1 - --model-share", args.batch_size - model_rows(args)),
         ("--rollout-starts / --members", args.rollout_starts // args.members),
@@ -1904,7 +1889,8 @@ def check_mix(args: Args) -> None:
 
 def main(args: Args) -> None:
     keep_programs()
-    join_processes(args)
+    rows = [model_rows(args)] if 0 <= args.model_share <= 1 else []  # else check_args ends it
+    join_processes(args, *rows, args.rollout_starts // max(1, args.members))
     args = check_args(args, RANGES)
     check_mix(args)
     store = open_store(args)
@@ -1948,11 +1934,7 @@ def main(args: Args) -> None:
         return put(load_starts(store, generation, args, rows), by_device)
 
     def predict(state: TrainState, generation: int, starts: Starts, replay: bool) -> TrainState:
-        slot, key = (
-            generation % args.rollout_generations,
-            jax.random.fold_in(rollout_key, generation),
-        )
-        inputs = (state.rollouts, starts, slot, replay, state.params, members, key)
+        inputs = (state.rollouts, starts, generation, replay, state.params, members, rollout_key)
         return state._replace(rollouts=add_rollouts(*inputs, network, world_model, args))
 
     def learn(state: TrainState, loaded: tuple[Batch, Starts | None], step: int):
@@ -1972,21 +1954,7 @@ def main(args: Args) -> None:
         state = predict(state, generation, starts(generation), replay=True)
         if any(all_processes(run.stopping)):
             run.exit()
-    done, state = train(
-        run,
-        done,
-        state,
-        sums,
-        update=learn,
-        load=load,
-        evaluate=evaluate,
-        means=mean_metrics,
-        total=args.total_updates,
-        eval_every=args.eval_every,
-        checkpoint_every=args.checkpoint_every,
-        args=args,
-        saved=saved,
-    )
+    done, state = train(run, done, state, sums, learn, load, evaluate, mean_metrics, saved)
     finish_run(run, done, state.params, network, args)
 
 
@@ -2005,7 +1973,7 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        status = "The memory is not enough: give a smaller batch size, or a smaller network."
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one

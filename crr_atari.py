@@ -846,7 +846,7 @@ class Run:
         for name in ("losses/total", "charts/grad_norm"):
             if not np.isfinite(metrics.get(name, 0.0)).all():
                 message = f"{name} is not finite by update {done:,}; the last checkpoint is kept"
-                raise SystemExit(f"{message}. Try a lower --learning-rate.")
+                raise SystemExit(f"{message}. Try a lower learning rate.")
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
@@ -936,15 +936,15 @@ def require_devices() -> None:
 def check_args(args, ranges: dict[str, tuple[float, float]]):
     """The arguments, with ~ in paths expanded. A number out of its range ends the program."""
     for name, value in vars(args).items():
+        flag = name.replace("_", "-")
         if type(value) in (int, float):
             least, most = ranges.get(name, (type(value) is int, 1e15))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
-                flag = name.replace("_", "-")
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
-    if args.batch_size % jax.device_count():
-        message = f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices"
-        raise SystemExit(f"{message}; give a multiple.")
+        if name.endswith("batch_size") and value % jax.device_count():
+            message = f"--{flag} {value} cannot be shared by {jax.device_count()} devices"
+            raise SystemExit(f"{message}; give a multiple.")
     paths = {k: Path(os.path.expanduser(x)) for k, x in vars(args).items() if isinstance(x, Path)}
     return dataclasses.replace(args, **paths)
 
@@ -961,13 +961,16 @@ def keep_programs() -> None:
 
 
 # --- processes (identical in *_atari.py) ---
-def join_processes(args) -> None:
-    """Makes a CPU's cores devices; joins the processes of a run, which all start this script."""
+def join_processes(args, *shared: int) -> None:
+    """Makes a CPU's cores devices; joins the processes of a run, which all start this script.
+
+    The devices of a CPU are as many as can share each batch, and each further number `shared`.
+    """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = (os.environ.get(name) for name in names)
     if jax.config.jax_num_cpu_devices < 0:  # not set by JAX's own JAX_NUM_CPU_DEVICES
         sizes = [value for name, value in vars(args).items() if name.endswith("batch_size")]
-        share, cores = math.gcd(*sizes) // int(number or 1), os.cpu_count() or 1
+        share, cores = math.gcd(*sizes, *shared) // int(number or 1), os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
         numbers = [n for n in range(1, cores + 1) if share % n == 0]
@@ -1088,7 +1091,7 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        status = "The memory is not enough: give a smaller batch size, or a smaller network."
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one

@@ -277,6 +277,7 @@ class WorldModel(nn.Module):
         return Decoded(*(head(features) for head in heads))
 
     def __call__(self, state: State, action, frame):
+        """One filtered step, for `init`."""
         deter = self.advance(state, action)
         posterior = self.posterior(deter, self.encode(frame))
         return self.prior(deter), posterior, self.decode(State(deter, draw_latent(posterior)))
@@ -381,11 +382,10 @@ def imagine(network: WorldModel, params, state: State, action, key=None) -> Stat
     return State(deter, draw_latent(network.apply(params, deter, method="prior"), key))
 
 
-def observe(network: WorldModel, params, windows: Windows, key=None, state: State | None = None):
+def observe(network: WorldModel, params, windows: Windows, key=None):
     """Filters windows [B, T] with the posterior (its mode, or samples if there is a key).
 
-    Args:
-      state: before the windows, [B] [default: empty]. It is reset at every first frame.
+    The state is empty before a window and at every first frame.
 
     Returns:
       The states [B, T], and the prior's and the posterior's logits [B, T, latents, classes].
@@ -393,13 +393,12 @@ def observe(network: WorldModel, params, windows: Windows, key=None, state: Stat
     batch_size, length = windows.action.shape
     embedding = network.apply(params, windows.frame, method="encode")
     keys = None if key is None else jax.random.split(key, length)
-    empty = empty_state(network, batch_size)
 
     def step(state, inputs):
         action, is_first, embedding, key = inputs
-        state = jax.tree.map(
-            lambda x: jnp.where(is_first.reshape(-1, *[1] * (x.ndim - 1)), 0, x), state
-        )
+        reset = is_first[:, None]
+        h, z = jnp.where(reset, 0, state.deter), jnp.where(reset[..., None], 0, state.latent)
+        state = State(h, z)
         deter = network.apply(params, state, action, method="advance")
         logits = network.apply(params, deter, embedding, method="posterior")
         state = State(deter, draw_latent(logits, key))
@@ -407,7 +406,7 @@ def observe(network: WorldModel, params, windows: Windows, key=None, state: Stat
 
     inputs = (windows.action, windows.is_first, embedding)
     inputs = (*(jnp.moveaxis(x, 1, 0) for x in inputs), keys)
-    _, outputs = jax.lax.scan(step, empty if state is None else state, inputs)
+    _, outputs = jax.lax.scan(step, empty_state(network, batch_size), inputs)
     states, posterior = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
     return states, network.apply(params, states.deter, method="prior"), posterior
 
@@ -495,9 +494,9 @@ def init_model(key, background, network: WorldModel, args: Args) -> ModelState:
     for params in init_members(key, network, args.members):
         params["params"]["decoder"]["background"] = jnp.asarray(background.ravel())
         members.append(MemberState(params, model_optimizer(args).init(params), jnp.int32(0)))
-    best = [jax.tree.map(jnp.copy, member.params) for member in members]
+    best = [jax.tree.map(jnp.copy, member.params) for member in members]  # updates donate theirs
     never = (jnp.float32(jnp.inf), jnp.int32(0))
-    return ModelState(members, best, *never, *jax.tree.map(jnp.copy, never))
+    return ModelState(members, best, *never, *never)
 
 
 @partial(jax.jit, static_argnames=("network", "args"), donate_argnames="state")
@@ -530,21 +529,20 @@ def update_model(state: ModelState, windows: list[Windows], keys, network, args:
 
 def note_evaluation(state: ModelState, loss: float, update: int, args: Args) -> ModelState:
     """Keeps the parameters if no evaluation had a lower loss, and the reference for the end."""
-    now = {"best_loss": jnp.float32(loss), "best_update": jnp.int32(update)}
+    now = (jnp.float32(loss), jnp.int32(update))
     if loss < float(state.reference) * (1 - args.model_min_improvement):
-        reference, improved = jax.tree.map(jnp.copy, tuple(now.values()))
-        state = state._replace(reference=reference, improved=improved)
+        state = state._replace(reference=now[0], improved=now[1])
     if loss < float(state.best_loss):
         best = [jax.tree.map(jnp.copy, member.params) for member in state.members]
-        state = state._replace(best=best, **now)
+        state = state._replace(best=best, best_loss=now[0], best_update=now[1])
     return state
 
 
-CONTEXT, HORIZON = 5, 15  # frames that an evaluation filters and then predicts
+CONTEXT, AHEAD = 5, 15  # frames that an evaluation filters and then predicts
 
 
 def predict_frames(network: WorldModel, params, windows: Windows) -> jax.Array:
-    """Images [B, HORIZON, 84, 84] of a member after CONTEXT frames of windows [B, T].
+    """Images [B, AHEAD, 84, 84] of a member after CONTEXT frames of windows [B, T].
 
     Open loop: it sees the logged actions, and every latent is the prior's mode.
     """
@@ -554,7 +552,7 @@ def predict_frames(network: WorldModel, params, windows: Windows) -> jax.Array:
         state = imagine(network, params, state, action)
         return state, state
 
-    action = windows.action[:, CONTEXT : CONTEXT + HORIZON].T
+    action = windows.action[:, CONTEXT : CONTEXT + AHEAD].T
     _, states = jax.lax.scan(step, jax.tree.map(lambda x: x[:, -1], states), action)
     images = network.apply(params, states, method="decode").image
     return jnp.moveaxis(images, 0, 1)
@@ -565,19 +563,19 @@ def evaluate_member(params, windows: Windows, key, network: WorldModel, args: Ar
     """Held-out losses and prediction errors of a member on windows [B, T].
 
     Returns:
-      Sums of the losses over the windows; sums over the windows inside one episode (and their
-      number) of the mean squared error of a pixel, for predictions and for copies of the last
-      frame; the predictions, uint8 [B, HORIZON, 84, 84].
+      The mean losses; sums over the windows inside one episode (and their number) of the mean
+      squared error of a pixel, for predictions and for copies of the last frame; the predictions,
+      uint8 [B, AHEAD, 84, 84].
     """
     _, losses = world_model_loss(params, windows, key, network, args)
     predicted = predict_frames(network, params, windows)
-    image = to_image(windows.frame[:, : CONTEXT + HORIZON])
-    inside = ~jnp.any(windows.is_first[:, 1 : CONTEXT + HORIZON], axis=1)  # [B]
+    image = to_image(windows.frame[:, : CONTEXT + AHEAD])
+    inside = ~jnp.any(windows.is_first[:, 1 : CONTEXT + AHEAD], axis=1)  # [B]
     error = jnp.mean((predicted - image[:, CONTEXT:]) ** 2, axis=(2, 3))  # [B, H]
     copy_error = jnp.mean((image[:, CONTEXT - 1, None] - image[:, CONTEXT:]) ** 2, axis=(2, 3))
-    sums = {f"heldout/{k}": x * windows.action.shape[0] for k, x in losses.items()}
+    sums = {f"heldout/{k}": x for k, x in losses.items()}
     for name, errors in (("error", error), ("copy_error", copy_error)):
-        for step in (1, 5, HORIZON):
+        for step in (1, 5, AHEAD):
             sums[f"heldout/{name}_{step}"] = jnp.sum(errors[:, step - 1] * inside)
     return sums, jnp.sum(inside), to_frame(predicted)
 
@@ -683,7 +681,7 @@ def make_network(num_actions: int, args: Args) -> PolicyNetwork:
 
 
 class Imagined(NamedTuple):
-    """Imagined episodes [B], side by side."""
+    """Rows [B] of imagined episodes, side by side; where one ends, the next begins."""
 
     state: State  # [B, E, ...], of every member
     frames: jax.Array  # uint8 [B, 84, 84, 4], what the policy sees, newest last
@@ -703,7 +701,7 @@ class Outcome(NamedTuple):
 
 
 class Transitions(NamedTuple):
-    """Steps of imagined episodes [B, T]."""
+    """Steps of the rows of imagined episodes, [B, T]."""
 
     frames: jax.Array  # uint8 [B, T, 84, 84, 4], before the step
     action: jax.Array  # int32
@@ -736,14 +734,15 @@ def discrepancy(image, reward, block: int):
 
 def start_episodes(network: WorldModel, params, windows: Windows, member) -> Imagined:
     """Episodes in the worlds of `member` [B] from the last frames of windows [B, warm_up]."""
-    states = jax.vmap(lambda p: observe(network, p, windows)[0], out_axes=1)(params)
+    # One member after the other: a vmap makes grouped convolutions, which devices do not share.
+    states = jax.lax.map(lambda p: observe(network, p, windows)[0], params)  # [E, B, warm_up, ...]
     # Frames from before the start of the game's episode are zero, as in the environment.
     later = jnp.cumsum(windows.is_first[:, ::-1], axis=1)[:, ::-1] - windows.is_first
     own = (later == 0)[:, -4:, None, None]
     frames = jnp.moveaxis(jnp.where(own, windows.frame[:, -4:], 0), 1, -1)
-    steps = jnp.zeros_like(member)
-    state = jax.tree.map(lambda x: x[:, :, -1], states)
-    return Imagined(state, frames, member, steps, steps.astype(jnp.float32))
+    state = jax.tree.map(lambda x: x[:, :, -1].swapaxes(0, 1), states)
+    zeros = jnp.zeros(member.shape)
+    return Imagined(state, frames, member, zeros.astype(jnp.int32), zeros)
 
 
 def imagined_step(
@@ -759,7 +758,8 @@ def imagined_step(
         state = imagine(network, params, state, action)
         return state, network.apply(params, state, method="decode")
 
-    predicted, decoded = jax.vmap(predict, in_axes=(0, 1))(params, env.state)  # [E, B, ...]
+    before = jax.tree.map(lambda x: x.swapaxes(0, 1), env.state)  # [E, B, ...]
+    predicted, decoded = jax.lax.map(lambda x: predict(*x), (params, before))
     by_episode = jax.tree.map(lambda x: x.swapaxes(0, 1), (predicted, decoded))
     state, own = by_episode[0], pick(by_episode[1], env.member)
     frame = to_frame(own.image)  # [B, 84, 84]
@@ -768,7 +768,7 @@ def imagined_step(
         embedding = network.apply(params, frame, method="encode")
         return draw_latent(network.apply(params, deter, embedding, method="posterior"))
 
-    latent = jax.vmap(filtered, out_axes=1)(params, predicted.deter)  # [B, E, ...]
+    latent = jax.lax.map(lambda x: filtered(*x), (params, predicted.deter)).swapaxes(0, 1)
     decides = jnp.arange(args.members) == env.member[:, None]  # [B, E]
     state = State(state.deter, jnp.where(decides[..., None, None], state.latent, latent))
 
@@ -842,8 +842,8 @@ def ppo_loss(params, steps: Transitions, advantage, policy: PolicyNetwork, args:
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - args.clip_ratio, 1 + args.clip_ratio)
     value_loss = jnp.mean((value - steps.value - advantage) ** 2) / 2
-    advantage = (advantage - jnp.mean(advantage)) / (jnp.std(advantage) + 1e-8)
-    policy_loss = -jnp.mean(jnp.minimum(ratio * advantage, clipped * advantage))
+    scaled = (advantage - jnp.mean(advantage)) / (jnp.std(advantage) + 1e-8)
+    policy_loss = -jnp.mean(jnp.minimum(ratio * scaled, clipped * scaled))
     entropy = -jnp.mean(jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1))
     total = policy_loss + args.value_coef * value_loss - args.entropy_coef * entropy
     return total, {
@@ -896,9 +896,8 @@ def rollout(params, env: Imagined, starts: Imagined, key, step: Callable, policy
       The episodes then, Transitions [B, T], and a dictionary of metrics, of which "ended" are sums
       over the episodes that ended.
     """
-    # Logits [B, 1 + N, actions] and values [B, 1 + N] of the episodes and of the starts.
-    first = policy.apply(params, jnp.concatenate([env.frames[:, None], starts.frames], axis=1))
-    outputs, start_outputs = tuple(x[:, 0] for x in first), tuple(x[:, 1:] for x in first)
+    # Logits [B, (N,) actions] and values [B, (N)] of the episodes and of the starts.
+    outputs, start_outputs = (policy.apply(params, x.frames) for x in (env, starts))
 
     def one_step(carry, key):
         env, (logits, value), used = carry
@@ -972,7 +971,7 @@ def collect(state: TrainState, windows: Windows, model, key, policy, network, ar
 def minibatches(key, batch_size: int, length: int, args: Args):
     """Indices of the steps [B, T] in each minibatch: [epochs · minibatches, B, T / minibatches].
 
-    The steps are shuffled within an episode, whose device has them.
+    The steps are shuffled within a row, whose device has them.
     """
     order = jnp.broadcast_to(jnp.arange(length), (args.epochs, batch_size, length))
     order = jax.random.permutation(key, order, axis=2, independent=True)
@@ -1530,7 +1529,7 @@ class Run:
         for name in ("losses/total", "charts/grad_norm"):
             if not np.isfinite(metrics.get(name, 0.0)).all():
                 message = f"{name} is not finite by update {done:,}; the last checkpoint is kept"
-                raise SystemExit(f"{message}. Try a lower --learning-rate.")
+                raise SystemExit(f"{message}. Try a lower learning rate.")
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
@@ -1609,13 +1608,9 @@ def train(
     load: Callable,
     evaluate: Callable,
     means: Callable,
-    total: int,
-    eval_every: int,
-    checkpoint_every: int,
-    args: Args,
     saved: Callable = lambda state: state,
 ):
-    """Trains until `total` updates are done or an evaluation says that it is enough.
+    """Trains until `total_updates` of the run are done or an evaluation says that it is enough.
 
     Args:
       done, state, sums: where `Run.restore` says that it goes on.
@@ -1628,14 +1623,15 @@ def train(
     Returns:
       The number of updates done, and the state.
     """
+    args = run.args
     run.show(done, "compiling")
     batches, metrics, shown = load_batches(load, done, args.loader_threads), None, ""
     while True:
-        enough = done == total
-        evaluates = done > 0 and (done % eval_every == 0 or enough)
+        enough = done == args.total_updates
+        evaluates = done > 0 and (done % args.eval_every == 0 or enough)
         agrees = evaluates or done % args.log_every == 0 or jax.process_count() == 1
         stops = agrees and any(all_processes(run.stopping))
-        if stops or evaluates or done % checkpoint_every == 0:
+        if stops or evaluates or done % args.checkpoint_every == 0:
             run.save(done, jax.tree.map(whole, saved(state)), sums)
         if evaluates and not stops:
             state, shown, stale = evaluate(done, state)
@@ -1730,6 +1726,7 @@ def finish_run(run: Run, done: int, params, network, args: Args) -> None:
 
 # --- world model training (identical in morel_atari.py and combo_atari.py) ---
 MODEL_SIZES = "members deter hidden latents classes depth head_units clip_rewards".split()
+MODEL_RUN = "world_model total_updates eval_every checkpoint_every".split()  # differ in its run
 
 
 class ModelRun(Run):
@@ -1750,28 +1747,34 @@ def get_world_model(run: Run, store: Store, data: dict, network: WorldModel, mes
     """Parameters of the ensemble, each leaf [members, ...]: loaded, or trained before."""
     folder = args.world_model or Path(f"{run.dir}-world-model")
     if args.world_model or ((folder / "members.msgpack").exists() and not args.overwrite):
-        members = load_world_model(folder, args)
+        members = load_world_model(run, folder)
     else:
         members = train_world_model(run, folder, store, data, network, mesh, args)
-    run.started = time.monotonic()
+    run.started = time.monotonic()  # the policy's time begins
     run.bar.unpause()
     members = jax.tree.map(lambda *x: np.stack(x), *members)
     return jax.device_put(members, NamedSharding(mesh, P()))
 
 
-def load_world_model(folder: Path, args: Args) -> list:
+def load_world_model(run: Run, folder: Path) -> list:
     """The members in the folder of a world model, or one sentence about why they are not there."""
+    args = run.args
     try:
-        theirs = json.loads((folder / "config.json").read_text())["args"]
+        config = json.loads((folder / "config.json").read_text())
+        theirs = config["args"] | {"data": config.get("data")}
         content = (folder / "members.msgpack").read_bytes()
         env_id = theirs["env_id"]
     except (OSError, ValueError, KeyError, TypeError):
         raise SystemExit(f"There is no trained world model in {folder}.") from None
     if env_id != args.env_id:
         raise SystemExit(f"{folder} is a world model of {env_id}, not of {args.env_id}.")
-    pairs = [(name, theirs.get(name), getattr(args, name)) for name in MODEL_SIZES]
+    ours, names = run.config["args"] | {"data": run.config["data"]}, MODEL_SIZES
+    if not args.world_model:  # the run's own, of an earlier start
+        names = [name for name in ours if name not in (*NOT_COMPARED, *MODEL_RUN)]
+    pairs = [(name, theirs.get(name, ours[name]), ours[name]) for name in names]
     if changes := ", ".join(f"{name} {a}" for name, a, b in pairs if a != b):
-        raise SystemExit(f"{folder} is a world model with {changes}: give the same.")
+        message = f"{folder} is a world model with {changes}"
+        raise SystemExit(f"{message}: give the same, or another --run-dir.")
     if zlib.crc32(content[4:]) != int.from_bytes(content[:4], "little"):
         raise SystemExit(f"{folder}/members.msgpack is damaged: copy or train it again.")
     return list(serialization.msgpack_restore(content[4:]).values())
@@ -1798,6 +1801,7 @@ def train_world_model(
 ) -> list:
     """Trains the ensemble in a run of its own -> parameters of the members."""
     changed = {"run_dir": folder, "total_updates": args.model_updates, "track": False}
+    changed |= dict.fromkeys(("eval_every", "checkpoint_every"), args.model_eval_every)
     if run.writes and args.overwrite:
         (folder / "members.msgpack").unlink(missing_ok=True)
     model_run = ModelRun(run, dataclasses.replace(args, **changed), data)
@@ -1809,7 +1813,7 @@ def train_world_model(
     state = init_model(init_key, np.mean(to_image(frames), axis=0), network, args)
     done, *state_and_sums = model_run.restore(state)
     state, sums = jax.device_put(state_and_sums, replicated)
-    length = max(args.model_length, CONTEXT + HORIZON)
+    length = max(args.model_length, CONTEXT + AHEAD)
     numbers = range(args.model_eval_batches)
     heldout = [sample_windows(heldout, number, length, 1, args)[0] for number in numbers]
 
@@ -1833,20 +1837,7 @@ def train_world_model(
         stale = done - int(state.improved) >= args.model_patience
         return state, f", held-out {loss:.3f}", stale
 
-    done, state = train(
-        model_run,
-        done,
-        state,
-        sums,
-        update=update,
-        load=load,
-        evaluate=evaluate,
-        means=mean_metrics,
-        total=args.model_updates,
-        eval_every=args.model_eval_every,
-        checkpoint_every=args.model_eval_every,
-        args=args,
-    )
+    done, state = train(model_run, done, state, sums, update, load, evaluate, mean_metrics)
     final = {"final/updates": done, "final/best_update": int(state.best_update)}
     model_run.log(done, args.seed, final | {"final/heldout_total": float(state.best_loss)})
     members = jax.device_get(state.best)
@@ -1874,24 +1865,24 @@ def evaluate_model(
         count += inside[0]
         if i == 0 and run.writes:
             draw_predictions(windows, predicted[0], run.dir / "world_model.png")
-    counts = {k: count if "error" in k else len(heldout) * args.model_batch_size for k in total}
+    counts = {k: count if "error" in k else len(heldout) for k in total}
     return {name: total[name] / counts[name] for name in total if counts[name]}
 
 
 def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path, count: int = 3) -> None:
     """Draws world_model.png: real frames above open-loop predictions for the same steps.
 
-    windows [B, T], predicted uint8 [B, HORIZON, 84, 84]; those inside one episode first.
+    windows [B, T], predicted uint8 [B, AHEAD, 84, 84]; those inside one episode first.
     """
     from matplotlib.figure import Figure  # without pyplot's global state
 
     steps = (-1, 0, 1, 2, 3, 5, 7, 10, 12, 15)  # after the last frame that was filtered
-    crossing = windows.is_first[:, 1 : CONTEXT + HORIZON].any(axis=1)
+    crossing = windows.is_first[:, 1 : CONTEXT + AHEAD].any(axis=1)
     chosen = np.argsort(crossing, kind="stable")[:count]
     figure = Figure((len(steps), 2 * len(chosen) + 0.3), layout="constrained")
     grid = figure.subplots(2 * len(chosen), len(steps), squeeze=False)
     for row, i in enumerate(chosen):
-        real = windows.frame[i, : CONTEXT + HORIZON]
+        real = windows.frame[i, : CONTEXT + AHEAD]
         frames = np.concatenate([real[:CONTEXT], predicted[i]])
         for line, (label, shown) in enumerate((("real", real), ("predicted", frames))):
             for column, step in enumerate(steps):
@@ -1930,15 +1921,15 @@ def require_devices() -> None:
 def check_args(args, ranges: dict[str, tuple[float, float]]):
     """The arguments, with ~ in paths expanded. A number out of its range ends the program."""
     for name, value in vars(args).items():
+        flag = name.replace("_", "-")
         if type(value) in (int, float):
             least, most = ranges.get(name, (type(value) is int, 1e15))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
-                flag = name.replace("_", "-")
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
-    if args.batch_size % jax.device_count():
-        message = f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices"
-        raise SystemExit(f"{message}; give a multiple.")
+        if name.endswith("batch_size") and value % jax.device_count():
+            message = f"--{flag} {value} cannot be shared by {jax.device_count()} devices"
+            raise SystemExit(f"{message}; give a multiple.")
     paths = {k: Path(os.path.expanduser(x)) for k, x in vars(args).items() if isinstance(x, Path)}
     return dataclasses.replace(args, **paths)
 
@@ -1955,13 +1946,16 @@ def keep_programs() -> None:
 
 
 # --- processes (identical in *_atari.py) ---
-def join_processes(args) -> None:
-    """Makes a CPU's cores devices; joins the processes of a run, which all start this script."""
+def join_processes(args, *shared: int) -> None:
+    """Makes a CPU's cores devices; joins the processes of a run, which all start this script.
+
+    The devices of a CPU are as many as can share each batch, and each further number `shared`.
+    """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = (os.environ.get(name) for name in names)
     if jax.config.jax_num_cpu_devices < 0:  # not set by JAX's own JAX_NUM_CPU_DEVICES
         sizes = [value for name, value in vars(args).items() if name.endswith("batch_size")]
-        share, cores = math.gcd(*sizes) // int(number or 1), os.cpu_count() or 1
+        share, cores = math.gcd(*sizes, *shared) // int(number or 1), os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
         numbers = [n for n in range(1, cores + 1) if share % n == 0]
@@ -1994,10 +1988,6 @@ def check_policy_args(args: Args) -> None:
     if args.rollout_length % args.minibatches:
         message = f"--rollout-length {args.rollout_length} must be a multiple of --minibatches"
         raise SystemExit(f"{message} {args.minibatches}.")
-    for name in ("model_batch_size", "bc_batch_size"):
-        if getattr(args, name) % jax.device_count():
-            message = f"--{name.replace('_', '-')} {getattr(args, name)} cannot be shared by"
-            raise SystemExit(f"{message} {jax.device_count()} devices; give a multiple.")
 
 
 def measure_halting(
@@ -2007,19 +1997,17 @@ def measure_halting(
 
     Logs how many of these it would halt, and of those with random actions; draws discrepancy.png.
     """
-    replays, rows = [], process_rows(args.batch_size)
+    replays, rows = {"logged": [], "random": []}, process_rows(args.batch_size)
     for i in range(args.halt_batches):
         windows, logged = sample_starts(store, (args.seed, i, 1), args.batch_size, rows, args)
         rng, shape = np.random.default_rng((args.seed, i, 2)), (args.batch_size, args.horizon)
         random = rng.integers(num_actions, size=shape, dtype=np.int32)[rows]
-        for actions in (logged, random):
+        for name, actions in (("logged", logged), ("random", random)):
             outputs = replay(model, *put((windows, actions), by_device), network, args)
-            replays.append(multihost_utils.process_allgather(outputs, tiled=True))
+            replays[name].append(multihost_utils.process_allgather(outputs, tiled=True))
         if any(all_processes(run.stopping)):
             run.exit()
-    logged, random = (
-        [np.concatenate(x) for x in zip(*replays[i::2], strict=True)] for i in range(2)
-    )
+    logged, random = (jax.tree.map(lambda *x: np.concatenate(x), *x) for x in replays.values())
     threshold = halt_threshold(logged, args.halt_quantile)
     rates = [halt_rate(x, threshold) for x in (logged, random)]
     names = ("charts/threshold", "charts/halt_rate_logged", "charts/halt_rate_random")
@@ -2115,20 +2103,7 @@ def main(args: Args) -> None:
     def evaluate(done: int, state: TrainState):
         return state, evaluate_agent(run, done, state.params, policy, args), False
 
-    done, state = train(
-        run,
-        done,
-        state,
-        sums,
-        update=learner,
-        load=load,
-        evaluate=evaluate,
-        means=mean_ppo_metrics,
-        total=args.total_updates,
-        eval_every=args.eval_every,
-        checkpoint_every=args.checkpoint_every,
-        args=args,
-    )
+    done, state = train(run, done, state, sums, learner, load, evaluate, mean_ppo_metrics)
     finish_run(run, done, state.params, policy, args)
 
 
@@ -2147,7 +2122,7 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        status = "The memory is not enough: give a smaller batch size, or a smaller network."
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one

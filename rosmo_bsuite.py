@@ -833,7 +833,7 @@ class Run:
         for name in ("losses/total", "charts/grad_norm"):
             if not np.isfinite(metrics.get(name, 0.0)).all():
                 message = f"{name} is not finite by update {done:,}; the last checkpoint is kept"
-                raise SystemExit(f"{message}. Try a lower --learning-rate.")
+                raise SystemExit(f"{message}. Try a lower learning rate.")
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
@@ -922,15 +922,15 @@ def require_devices() -> None:
 def check_args(args, ranges: dict[str, tuple[float, float]]):
     """The arguments, with ~ in paths expanded. A number out of its range ends the program."""
     for name, value in vars(args).items():
+        flag = name.replace("_", "-")
         if type(value) in (int, float):
             least, most = ranges.get(name, (type(value) is int, 1e15))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
-                flag = name.replace("_", "-")
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
-    if args.batch_size % jax.device_count():
-        message = f"--batch-size {args.batch_size} cannot be shared by {jax.device_count()} devices"
-        raise SystemExit(f"{message}; give a multiple.")
+        if name.endswith("batch_size") and value % jax.device_count():
+            message = f"--{flag} {value} cannot be shared by {jax.device_count()} devices"
+            raise SystemExit(f"{message}; give a multiple.")
     paths = {k: Path(os.path.expanduser(x)) for k, x in vars(args).items() if isinstance(x, Path)}
     return dataclasses.replace(args, **paths)
 
@@ -1042,7 +1042,7 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        status = "The memory is not enough: give a smaller batch size, or a smaller network."
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one

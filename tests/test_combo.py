@@ -5,7 +5,10 @@ import difflib
 import inspect
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
 import zlib
 from functools import partial
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
+from conftest import ROOT
 from scipy.special import logsumexp, softmax
 
 import combo_atari as combo
@@ -30,7 +34,7 @@ TINY += " --eval-episodes 1 --final-eval-episodes 1 --heldout-percent 30 --model
 TINY += " --model-batch-size 2 --model-eval-every 2 --model-updates 2 --model-eval-batches 1"
 ARGS = tyro.cli(combo.Args, args=TINY.split())
 NETWORK, MODEL = combo.make_network(6, ARGS), combo.make_world_model(6, ARGS)
-PREDICT = partial(combo.add_rollouts, network=NETWORK, world_model=MODEL, args=ARGS)
+PREDICT = partial(combo.add_rollouts, network=NETWORK, model=MODEL, args=ARGS)
 # Of 20 transitions the last 8 come from the model.
 LOSS_ARGS = {
     push_up: dataclasses.replace(
@@ -106,9 +110,9 @@ def rollouts(store, q_params, members):
     """Two generations of members whose rollouts do end."""
     ring, members = combo.empty_rollouts(ARGS), with_ends(members)
     for generation in range(2):
-        key = jax.random.fold_in(jax.random.key(3), generation)
         starts = combo.load_starts(store, generation, ARGS)
-        ring = PREDICT(ring, starts, generation, False, q_params[0], members, key)
+        inputs = (False, q_params[0], members, jax.random.key(3))
+        ring = PREDICT(ring, starts, generation, *inputs)
     return ring
 
 
@@ -140,7 +144,7 @@ def test_every_transition_of_a_rollout_comes_from_one_member(store, q_params, me
 
 def test_a_generation_is_that_of_its_actions_whatever_q_is(rollouts, store, q_params, members):
     """What a run that goes on relies upon."""
-    members, key = with_ends(members), jax.random.fold_in(jax.random.key(3), 1)
+    members, key = with_ends(members), jax.random.key(3)
     starts = combo.load_starts(store, 1, ARGS)
     ring = combo.empty_rollouts(ARGS)._replace(action=rollouts.action + 0)
     replayed = PREDICT(ring, starts, 1, True, q_params[1], members, key)
@@ -500,7 +504,7 @@ def test_bad_arguments_give_one_sentence(change, message):
     [
         ({"batch_size": 12}, "--batch-size times --model-share is 6, which cannot be shared by 4"),
         ({"rollout_starts": 8}, "--rollout-starts / --members is 2, which cannot be shared by 4"),
-        ({"model_batch_size": 6}, "--model-batch-size is 6, which cannot be shared by 4 devices"),
+        ({"model_batch_size": 6}, "--model-batch-size 6 cannot be shared by 4 devices; give a"),
     ],
 )
 def test_what_several_devices_cannot_share_is_named(change, message, monkeypatch):
@@ -508,3 +512,17 @@ def test_what_several_devices_cannot_share_is_named(change, message, monkeypatch
     check(combo.Args())
     with pytest.raises(SystemExit, match=message):
         check(combo.Args(**change))
+
+
+def test_a_run_takes_as_many_cores_as_its_parts_can_share(tmp_path, cache_dir):
+    """Real and predicted rows and the rollouts of a member, too, on a machine of 16 cores."""
+    code = "import os, jax, combo_atari as combo\n"
+    code += "os.sched_getaffinity = lambda _: range(16)\n"
+    code += "combo.open_store = lambda args: exit(print('devices', jax.device_count()))\n"
+    code += "combo.main(combo.Args(batch_size={}, rollout_starts={}, model_share={}))\n"
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    environment |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache_dir)}
+    for settings, devices in (((16, 2048, 0.5), 8), ((512, 2048, 0.3), 2), ((512, 2000, 0.5), 4)):
+        command = [sys.executable, "-c", code.format(*settings)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.stdout == f"devices {devices}\n", result.stderr

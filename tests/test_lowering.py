@@ -84,7 +84,7 @@ def atari_programs(module, args):
         stacks = array(jnp.uint8, 2, 2, 4, 84, 84), array(jnp.uint8, 2, 2, 1), array(bool, 2, 2)
         starts = module.Starts(windows(module, 2, 2, 5), *stacks)
         inputs = (state.rollouts, starts, 0, False, params, stacked(member), key)
-        options["world_model"] = module.make_world_model(5, args)
+        options["model"] = module.make_world_model(5, args)
         yield "add_rollouts", module.add_rollouts.trace(*inputs, **options), both(params, member)
 
 

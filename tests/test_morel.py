@@ -134,11 +134,10 @@ def test_identical_members_have_no_discrepancy_and_different_ones_do(members, en
 def alone(params, state, action, frame):
     """One member of one episode, with the scalar inputs of a step: it predicts, and it filters."""
     predicted = morel.imagine(NETWORK, params, state, action)
-    no, first = jnp.zeros((1, 1), bool), partial(jax.tree.map, lambda x: x[None])
-    window = morel.Windows(frame[None, None], action[None, None], no, no, no)
-    filtered, *_ = morel.observe(NETWORK, params, window, state=first(state))
-    decoded = NETWORK.apply(params, predicted, method="decode")
-    return predicted, decoded, jax.tree.map(lambda x: x[0, 0], filtered)
+    embedding = NETWORK.apply(params, frame, method="encode")
+    logits = NETWORK.apply(params, predicted.deter, embedding, method="posterior")
+    filtered = morel.State(predicted.deter, morel.draw_latent(logits))
+    return predicted, NETWORK.apply(params, predicted, method="decode"), filtered
 
 
 def test_the_episodes_member_decides_and_the_others_filter_its_frame(members, env):

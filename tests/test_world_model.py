@@ -199,14 +199,10 @@ def test_the_prior_goes_on_from_a_filtered_state_as_the_filter_does(params):
     assert np.abs(other.deter - after.deter).max() > 1e-3
 
 
-def test_filtering_goes_on_from_a_state_and_starts_afresh_at_a_first_frame(params):
+def test_filtering_starts_afresh_at_a_first_frame(params):
     windows = random_windows()
-    head, tail = (jax.tree.map(lambda x: x[:, part], windows) for part in (slice(2), slice(2, 5)))  # noqa: B023
+    tail = jax.tree.map(lambda x: x[:, 2:], windows)
     whole, *_ = OBSERVE(params, windows)
-    middle = jax.tree.map(lambda x: x[:, -1], OBSERVE(params, head)[0])
-    going_on, *_ = OBSERVE(params, tail, state=middle)
-    np.testing.assert_allclose(going_on.deter, whole.deter[:, 2:], atol=1e-5)
-
     is_first, action = windows.is_first.copy(), windows.action.copy()
     is_first[1, 2], action[1, 2] = True, -1  # a new episode in the second window only
     reset, *_ = OBSERVE(params, windows._replace(is_first=is_first, action=action))
@@ -469,9 +465,34 @@ def test_overwrite_empties_both_folders_before_training_begins(trained, train, t
     assert lines(model) == lines(trained[0])
 
 
+def as_run(args, data=None):
+    """As much of a run as the loading of a world model looks at."""
+    plain = json.loads(json.dumps(dataclasses.asdict(args), default=str))
+    return SimpleNamespace(args=args, config={"args": plain, "data": data})
+
+
+def test_the_world_model_of_an_earlier_start_is_that_of_the_same_arguments(trained):
+    model, _ = trained
+    config = json.loads((model / "config.json").read_text())
+    args = dataclasses.replace(
+        ARGS, **{name: config["args"][name] for name in ("seed", "members", "model_updates")}
+    )
+    later = dataclasses.replace(args, total_updates=9 * args.total_updates, eval_every=7)
+    assert morel.load_world_model(as_run(later, config["data"]), model)
+    for change in ({"seed": 7}, {"kl_coef": 5.0}, {"data_percent": 50.0}, {"model_updates": 999}):
+        (name,) = change
+        with pytest.raises(SystemExit, match=rf"is a world model with {name} .*: give the same"):
+            morel.load_world_model(
+                as_run(dataclasses.replace(args, **change), config["data"]), model
+            )
+    with pytest.raises(SystemExit, match=r"is a world model with data \{.*: give the same, or"):
+        morel.load_world_model(as_run(args, config["data"] | {"crc32": 1}), model)
+
+
 def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trained, tmp_path):
     model, members = trained
-    loaded = morel.load_world_model(model, ARGS)
+    given = dataclasses.replace(ARGS, world_model=model)
+    loaded = morel.load_world_model(as_run(given), model)
     for i in range(2):
         expected = jax.tree.map(lambda x, i=i: x[i], members)
         jax.tree.map(np.testing.assert_array_equal, loaded[i], expected)
@@ -484,17 +505,17 @@ def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trai
         (model, {"clip_rewards": False}, "a world model with clip_rewards True: give"),
     ):
         with pytest.raises(SystemExit, match=message):
-            morel.load_world_model(folder, dataclasses.replace(ARGS, **change))
+            morel.load_world_model(as_run(dataclasses.replace(given, **change)), folder)
     for config in ("[1]", '{"args": {}}', '{"args": 3}'):
         (tmp_path / "empty" / "members.msgpack").touch()
         (tmp_path / "empty" / "config.json").write_text(config)
         with pytest.raises(SystemExit, match="There is no trained world model in"):
-            morel.load_world_model(tmp_path / "empty", ARGS)
+            morel.load_world_model(as_run(given), tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_bytes((model / "config.json").read_bytes())
     content = (model / "members.msgpack").read_bytes()
     (tmp_path / "empty" / "members.msgpack").write_bytes(content[:-1])
     with pytest.raises(SystemExit, match=r"members\.msgpack is damaged"):
-        morel.load_world_model(tmp_path / "empty", ARGS)
+        morel.load_world_model(as_run(given), tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
