@@ -33,8 +33,8 @@ reconstruction.
    frame and the reward. The prior's mode stands for its distribution.
 8. The policy sees four decoded frames, as in the game, and is evaluated without the model.
 9. The episode's own member fixes frame, reward and end; the others filter its frames.
-10. An update is an iteration of PPO with CleanRL's values for Atari. A minibatch has as many steps
-    of each imagined episode as any other.
+10. An update is an iteration of PPO with CleanRL's values for Atari. Imagined episodes run in rows,
+    in each one after the other; a minibatch has as many steps of each row as any other.
 11. The policy starts at random or, with --bc-updates, imitates the data first.
 """
 
@@ -148,7 +148,7 @@ class Args:
     halt_penalty: float = -10.0  # reward of a step that halts
     horizon: int = 50  # steps after which an imagined episode is cut off
     warm_up: int = 16  # logged frames that the members filter, up to that of an episode's start
-    starts: int = 4  # starts for each imagined episode in an update; used again if more are needed
+    starts: int = 4  # starts for each row of episodes in an update; used again if more are needed
 
     # policy: network (D.2.1)
     channels: int = 64  # channels of the policy's blocks; the rest of its network scales with it
@@ -159,7 +159,7 @@ class Args:
     bc_learning_rate: float = 7e-4  # Adam's learning rate for these
 
     # policy: PPO
-    batch_size: int = 64  # PPO: imagined episodes side by side, over all devices
+    batch_size: int = 64  # PPO: rows of imagined episodes, over all devices
     rollout_length: int = 128  # PPO: steps of each in an update
     epochs: int = 4  # PPO: passes over these steps
     minibatches: int = 4  # PPO: gradient steps of a pass

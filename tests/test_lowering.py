@@ -177,6 +177,8 @@ def test_accelerators_compute_every_layer_in_its_type(name, settings):
                 assert set(found) == expected, f"{label} in {dtype} for {platform}"
                 assert set(re.findall(r"[<x](b?f\d+)>", text)) == {"f32", short}, label
                 assert not re.findall(CALLBACK, text), label
+                # Devices do not share grouped convolutions, which a vmap over networks makes.
+                assert set(re.findall(r"feature_group_count = (\d+)", text)) <= {"1"}, label
                 total = Counter()
                 for (layer, *_), number in found.items():
                     total[layer] += number

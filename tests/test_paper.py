@@ -1,6 +1,9 @@
 """The paper's items as data."""
 
 import importlib
+import os
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -113,3 +116,18 @@ def test_sweeps_share_shell_scripts(name):
     items = [x for x in items if x.endswith("_atari") == name.endswith("_atari")]
     assert first == f'python benchmark/run.py {" ".join(items)} "$@"'
     assert second == first.replace("run.py", "report.py")
+
+
+@pytest.mark.parametrize("name", ["atari_small", "sweep_baselines_atari"])
+def test_a_dry_run_collects_nothing(name, tmp_path):
+    shutil.copytree(ROOT / "benchmark", tmp_path / "benchmark", ignore=lambda *_: ["results"])
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/calls\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for words, tools in ((["--dry-run"], "run report"), ([], "collect_atari run report")):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        script = tmp_path / "benchmark" / f"{name}.sh"
+        subprocess.run(["bash", script, *words], env=environment, check=True)
+        calls = (tmp_path / "calls").read_text().split()
+        assert calls == [f"benchmark/{tool}.py" for tool in tools.split()]
