@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import math
 from collections import Counter
 from functools import partial
@@ -26,6 +27,21 @@ OBSERVATION = jnp.zeros((10, 5))
 
 def random_batch(batch_size: int = 32):
     return helpers.random_steps(batch_size, 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "widths"),
+    [
+        (bc, [(50, 64, 64, 32), (32, 32), (32, 3)]),
+        (crr, [(50, 64, 64, 32), (32, 32), (32, 3), (32 + 3, 32, 256, 32), (32, 20)]),
+        (cql, [(50, 64, 64, 32), (32, 32), (32, 3 * 20)]),
+    ],
+)
+def test_networks_have_the_sizes_of_table_4(module, widths):
+    args = module.Args()
+    state = module.init_state(jax.random.key(0), module.make_network(3, args), OBSERVATION, args)
+    shapes = [x.shape for x in jax.tree.leaves(state.params) if x.ndim == 2]
+    assert Counter(shapes) == Counter(pair for x in widths for pair in itertools.pairwise(x))
 
 
 def test_behavior_cloning_against_a_loop():
