@@ -803,7 +803,7 @@ def write_page(
         why = f"the devices differ ({', '.join(sorted(devices))})" if len(devices) > 1 else why
         lines += [f"No curves against wall-clock: {why}.", ""]
     done, few = len(found), sum(len(r.seeds) < len(item.seeds) for r in found)
-    with_few = f", {few} of them with less than {len(item.seeds)} seeds" if few else ""
+    with_few = f", {few} of them with fewer than {len(item.seeds)} seeds" if few else ""
     lines += [f"{done} of {len(cells)} cells are finished{with_few}.", ""]
     if done < len(cells):
         lines[-2] += f" Not run: {not_run(item, cells)}."

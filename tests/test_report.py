@@ -128,7 +128,7 @@ def test_table_has_mean_and_std_of_the_runs_and_names_what_is_missing(tmp_path):
     page = (out / "table1.md").read_text()
     assert "| ROSMO |  |  | 0.750 ± 0.250 (2 seeds) |  |" in page
     assert "| MuZero Unplugged |  |  | -1.000 (1 seed) |  |" in page
-    assert "2 of 8 cells are finished, 2 of them with less than 5 seeds." in page
+    assert "2 of 8 cells are finished, 2 of them with fewer than 5 seeds." in page
     assert "Not run: ROSMO, noise ε = 0, 0.1 and 0.5 on catch; " in page
     data = "2,000 episodes, 18,000 transitions, mean return 0.72"
     assert "Not the paper's setting: 2,000 updates, not 200,000." in page
@@ -429,7 +429,7 @@ def test_table8_stands_beside_the_paper_s(tmp_path):
     assert "| Pong | ROSMO | 10.00 | 20.45 ± 0.36 | -10.45 (-51%) |" in page
     assert "| Gravitar | ROSMO | 700.00 | 753.57 ± 64.82 | -53.57 (-7%) |" in page
     assert "| Pong | BC |" not in page
-    assert "2 of 60 cells are finished, 2 of them with less than 3 seeds." in page
+    assert "2 of 60 cells are finished, 2 of them with fewer than 3 seeds." in page
     assert "; ROSMO on Amidar, Asterix, Breakout, " in page
 
 
@@ -465,7 +465,7 @@ def test_cells_of_fewer_seeds_are_marked(tmp_path):
     assert rows(page, "catch")["ROSMO"][:2] == texts
     page = (make(tmp_path, "table1", seeds=(0, 1, 2)) / "table1.md").read_text()
     assert rows(page, "catch")["ROSMO"][:2] == ["0.500 ± 0.408", texts[1]]
-    assert "2 of 8 cells are finished, 1 of them with less than 3 seeds." in page
+    assert "2 of 8 cells are finished, 1 of them with fewer than 3 seeds." in page
 
 
 def test_seeds_that_a_task_lacks_are_named(tmp_path):
