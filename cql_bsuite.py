@@ -175,15 +175,6 @@ def to_scalar(logits):
 # --- end value transform ---
 
 
-# --- cross entropy (identical in crr_*.py, cql_*.py and combo_atari.py) ---
-def cross_entropy(target, logits):
-    """-Σ target log softmax(logits) over the last axis."""
-    return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
-
-
-# --- end cross entropy ---
-
-
 # --- conservative penalty (identical in cql_*.py and combo_atari.py) ---
 def conservative_gap(q, action):
     """log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
@@ -222,7 +213,7 @@ def cql_loss(params, target_params, batch: Steps, network: CQLNetwork, args: Arg
 
     logits = network.apply(params, observation)  # [B, actions, bins]
     logits_logged = jnp.take_along_axis(logits, action[:, None, None], axis=1)[:, 0]
-    td_loss = cross_entropy(two_hot(y, args.num_bins), logits_logged)
+    td_loss = optax.softmax_cross_entropy(logits_logged, two_hot(y, args.num_bins))
     q = to_scalar(logits)  # [B, actions]
     gap = conservative_gap(q, action)
 
@@ -480,11 +471,11 @@ def evaluate(
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
 # Arguments that change no number of a run, and those that do not name its folder.
-NOT_COMPARED = ["run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"]
-NOT_NAMED = ["run_dir", "overwrite", "track", "data_dir", "loader_threads", "env_id", "seed"]
-NOT_NAMED += ["num_seeds", "total_updates", "log_every", "checkpoint_every", "eval_every"]
-NOT_NAMED += ["eval_episodes", "final_eval_episodes"]
-NOT_NAMED += ["model_updates", "model_eval_every", "world_model"]  # of MOReL and COMBO
+NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
+NOT_COMPARED |= {"checkpoint_every"}
+NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds", "total_updates"}
+NOT_NAMED |= {"log_every", "eval_every", "eval_episodes", "final_eval_episodes"}
+NOT_NAMED |= {"model_updates", "model_eval_every", "world_model"}  # of MOReL and COMBO
 
 
 class Run:
@@ -498,7 +489,7 @@ class Run:
         self.args, self.seeds, self.stopping = args, seeds, False
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
-        defaults = {field.name: field.default for field in dataclasses.fields(args)}
+        defaults = vars(type(args)())
         changed = {k: v for k, v in vars(args).items() if v != defaults[k] and k not in NOT_NAMED}
         named = {k.replace("_", "-"): getattr(v, "name", v) for k, v in changed.items()}
         variant = "".join(f"-{name}={value}" for name, value in named.items())
@@ -523,16 +514,15 @@ class Run:
         if self.writes:
             self.open()
         hide = not (self.writes and sys.stderr.isatty())
-        self.bar = tqdm(total=args.total_updates, unit="update", disable=hide)
+        self.bar = tqdm(initial=self.saved, total=args.total_updates, unit="update", disable=hide)
         signal.signal(signal.SIGINT, self.interrupt)
         signal.signal(signal.SIGTERM, self.interrupt)
 
     def compare(self, defaults: dict) -> None:
         """Ends the program if the folder holds something else than this run."""
-        if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
+        names = {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}
+        if not names:
             return
-        files = [self.dir / name for name in ("config.json", "metrics.jsonl")]
-        script = self.config["script"] if any(file.exists() for file in files) else None
         try:
             before = json.loads((self.dir / "config.json").read_text())
             theirs = defaults | before["args"]  # an argument that came later has its default
@@ -542,13 +532,14 @@ class Run:
             ours = self.config["args"] | {k: self.config[k] for k in ("script", "data")}
             pairs = [(k, theirs[k], ours[k]) for k in ours if k not in NOT_COMPARED]
             changes = ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b)
-            script, starts = before["script"], [*before["starts"]]
+            mine, starts = theirs["script"] == ours["script"], [*before["starts"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            changes, starts = f"or its config.json is damaged: {error!r}" if script else "files", []
-        if script != self.config["script"] or (changes and not self.args.overwrite):
+            changes, starts = f"or its config.json is damaged: {error!r}", []
+            mine = bool(names & {"config.json", "metrics.jsonl"})
+        if not mine or (changes and not self.args.overwrite):
             message = f"{self.dir} holds something else ({changes}); give another --run-dir"
-            advice = ", or --overwrite to delete the run in it"
-            raise SystemExit(f"{message}{advice if script == self.config['script'] else ''}.")
+            advice = ", or --overwrite to delete the run in it" if mine else ""
+            raise SystemExit(f"{message}{advice}.")
         self.config["starts"] = [] if self.args.overwrite else starts
 
     def open(self) -> None:
@@ -575,10 +566,10 @@ class Run:
         if self.args.track:
             import wandb
 
-            project = os.environ.get("WANDB_PROJECT", "rosmo-suite")
             options = {"id": f"{self.config['starts'][0]['time']:.6f}", "resume": "allow"}
+            options["project"] = os.environ.get("WANDB_PROJECT", "rosmo-suite")
             try:
-                wandb.init(project=project, dir=self.dir, config=self.config, **options)
+                self.wandb = wandb.init(dir=self.dir, config=self.config, **options)
             except wandb.Error as error:
                 advice = "log in with 'wandb login', or set WANDB_MODE=offline"
                 raise SystemExit(f"Weights & Biases: {error}; {advice}.") from None
@@ -600,7 +591,8 @@ class Run:
             raise SystemExit(message) from None
 
     def checkpoints(self) -> list[Path]:
-        return sorted(self.dir.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))
+        paths = [x for x in self.dir.glob("checkpoints/*.msgpack") if x.stem.isdecimal()]
+        return sorted(paths, key=lambda path: int(path.stem))
 
     def load(self) -> tuple[int, dict]:
         """Updates done and content of the newest whole checkpoint, or of the start."""
@@ -619,7 +611,6 @@ class Run:
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
             state = serialization.from_state_dict(state, saved["state"])
-            self.bar.update(self.saved)
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
         self.started -= saved["wall_time"]
         if self.writes:
@@ -639,8 +630,9 @@ class Run:
             content = serialization.msgpack_serialize(jax.device_get(saved))
             crc32 = zlib.crc32(content).to_bytes(4, "little")
             self.write(f"checkpoints/{done}.msgpack", crc32 + content)
-            for path in self.checkpoints()[:-2]:
-                path.unlink()
+            for path in self.checkpoints():
+                if int(path.stem) not in (self.saved, done):
+                    path.unlink()
         self.saved = done
 
     def log(self, done: int, seed: int, values: dict) -> None:
@@ -653,10 +645,8 @@ class Run:
                 file.write(json.dumps(line | values | self.seconds) + "\n")
             self.seconds.clear()
             if self.args.track:
-                import wandb
-
                 prefix = f"seed{seed}/" if len(self.seeds) > 1 else ""
-                wandb.log({prefix + name: value for name, value in values.items()}, step=done)
+                self.wandb.log({prefix + name: x for name, x in values.items()}, step=done)
 
     def check_finite(self, done: int, metrics: dict) -> None:
         for name in ("losses/total", "charts/grad_norm"):
@@ -741,14 +731,6 @@ RANGES |= {"eval_epsilon": (0, 1)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---
-def require_devices() -> None:
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError):
-        message = f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
-        raise SystemExit(f"{message}: install jax for it, or unset it.") from None
-
-
 def check_args(args, ranges: dict[str, tuple[float, float]]):
     """The arguments, with ~ in paths expanded. A number out of its range ends the program."""
     for name, value in vars(args).items():
@@ -765,8 +747,13 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     return dataclasses.replace(args, **paths)
 
 
-def keep_programs() -> None:
-    """Keeps compiled programs in the user's cache folder, if there is one."""
+def prepare_jax() -> None:
+    """Demands a device; keeps compiled programs in the user's cache folder, if there is one."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        message = f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+        raise SystemExit(f"{message}: install jax for it, or unset it.") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not cache.startswith("~"):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
@@ -778,8 +765,7 @@ def keep_programs() -> None:
 
 # --- main (identical in *_bsuite.py) ---
 def main(args: Args) -> None:
-    keep_programs()
-    require_devices()
+    prepare_jax()
     args = check_args(args, RANGES)
     steps = load_dataset(args)
     seeds = list(range(args.seed, args.seed + args.num_seeds))
@@ -872,7 +858,7 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        status = "The memory is not enough: give a smaller batch size, or a smaller network."
+        status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one

@@ -51,7 +51,8 @@ def load_agent(run: Path) -> tuple[ModuleType, str, Callable]:
         config = json.loads((run / "config.json").read_text())
         if not config["script"].endswith("_atari.py"):
             raise SystemExit(f"{run} is a run of {config['script']}; only Atari has pictures.")
-        saved = {int(path.stem): path.read_bytes() for path in run.glob("checkpoints/*.msgpack")}
+        paths = [x for x in run.glob("checkpoints/*.msgpack") if x.stem.isdecimal()]
+        saved = {int(path.stem): path.read_bytes() for path in paths}
         whole = {
             n: x[4:] for n, x in saved.items() if zlib.crc32(x[4:]).to_bytes(4, "little") == x[:4]
         }

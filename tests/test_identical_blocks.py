@@ -27,7 +27,6 @@ MANIFEST = {
     "policy targets": files("rosmo"),
     "act": files("rosmo"),
     "search": files("muzero_unplugged"),
-    "cross entropy": files("crr", "cql", "combo"),
     "conservative penalty": files("cql", "combo"),
     "optimizer": files(*MUZERO, "crr", "cql", "bc", "combo"),
     "batch": files("", among=ATARI),

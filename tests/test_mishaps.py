@@ -59,7 +59,7 @@ def test_without_a_home_no_program_is_kept(name, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(module.os.path, "expanduser", lambda path: path)  # as without a home
     monkeypatch.setattr(module.jax.config, "update", lambda *change: changes.append(change))
-    module.keep_programs()
+    module.prepare_jax()
     assert changes == []
 
 

@@ -437,7 +437,7 @@ def test_gradients_through_the_dynamics_are_halved(module, monkeypatch):
         return jax.tree.leaves((gradient["h"], gradient["g"]))
 
     halved = gradient()
-    monkeypatch.setattr(module, "scale_gradient", lambda x, _: x)
+    monkeypatch.setattr(module.optax, "scale_gradient", lambda x, _: x)
     for half, whole in zip(halved, gradient(), strict=True):
         assert np.any(half)
         np.testing.assert_allclose(2 * half, whole, rtol=1e-4, atol=1e-6)

@@ -237,6 +237,21 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(short, whole, in_pro
     assert metrics(short) == metrics(whole("bc_bsuite"))
 
 
+def test_a_checkpoint_stays_beside_damaged_ones_of_later_updates(short, in_process, monkeypatch):
+    for path in checkpoints(short):
+        damage(path, "flipped")
+    train = bc_bsuite.train
+
+    def interrupted(*arguments):
+        in_process.interrupt()
+        return train(*arguments)
+
+    monkeypatch.setattr(bc_bsuite, "train", interrupted)
+    assert "Stopped at update 1;" in in_process("bc_bsuite").stderr
+    assert "Stopped at update 2;" in in_process("bc_bsuite").stderr
+    assert [path.stem for path in checkpoints(short)] == ["1", "2"]
+
+
 @pytest.mark.parametrize("how", ["halved", "emptied", "deleted"])
 def test_metrics_that_were_lost_end_in_one_sentence(short, whole, in_process, how):
     path = short / "metrics.jsonl"
@@ -300,6 +315,13 @@ def test_a_finished_run_is_not_run_twice_and_others_are_left_alone(short, in_pro
 
 def test_a_longer_run_goes_on_from_a_shorter_one_and_equals_it(short, whole, in_process):
     assert "Going on from update 60" in in_process("bc_bsuite").stdout
+    assert metrics(short) == metrics(whole("bc_bsuite"))
+
+
+def test_a_run_goes_on_with_checkpoints_at_other_updates(short, whole, in_process):
+    """And beside a copy of one."""
+    shutil.copy(checkpoints(short)[-1], short / "checkpoints" / "60-copy.msgpack")
+    assert in_process("bc_bsuite", "--checkpoint-every", 17).returncode == 0
     assert metrics(short) == metrics(whole("bc_bsuite"))
 
 
