@@ -143,7 +143,7 @@ def layer_norm(dtype: Any) -> nn.LayerNorm:
 
 def average_pool(x):
     """Halves rows and columns; the mean leaves out what lies beyond the border."""
-    return nn.avg_pool(x, (3, 3), (2, 2), "SAME", count_include_pad=False)
+    return nn.avg_pool(x, (3, 3), (2, 2), "SAME", count_include_pad=False).astype(x.dtype)
 
 
 class ResidualBlock(nn.Module):
