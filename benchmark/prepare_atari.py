@@ -287,11 +287,11 @@ def write_store(path: Path, meta: dict, episodes: Iterable[dict]) -> None:
 
 
 class Busy(SystemExit):
-    """Another process is building the store, and holds this lock."""
+    """Another process is building the store at `path`, and holds the lock."""
 
-    def __init__(self, message: str, lock: Path):
+    def __init__(self, message: str, path: Path, lock: Path):
         super().__init__(message)
-        self.lock = lock
+        self.path, self.lock = path, lock
 
 
 @contextlib.contextmanager
@@ -311,7 +311,7 @@ def building(path: Path) -> Iterator[Path]:
                 lock.unlink(missing_ok=True)
     except filelock.Timeout:
         message = f"Another process is building {path}: run again when it is done."
-        raise Busy(message, lock) from None
+        raise Busy(message, path, lock) from None
     except OSError as error:
         raise SystemExit(f"{path} was not built: {why(error)}") from None
 
@@ -779,7 +779,8 @@ def run(main: Callable, args: Any) -> None:
                     raise
                 print("Another process is building the store: waiting for it.", flush=True)
                 with filelock.FileLock(busy.lock):  # then it is there, or goes on from its parts
-                    busy.lock.unlink(missing_ok=True)
+                    if busy.path.exists():  # and no one needs the lock any more
+                        busy.lock.unlink(missing_ok=True)
         print(end="", flush=True)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
