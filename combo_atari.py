@@ -169,6 +169,7 @@ class Args:
     eval_every: int = 1_000  # updates of Q between two evaluations
     eval_episodes: int = 2  # episodes of each evaluation during training
     final_eval_episodes: int = 100  # episodes of the final evaluation
+    eval_max_frames: int = 108_000  # frames of the game after which an episode is cut off
     eval_greedy: bool = False  # take no random action in evaluations during training
     eval_epsilon: float = 0.001  # probability of a random action in evaluations
 
@@ -1188,17 +1189,22 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 
 # --- evaluate (identical in *_atari.py) ---
 def evaluate(
-    act: Callable, env_id: str, num_episodes: int, seed: int, report: Callable = lambda *_: None
+    act: Callable,
+    env_id: str,
+    num_episodes: int,
+    seed: int,
+    report: Callable = lambda *_: None,
+    max_frames: int = 108_000,
 ) -> list[float] | None:
     """Raw returns of `num_episodes` episodes, played side by side, each in its own environment.
 
     `act` takes observations uint8 [E, 84, 84, 4] (newest frame last, zeros before the first) and a
     key, and returns actions [E], or None to break off; `report(finished, num_episodes)` is called
-    when episodes end.
+    when episodes end, the latest after `max_frames` frames of the emulator.
     """
     if num_episodes == 0:
         return []
-    env = make_env(env_id, num_episodes)
+    env = make_env(env_id, num_episodes, max_num_frames_per_episode=max_frames)
     key = jax.random.key(seed)
     seeds = np.random.default_rng(seed).integers(2**31, size=num_episodes, dtype=np.int32)
     observations, _ = env.reset(seed=seeds)
@@ -1230,7 +1236,7 @@ def evaluate(
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every"}
 NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds", "total_updates"}
-NOT_NAMED |= {"log_every", "eval_every", "eval_episodes", "final_eval_episodes"}
+NOT_NAMED |= {"log_every", "eval_every", "eval_episodes", "final_eval_episodes", "eval_max_frames"}
 NOT_NAMED |= {"model_updates", "model_eval_every", "world_model"}  # of MOReL and COMBO
 
 
@@ -1572,7 +1578,8 @@ def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, 
         return None if run.stopping else act(params, observation, key, greedy, network, args)
 
     with run.time("evaluation"):
-        return evaluate(policy, args.env_id, num_episodes, seed, run.show_evaluation)
+        report, frames = run.show_evaluation, args.eval_max_frames
+        return evaluate(policy, args.env_id, num_episodes, seed, report, frames)
 
 
 def evaluate_agent(run: Run, done: int, params, network, args: Args) -> str:
@@ -1785,6 +1792,7 @@ RANGES |= {"channels": (2, 10**6), "num_bins": (3, 10**6), "learning_rate_decay"
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
 RANGES |= {"rollout_epsilon": (0, 1), "eval_epsilon": (0, 1), "model_share": (0, 1)}
 RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
+RANGES |= {"eval_max_frames": (4, 10**9)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---

@@ -515,7 +515,7 @@ def evaluate(
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every"}
 NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds", "total_updates"}
-NOT_NAMED |= {"log_every", "eval_every", "eval_episodes", "final_eval_episodes"}
+NOT_NAMED |= {"log_every", "eval_every", "eval_episodes", "final_eval_episodes", "eval_max_frames"}
 NOT_NAMED |= {"model_updates", "model_eval_every", "world_model"}  # of MOReL and COMBO
 
 

@@ -162,11 +162,13 @@ BSUITE = {"seeds": (0, 1, 2, 3, 4), "common": (("log_every", 1000),)}
 ATARI = {"seeds": (0, 1, 2)}
 SHARES = {"argument": "data_percent", "axis": "share of the data, %", "column": "{}% of the data"}
 TENTH = (*BSUITE["common"], ("data_percent", 10.0))
+# Breakout on local data: 176 transitions an update, five minutes of play at most.
 SMALL = (
-    ("dataset", Path("data/atari/MsPacman-dqn-60k")),
-    *(("channels", 16), ("batch_size", 16), ("eval_episodes", 5), ("final_eval_episodes", 20)),
+    ("dataset", Path("data/atari/Breakout-dqn-60k")),
+    *(("channels", 16), ("batch_size", 176), ("eval_episodes", 5), ("final_eval_episodes", 20)),
+    ("eval_max_frames", 18_000),
 )
-SWEEP = {"tasks": ("MsPacman",), "seeds": (0,), "common": SMALL, "total_updates": 5_000}
+SWEEP = {"tasks": ("Breakout",), "seeds": (0,), "common": SMALL, "total_updates": 5_000}
 
 ITEMS = {
     "table1": Item(
@@ -347,16 +349,13 @@ ITEMS = {
     "atari_small": Item(
         "Five methods on Breakout, small",
         "curves",
-        on(  # 176 transitions an update: 16 windows of eleven steps
-            "atari",
-            **{k: (v, {"batch_size": 16 if k in BOTH else 176}) for k, v in ALGORITHMS.items()},
+        on(
+            "atari",  # 16 windows of eleven steps are 176 transitions
+            **{k: (v, {"batch_size": 16} if k in BOTH else {}) for k, v in ALGORITHMS.items()},
         ),
         ("Breakout",),
         **ATARI,
-        common=(
-            ("dataset", Path("data/atari/Breakout-dqn-60k")),
-            *(("channels", 16), ("eval_episodes", 5), ("final_eval_episodes", 20)),
-        ),
+        common=SMALL,
         claim="On Breakout at the paper's size: ROSMO 441, CQL 418, MuZero Unplugged 390, "
         "CRR 219, BC 85 (Table 8).",
         total_updates=5_000,
@@ -404,7 +403,7 @@ ITEMS = {
         total_updates=20_000,
     ),
     "sweep_crr_atari": Item(
-        "CRR's β on MsPacman, small",
+        "CRR's β on Breakout, small",
         "curves",
         on("atari", CRR=("crr", {})),
         **SWEEP,
@@ -414,7 +413,7 @@ ITEMS = {
         column="β = {}",
     ),
     "sweep_crr_weight_atari": Item(
-        "CRR's weight on MsPacman, small, β = 1",
+        "CRR's weight on Breakout, small, β = 1",
         "curves",
         on("atari", CRR=("crr", {})),
         **SWEEP,
@@ -424,7 +423,7 @@ ITEMS = {
         column="{} weight",
     ),
     "sweep_cql_atari": Item(
-        "CQL's α on MsPacman, small",
+        "CQL's α on Breakout, small",
         "curves",
         on("atari", CQL=("cql", {})),
         **SWEEP,

@@ -42,7 +42,8 @@ from run import Args
 BOOTSTRAPS = 2000
 CURVE_BOOTSTRAPS = 200
 # Arguments that say how a run is evaluated, or on what it learns.
-PROTOCOL = {"eval_episodes", "final_eval_episodes", "eval_greedy", "eval_noise", "eval_epsilon"}
+PROTOCOL = {"eval_episodes", "final_eval_episodes", "eval_max_frames"}
+PROTOCOL |= {"eval_greedy", "eval_noise", "eval_epsilon"}
 PROTOCOL |= {"eval_dirichlet_fraction", "dataset", "rlu_run"}
 
 

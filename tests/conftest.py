@@ -189,7 +189,6 @@ def in_process_of_module(tmp_path_factory, cache_dir, catch_dataset, asterix_sto
 
 KILLED = """
 import os, signal, sys, tyro
-from functools import partial
 sys.path.insert(0, {root!r})
 import {name} as module
 
@@ -203,8 +202,6 @@ def log_and_die(run, done, seed, values):
         os.kill(os.getpid(), signal.SIGKILL)
 
 module.Run.log = log_and_die
-if {short}:
-    module.make_env = partial(module.make_env, **{short})
 module.main(tyro.cli(module.Args))
 """
 
@@ -213,14 +210,14 @@ module.main(tyro.cli(module.Args))
 def killed(cache_dir, tmp_path, catch_dataset, asterix_store):
     """Runs a script until it kills itself when it has logged update `last`: killed(name, last).
 
-    Its folder is tmp_path/{folder}/run, as in `in_process`. short: settings of Atari's games.
+    Its folder is tmp_path/{folder}/run, as in `in_process`.
     """
 
-    def run(name: str, last: int, *arguments, folder: str = "killed", **short) -> Path:
+    def run(name: str, last: int, *arguments, folder: str = "killed") -> Path:
         (tmp_path / folder).mkdir()
         dataset = catch_dataset if name.endswith("_bsuite") else asterix_store
         options = [*helpers.tiny(name), "--dataset", dataset, "--run-dir", "run", *arguments]
-        code = KILLED.format(root=str(ROOT), name=name, last=last, short=short)
+        code = KILLED.format(root=str(ROOT), name=name, last=last)
         result = subprocess.run(
             [sys.executable, "-c", code, *map(str, options)],
             cwd=tmp_path / folder,

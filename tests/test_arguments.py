@@ -15,7 +15,7 @@ ALL = {
     "batch_size": [0, -4], "learning_rate": [0.0, -1e-3, math.nan, math.inf, 2.0],
     "weight_decay": [-1.0, math.nan, math.inf], "max_grad_norm": [0.0, -1.0, math.nan, math.inf],
     "learning_rate_decay": [0.0, -0.1, 1.5, math.nan], "eval_episodes": [-1],
-    "final_eval_episodes": [-1],
+    "final_eval_episodes": [-1], "eval_max_frames": [3],
     # Atari
     "rlu_run": [0, 6], "loader_threads": [0, -1], "channels": [0, 1, -2],
     # BSuite
@@ -48,7 +48,8 @@ MORE = {"morel_atari": {"members": [1], "warm_up": [3]}}
 # Numbers at the ends of their ranges.
 ALLOWED = {
     "seed": [0, 2**31], "data_percent": [100.0, 1e-3], "eval_episodes": [0], "noise": [0.0, 1.0],
-    "final_eval_episodes": [0], "discount": [0.0, 1.0], "num_bins": [3, 601], "log_every": [1],
+    "final_eval_episodes": [0], "eval_max_frames": [4], "discount": [0.0, 1.0],
+    "num_bins": [3, 601], "log_every": [1],
     "weight_decay": [0.0], "learning_rate_decay": [1.0], "rlu_run": [1, 5], "channels": [2],
     "policy_coef": [0.0], "value_coef": [0.0], "behavior_coef": [0.0], "unroll_steps": [1],
     "td_steps": [1], "num_samples": [1], "num_simulations": [1], "eval_epsilon": [0.0, 1.0],

@@ -8,7 +8,6 @@ import json
 import shutil
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -380,23 +379,11 @@ def fire(observations, key):
     return jax.random.randint(key, len(observations), 0, 6)
 
 
-@pytest.fixture
-def short_games(monkeypatch):
-    """short_games(frames): no episode is longer."""
-
-    def shorten(frames: int):
-        make_env = partial(script.make_env, max_num_frames_per_episode=frames)
-        monkeypatch.setattr(script, "make_env", make_env)
-
-    return shorten
-
-
-def test_evaluate_counts_the_first_episode_of_each_environment(short_games, monkeypatch):
+def test_evaluate_counts_the_first_episode_of_each_environment(monkeypatch):
     """Against environments played one by one, with the actions that the evaluator chose."""
-    short_games(6000)  # the agents die before, at other times
     make_env, actions, sizes = script.make_env, [], []
 
-    def recorded(env_id, num_envs):
+    def recorded(env_id, num_envs, **kwargs):
         env = make_env(env_id, num_envs)
         step = lambda chosen: actions.append(chosen.copy()) or env.step(chosen)  # noqa: E731
         return SimpleNamespace(reset=env.reset, step=step)
@@ -425,9 +412,8 @@ def test_evaluate_counts_the_first_episode_of_each_environment(short_games, monk
     assert before_last < max(lengths)
 
 
-def test_evaluate_depends_on_the_seed_and_can_be_broken_off(short_games):
-    short_games(800)
-    runs = [script.evaluate(fire, "MsPacman", 3, seed) for seed in (0, 0, 1)]
+def test_evaluate_depends_on_the_seed_and_can_be_broken_off():
+    runs = [script.evaluate(fire, "MsPacman", 3, seed, max_frames=800) for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
     steps = []
 
@@ -438,3 +424,11 @@ def test_evaluate_depends_on_the_seed_and_can_be_broken_off(short_games):
     assert script.evaluate(stop, "MsPacman", 3, 0) is None
     assert len(steps) == 5
     assert script.evaluate(stop, "MsPacman", 0, 0) == []
+
+
+@pytest.mark.parametrize("frames", [4, 40])
+def test_evaluate_cuts_an_episode_off_after_so_many_frames(frames):
+    steps = []
+    act = lambda observations, key: steps.append(None) or fire(observations, key)  # noqa: E731
+    assert len(script.evaluate(act, "MsPacman", 2, 0, max_frames=frames)) == 2
+    assert len(steps) == frames // 4

@@ -31,6 +31,7 @@ ROLLOUTS = "--rollout-every 3 --rollout-starts 8 --rollout-length 6 --rollout-ge
 TINY = f"--env-id Pong {SIZES} {ROLLOUTS} --rollout-warm-up 5 --channels 4 --num-bins 21"
 TINY += " --batch-size 4 --log-every 2 --eval-every 4 --checkpoint-every 2 --total-updates 10"
 TINY += " --eval-episodes 1 --final-eval-episodes 1 --heldout-percent 30 --model-length 6"
+TINY += " --eval-max-frames 400"
 TINY += " --model-batch-size 2 --model-eval-every 2 --model-updates 2 --model-eval-batches 1"
 ARGS = tyro.cli(combo.Args, args=TINY.split())
 NETWORK, MODEL = combo.make_network(6, ARGS), combo.make_world_model(6, ARGS)
@@ -387,8 +388,6 @@ def run(path, cache_dir, tmp_path, monkeypatch):
     no_lock = SimpleNamespace(acquire=lambda blocking: None)  # the runs come one by one
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(combo, "FileLock", lambda path: no_lock)
-    short = partial(combo.make_env, max_num_frames_per_episode=400)
-    monkeypatch.setattr(combo, "make_env", short)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
 
     def start(folder, *arguments, stop=None):

@@ -1,8 +1,7 @@
 """Runs of the Atari scripts: artefacts, kills and signals, devices and processes, bad input.
 
 The run folder is that of the BSuite scripts to the byte; test_runs_bsuite.py tests it. `main` is
-the same in five scripts, so that most tests take the quickest one, bc_atari.py. Games are cut
-short, but for one run.
+the same in five scripts, so that most tests take the quickest one, bc_atari.py.
 """
 
 import importlib
@@ -13,7 +12,6 @@ import signal
 import socket
 import subprocess
 import time
-from functools import partial
 
 import helpers
 import numpy as np
@@ -24,16 +22,6 @@ import bc_atari
 import rosmo_atari
 
 pytestmark = pytest.mark.usefixtures("hurry")
-SHORT = {"max_num_frames_per_episode": 400}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_games():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ATARI:
-            module = importlib.import_module(name)
-            patch.setattr(module, "make_env", partial(module.make_env, **SHORT))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +72,7 @@ def test_every_metric_is_in_the_table_of_its_page(whole, name):
 
 @pytest.mark.parametrize("name", ATARI)
 def test_a_killed_run_goes_on_to_the_numbers_of_a_whole_one(whole, killed, in_process, name):
-    folder = killed(name, 6, **SHORT)
+    folder = killed(name, 6)
     assert [path.stem for path in checkpoints(folder)] == ["4"]
     assert '"update": 6' in (folder / "metrics.jsonl").read_text()
     result = in_process(name, folder="killed")

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
 
 import helpers
 import numpy as np
@@ -20,7 +19,6 @@ from filelock import FileLock
 from helpers import BSUITE, ROOT, checkpoints, metrics
 from tqdm import tqdm
 
-import bc_atari
 import bc_bsuite
 import rosmo_bsuite
 
@@ -190,9 +188,6 @@ def test_intervals_of_any_kind_end_the_same_wherever_they_are_interrupted(
 def test_what_takes_long_is_said_before(in_process, monkeypatch, name):
     shown = []
     monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text: shown.append(text))
-    if name == "bc_atari":
-        brief = partial(bc_atari.make_env, max_num_frames_per_episode=200)
-        monkeypatch.setattr(bc_atari, "make_env", brief)
     result = in_process(name, "--final-eval-episodes", 3)
     assert result.returncode == 0, result.stderr
     first, *_, last = [x for x in result.stdout.splitlines() if x.startswith("update ")]
