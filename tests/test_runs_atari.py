@@ -229,13 +229,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(in_process, monkeypatch, tmp_pat
 # Several devices and processes
 
 
-def two_processes(started, name: str, *each: list, timeout: float = 300):
+def two_processes(started, name: str, *each: list, timeout: float = 300, **shared):
     """A run of two processes with two devices each; `each` has the arguments of one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    shared["JAX_NUM_CPU_DEVICES"] = "2"
+    shared |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    shared |= {"JAX_NUM_CPU_DEVICES": "2"}
     processes = [
         started(name, *arguments, wait=False, **shared, JAX_PROCESS_ID=str(i))
         for i, arguments in enumerate(each)
@@ -279,6 +279,17 @@ def test_several_processes_end_together(started, tmp_path, each, message):
         assert result.returncode == 1
         assert message in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_the_first_process_leaves_last(started, tmp_path):
+    """JAX aborts the others when it goes."""
+    slow = "import os, time\nleave = os._exit\n"
+    slow += "if os.environ['JAX_PROCESS_ID'] == '1':\n"
+    slow += "    os._exit = lambda status: time.sleep(1) or leave(status)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    nowhere, path = ["--dataset", "nowhere"], {"PYTHONPATH": str(tmp_path)}
+    results = two_processes(started, "bc_atari", *2 * [nowhere], timeout=100, **path)
+    assert [result.returncode for result in results] == [1, 1]
 
 
 def test_several_processes_end_when_the_first_cannot_write(started, tmp_path):
