@@ -22,7 +22,7 @@ LOSSES |= {name: f"{name}_loss" for name in BASELINES}
 # The episodes of Asterix are the shortest of all games.
 TINY_ATARI = "--env-id Asterix --channels 4 --batch-size 4 --log-every 2 --eval-every 4 "
 TINY_ATARI += "--checkpoint-every 4 --total-updates 8 --eval-episodes 1 --final-eval-episodes 1"
-TINY_ATARI += " --eval-max-frames 400"
+TINY_ATARI += " --eval-max-frames 40"
 TINY_BSUITE = "--env-id catch --num-seeds 2 --batch-size 16 --log-every 10 --eval-every 20 "
 TINY_BSUITE += "--checkpoint-every 40 --total-updates 120 --final-eval-episodes 3"
 SHORT = ["--unroll-steps", 1, "--td-steps", 1]

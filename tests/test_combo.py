@@ -31,7 +31,7 @@ ROLLOUTS = "--rollout-every 3 --rollout-starts 8 --rollout-length 6 --rollout-ge
 TINY = f"--env-id Pong {SIZES} {ROLLOUTS} --rollout-warm-up 5 --channels 4 --num-bins 21"
 TINY += " --batch-size 4 --log-every 2 --eval-every 4 --checkpoint-every 2 --total-updates 10"
 TINY += " --eval-episodes 1 --final-eval-episodes 1 --heldout-percent 30 --model-length 6"
-TINY += " --eval-max-frames 400"
+TINY += " --eval-max-frames 40"
 TINY += " --model-batch-size 2 --model-eval-every 2 --model-updates 2 --model-eval-batches 1"
 ARGS = tyro.cli(combo.Args, args=TINY.split())
 NETWORK, MODEL = combo.make_network(6, ARGS), combo.make_world_model(6, ARGS)
