@@ -68,6 +68,15 @@ def normalized_score(env_id: str, score):
     return (score - random) / (online - random)
 
 
+def settings(one: run.Run) -> dict:
+    """A run's arguments; those that came after an old run have their defaults."""
+    script = one.config["script"]
+    if not (run.ROOT / script).exists():  # a copy with another name
+        return one.config["args"]
+    module = importlib.import_module(script.removesuffix(".py"))
+    return run.plain(module.Args()) | one.config["args"]
+
+
 def put_together(runs: list[run.Run], seeds: tuple[int, ...] | None = None) -> Result | None:
     """The runs of a cell as one; None if there are none."""
     if not runs:
@@ -120,7 +129,7 @@ def conflicts(item: Item, cells: dict[tuple, Result | None]) -> list[str]:
     groups, protocols, sources, found = {}, {}, {}, []
     for (method, value, task), result in cells.items():
         for one in result.runs if result else []:
-            args, facts = one.config["args"], data_facts(one.config["data"])
+            args, facts = settings(one), data_facts(one.config["data"])
             # A run on BSuite describes the whole dataset, one on Atari its share of it.
             share = None if "num_seeds" in args else args.get("data_percent")
             cut_off = args.get("truncation_as_termination", False)
@@ -520,7 +529,7 @@ def with_interval(estimate, several: bool = True) -> str:
 
 def returns_text(item: Item, result: Result | None, asked: int) -> str:
     """The final return of a cell, and its number of seeds if it is not the one asked for."""
-    if result is None:
+    if result is None or not result.final_returns.size:  # none, or without a final evaluation
         return ""
     count = len(result.seeds)
     if item.average == "IQM":
@@ -573,8 +582,9 @@ def paper_table(item: Item, cells: dict, estimates: dict) -> list[str]:
             ours = estimates[method, value][0, 0] if whole else None
         else:
             result = cells.get((method, value, task))
-            ours = None if result is None else result.final.mean()
-            if result is not None and item.average == "IQM":
+            evaluated = result is not None and result.final_returns.size
+            ours = result.final.mean() if evaluated else None
+            if evaluated and item.average == "IQM":
                 ours = pooled_iqm(result.final_returns)[0]
         if ours is not None:
             difference = f"{ours - theirs:+,.2f} ({(ours - theirs) / abs(theirs):+.0%})"
@@ -652,7 +662,8 @@ def caption(item: Item, found: list[Result], estimates: dict) -> str:
     counts = sorted({r.final_returns.shape[1] for r in found})
     episodes = f"{' or '.join(map(str, counts))} episodes"
     if all(len(r.seeds) == 1 for r in found):
-        text = f"Final mean return, {episodes}. One seed in each cell: there is no interval, and "
+        what = "IQM of the final returns" if item.average == "IQM" else "Final mean return"
+        text = f"{what}, {episodes}. One seed in each cell: there is no interval, and "
         text += "a difference may be chance."
     elif item.average == "IQM":
         text = f"IQM of the returns of all seeds' final {episodes}, 95% bootstrap over seeds."
@@ -712,7 +723,8 @@ def runs_table(item: Item, cells: dict) -> list[str]:
         if result:
             configs = [x.config for x in result.runs]
             starts = [start for config in configs for start in config["starts"]]
-            commits = dict.fromkeys((start.get("commit") or "unknown")[:7] for start in starts)
+            commits = [start.get("commit") or "unknown" for start in starts]
+            commits = dict.fromkeys(x[:7] + "-dirty" * x.endswith("-dirty") for x in commits)
             devices = dict.fromkeys(start["device"] for start in starts)
             texts = dict.fromkeys(describe(config["data"]) for config in configs)
             updates = dict.fromkeys(f"{config['args']['total_updates']:,}" for config in configs)
@@ -785,7 +797,7 @@ def write_page(
     short = [key for key, x in scores.items() for t in tasks if len(cells[*key, t].seeds) > len(x)]
     if short:
         names = dict.fromkeys(f"{m} {item.label(v)}".strip() for m, v in short)
-        text = "Scores over tasks leave out the seeds that a task lacks"
+        text = "Scores over tasks take no more seeds of a task than each of them has"
         lines += [f"{text}: {', '.join(names)}.", ""]
     for suffix, text in images.items():
         if (out / f"{name}{suffix}.png").exists():
@@ -793,7 +805,8 @@ def write_page(
     if (out / f"{name}.png").exists():
         known = "scores of random play and of the online DQN"
         if has_curves and item.form != "pooled curves":
-            known = "mean returns of random play, of the online DQN and, where runs tell it, of "
+            known = "mean returns" if item.unit == "return" else "scores"
+            known += " of random play, of the online DQN and, where runs tell it, of "
             known += "the data (on BSuite of the whole dataset)"
         lines += [f"{note} Lines: {known}; those beyond a panel are named at its edge.", ""]
     if has_curves and with_time:
@@ -959,12 +972,9 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
                 raise SystemExit(f"{label} holds runs with other numbers of updates or episodes.")
             cells[label, None, task] = put_together(runs)
             for one in runs:
-                settings = one.config["args"] | {"script": one.config["script"]}
-                if (run.ROOT / one.config["script"]).exists():  # not a copy with another name
-                    script = importlib.import_module(one.config["script"].removesuffix(".py"))
-                    settings = run.plain(script.Args()) | settings
-                for k in settings.keys() - run.NOT_COMPARED - {"env_id"}:
-                    varies.setdefault(k, {}).setdefault(label, set()).add(json.dumps(settings[k]))
+                known = settings(one) | {"script": one.config["script"]}
+                for k in known.keys() - run.NOT_COMPARED - {"env_id"}:
+                    varies.setdefault(k, {}).setdefault(label, set()).add(json.dumps(known[k]))
     title, most = f"Own runs: {', '.join(labels)}", max(len(x.seeds) for x in cells.values() if x)
     item = Item(title, "curves", dict.fromkeys(labels), tuple(tasks), tuple(range(most)))
     notes = refuse_conflicts(item, cells, args.mix, "compare")
@@ -1009,4 +1019,7 @@ def main(args: Args, further: list[str]) -> None:
 
 if __name__ == "__main__":
     own, further = run.split_arguments(sys.argv[1:], Args)
-    main(tyro.cli(Args, args=own, description=__doc__), further)
+    try:
+        main(tyro.cli(Args, args=own, description=__doc__), further)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        raise SystemExit(f"{error}.") from None

@@ -11,6 +11,7 @@ what failed is listed at the end. Ctrl-C lets all runs write their checkpoints.
 """
 
 import dataclasses
+import glob
 import importlib
 import json
 import os
@@ -86,7 +87,7 @@ class Run(NamedTuple):
     folder: Path
     config: dict
     seeds: np.ndarray  # [seeds]
-    final: np.ndarray  # [seeds], mean return of the final evaluation
+    final: np.ndarray  # [seeds], mean return of the final evaluation; nan if it has no episodes
     final_returns: np.ndarray  # [seeds, episodes]
     updates: np.ndarray  # [evaluations]
     returns: np.ndarray  # [seeds, evaluations, episodes]
@@ -99,7 +100,7 @@ def read_run(folder: Path) -> Run | None:
     config = json.loads((folder / "config.json").read_text())
     text = (folder / "metrics.jsonl").read_text()
     lines = [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]  # whole ones
-    final = {x["seed"]: x for x in lines if "final/return_mean" in x}
+    final = {x["seed"]: x for x in lines if "final/returns" in x}
     first, count = config["args"]["seed"], config["args"].get("num_seeds", 1)
     seeds = range(first, first + count)
     if set(final) != set(seeds) or final[first]["update"] != config["args"]["total_updates"]:
@@ -114,7 +115,7 @@ def read_run(folder: Path) -> Run | None:
         folder,
         config,
         np.array(seeds),
-        np.array([final[s]["final/return_mean"] for s in seeds]),
+        np.array([final[s].get("final/return_mean", np.nan) for s in seeds]),
         np.array([final[s]["final/returns"] for s in seeds]),
         np.array([x["update"] for x in curves[0]]),
         np.array(returns, float).reshape(count, len(curves[0]), -1 if curves[0] else 0),
@@ -124,9 +125,13 @@ def read_run(folder: Path) -> Run | None:
 
 
 def read_runs(folders: tuple[Path, ...]) -> list[Run]:
-    """All finished runs below the folders, those of the most seeds first."""
-    runs = []
-    for path in (path.parent for folder in folders for path in sorted(folder.rglob("config.json"))):
+    """All finished runs below the folders, also behind links, those of the most seeds first."""
+    options, paths, runs = {"recursive": True, "include_hidden": True}, {}, []
+    for folder in folders:  # pathlib does not follow links to folders
+        found = glob.glob("**/config.json", root_dir=folder, **options)
+        for path in sorted((folder / name).parent for name in found):
+            paths.setdefault(path.resolve(), path)
+    for path in paths.values():
         if (path / "metrics.jsonl").exists():
             try:
                 runs.append(read_run(path))
@@ -216,7 +221,9 @@ def cell_args(item: Item, args: Args, further: list[str]) -> Iterator[tuple]:
         arguments = {k: v for k, v in cell.arguments.items() if k not in given}
         updates = arguments.get("total_updates", item.total_updates)
         arguments["total_updates"] = args.total_updates or updates
-        yield cell, dataclasses.replace(parsed[cell.script], **arguments)
+        arguments = vars(parsed[cell.script]) | arguments
+        paths = {k: x.expanduser() for k, x in arguments.items() if isinstance(x, Path)}
+        yield cell, dataclasses.replace(parsed[cell.script], **arguments | paths)
 
 
 def get_items(args: Args) -> dict[str, Item]:
@@ -225,6 +232,9 @@ def get_items(args: Args) -> dict[str, Item]:
         given = getattr(args, name)
         if given is not None and (given == () or np.min(given) < least):
             raise SystemExit(f"--{name.replace('_', '-')} {given}: give {least} or more.")
+    for name in ("methods", "env_ids", "runs"):
+        if getattr(args, name) == ():
+            raise SystemExit(f"--{name.replace('_', '-')}: name one or more.")
     unknown = [name for name in args.items if name not in ITEMS]
     if unknown or not args.items:
         what = f"There is no {', '.join(unknown)}" if unknown else "Nothing is named"
@@ -304,19 +314,20 @@ def missing_jobs(
             if cell.method in needed:  # its folder must be known beforehand
                 variant = slug(cell.task, *(word.strip("-") for word in further))
                 more["run_dir"] = Path("runs", cell.script, variant, f"seed{first}")
-                folders[cell.method, cell.task, first] = (name, more["run_dir"])
-            if cell.method in item.needs:
-                method, argument = item.needs[cell.method]
-                after, folder = folders.get((method, cell.task, first), (None, None))
-                if folder is None:  # of a finished run
+                made = Path(f"{more['run_dir']}-world-model")
+                folders[cell.method, cell.task, first] = (name, made)
+            method, argument = item.needs.get(cell.method, (None, None))
+            if method and getattr(cell_arguments, argument) is None:
+                after, made = folders.get((method, cell.task, first), (None, None))
+                if made is None:  # of a finished run
                     found = [
-                        run.folder
+                        Path(run.config["args"].get(argument) or f"{run.folder}-world-model")
                         for other, other_args in cell_args(whole, args, further)
                         if (other.method, other.task) == (method, cell.task)
                         for run in find_runs(runs, other_args, (first,))
                     ]
-                    folder = next(iter(found), None)
-                more |= {argument: Path(f"{folder}-world-model")} if folder else {}
+                    made = next(iter(found), None)
+                more |= {argument: made} if made else {}
             words = command(dataclasses.replace(cell_arguments, **more))
             jobs.append(Job(name, words, after))
             total += 1
@@ -344,7 +355,8 @@ class Command:
         environment = dict(os.environ)
         if self.lock:  # submitit's local executor hides all GPUs
             environment.pop("CUDA_VISIBLE_DEVICES", None)
-            environment |= {"CUDA_VISIBLE_DEVICES": self.visible} if self.visible else {}
+            if self.visible is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = self.visible
         if self.cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.cores)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -397,7 +409,8 @@ def visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        visible = subprocess.run(query, capture_output=True, text=True).stdout.replace("\n", ",")
+        lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+        visible = ",".join(x for x in lines if x.strip().isdecimal())  # not that there is no driver
     return [x.strip() for x in (visible or "").split(",") if x.strip() not in ("", "-1")]
 
 
@@ -500,6 +513,8 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str) -> None:
     for option in args.slurm:
         name, _, value = option.partition("=")
         options[name.replace("-", "_")] = int(value) if value.isdigit() else value or True
+    if type(options["time"]) is not int:  # submitit reckons with it at the end of a task
+        raise SystemExit(f"--slurm time={options['time']}: give a whole number of minutes.")
     known = submitit.SlurmExecutor._valid_parameters()
     extra = {k: options.pop(k) for k in list(options) if k not in known} | {"requeue": True}
     options |= {"array_parallelism": args.workers} if args.workers else {}
@@ -522,7 +537,10 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str) -> None:
 
 def main(args: Args, further: list[str]) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs need no path to this file
-    items, runs, planned, well = get_items(args), read_runs(args.runs), set(), True
+    items, planned, well = get_items(args), set(), True
+    if args.runs != Args.runs and (absent := [str(x) for x in args.runs if not x.is_dir()]):
+        raise SystemExit(f"--runs: there is no folder {', '.join(absent)}.")
+    runs = read_runs(args.runs)
     for name, item in items.items():
         missing, total = missing_jobs(item, runs, args, further)
         jobs = [job for job in missing if tuple(job.command) not in planned]
@@ -545,4 +563,7 @@ def main(args: Args, further: list[str]) -> None:
 
 if __name__ == "__main__":
     own, further = split_arguments(sys.argv[1:], Args)
-    main(tyro.cli(Args, args=own, description=__doc__), further)
+    try:
+        main(tyro.cli(Args, args=own, description=__doc__), further)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        raise SystemExit(f"{error}: put that right, then the same command goes on.") from None

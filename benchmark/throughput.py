@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -197,6 +198,8 @@ def write_section(path: Path, title: str, text: str) -> None:
 
 
 def main(args: Args) -> None:
+    if args.store and not (args.store / "meta.json").exists():
+        raise SystemExit(f"There is no store {args.store}.")
     names = args.scripts or tuple(f"{method}_{args.domain}" for method in METHODS)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     make_step = {"atari": atari_step, "bsuite": bsuite_step}[args.domain]
@@ -234,7 +237,8 @@ def main(args: Args) -> None:
             f"| {step.gflop:.4g} | {share} | {step.compilation:.0f} | {step.megabytes:.0f} |"
         )
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
+    commit = (found or "").strip() or "an unknown commit"
     words, options = iter(sys.argv[1:]), []
     for word in words:
         if word == "--out":

@@ -289,14 +289,17 @@ def test_learning_curves_of_runs_are_drawn_anew(tmp_path, figures, capsys):
 
 
 def test_runs_with_other_seeds_are_put_together(tmp_path):
-    parts = [("a", 0, 1.0, "1"), ("b", 2, 3.0, "22"), ("c", 0, 9.0, "3"), ("d", 1, 2.0, "42")]
+    changed = (f"{4:040}-dirty",)
+    parts = [("a", 0, 1.0, "1"), ("b", 2, 3.0, "22"), ("c", 0, 9.0, "3"), ("d", 1, 2.0, changed)]
     for folder, seed, score, commits in parts:
         run = (tmp_path / "runs" / folder, "rosmo_bsuite", [score])
         write_run(*run, seed=seed, commits=commits)
     out = make(tmp_path, "table1")
     page = (out / "table1.md").read_text()
     assert "| ROSMO | 2.000 ± 0.816 (3 seeds) |" in page
-    assert "| ROSMO | catch, noise ε = 0 | 3 | 2,000 | 1, 2, 4 |" in page  # not the other seed 0's
+    assert (
+        "| ROSMO | catch, noise ε = 0 | 3 | 2,000 | 1, 2, 0000000-dirty |" in page
+    )  # not the other seed 0's
     with (out / "table1.csv").open() as file:
         returns = {int(row["seed"]): float(row["return"]) for row in csv.DictReader(file)}
     assert returns == {0: 1.0, 1: 2.0, 2: 3.0}
@@ -472,10 +475,10 @@ def test_seeds_that_a_task_lacks_are_named(tmp_path):
     for task, returns in (("catch", [1.0, 0.5]), ("mountain_car", [-100.0]), ("cartpole", [9.0])):
         write_run(tmp_path / "runs" / task, "rosmo_bsuite", returns, env_id=task)
     page = (make(tmp_path, "figure2a") / "figure2a.md").read_text()
-    sentence = "Scores over tasks leave out the seeds that a task lacks: ROSMO 100% of the data."
+    sentence = "Scores over tasks take no more seeds of a task than each of them has: ROSMO 100%"
     assert sentence in page
     page = (make(tmp_path, "figure2a", seeds=(0,)) / "figure2a.md").read_text()
-    assert "leave out" not in page
+    assert "Scores over tasks take" not in page
 
 
 def test_single_seeds_have_no_interval_anywhere(tmp_path):
@@ -513,15 +516,47 @@ def test_hours_of_runs_that_tell_and_that_do_not_are_not_mixed(tmp_path):
 def test_single_seeds_are_marked(tmp_path, figures):
     for beta in (0.1, 0.3):
         folder, small = tmp_path / "runs" / str(beta), dict(paper.SMALL)
-        write_run(folder, "crr_atari", [300.0], beta=beta, **small)
+        write_run(folder, "crr_atari", [300.0], env_id="Breakout", beta=beta, **small)
     page = (make(tmp_path, "sweep_crr_atari") / "sweep_crr_atari.md").read_text()
     assert "One seed in each cell: there is no interval, and a difference may be chance." in page
-    assert rows(page, "MsPacman")["CRR"] == ["300.000", "300.000", ""]
+    assert rows(page, "Breakout")["CRR"] == ["300.000", "300.000", ""]
     assert note(figures["sweep_crr_atari.png"]) == (
         "Single evaluations. One seed in each cell. 2 of 3 cells."
     )
     assert "±" not in page
     assert "[" not in page.split("## Runs")[0].replace("![", "")
+
+
+def change_lines(folder, change) -> None:
+    """Writes the metrics of a run anew, each line | change(line)."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(x | change(x)) + "\n" for x in lines))
+
+
+def test_the_caption_says_what_the_table_has(tmp_path):
+    """The mean of these returns is 25, their IQM 0."""
+    folder = tmp_path / "runs" / "a"
+    write_run(folder, "rosmo_atari", [25.0], env_id="Pong", data=STORE)
+    returns = {"final/returns": [0.0] * 15 + [100.0] * 5}
+    change_lines(folder, lambda line: returns if "final/returns" in line else {})
+    page = (make(tmp_path, "table8", env_ids=("Pong",)) / "table8.md").read_text()
+    assert rows(page, "task")["Pong"][-1] == "0.000 (1 seed)"
+    assert "\nIQM of the final returns, 20 episodes. One seed in each cell" in page
+    assert "mean return, 20 episodes" not in page
+
+
+def test_runs_without_a_final_evaluation_have_curves_alone(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    write_run(folder, "rosmo_bsuite", [1.0, 0.5], final_eval_episodes=0)
+    text = (folder / "metrics.jsonl").read_text()
+    text = re.sub(r'"final/returns": .*}', '"final/returns": []}', text)
+    (folder / "metrics.jsonl").write_text(text)
+    further = ["--final-eval-episodes", "0"]
+    page = (make(tmp_path, "figure9", further=further) / "figure9.md").read_text()
+    assert "1 of 8 cells are finished, " in page
+    assert rows(page, "catch")["ROSMO"] == [""] * 4
+    assert (tmp_path / "out" / "figure9.png").exists()
 
 
 def test_one_file_holds_all_pages_with_their_images(tmp_path):
@@ -566,6 +601,12 @@ def test_own_runs_are_compared(tmp_path, monkeypatch):
         rows((tmp_path / "runs/report/compare.md").read_text(), "task")["catch"][0]
         == "0.500 (1 seed)"
     )
+    write_run(tmp_path / "e", "rosmo_bsuite", [0.0], eval_greedy=True)
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    del config["args"]["eval_greedy"]  # of an old run, which had the default
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="eval_greedy differs: False with b on"):
+        report.main(report.Args(("compare", "b=b", "e=e")), [])
     with pytest.raises(SystemExit, match="nowhere is not LABEL=FOLDER"):
         report.main(report.Args(("compare", "nowhere")), [])
 
@@ -582,8 +623,9 @@ def test_old_runs_count(tmp_path):
     lines = lines.replace('"final/returns"', '"final/normalized_score": 99.0, "final/returns"')
     (folder / "metrics.jsonl").write_text(lines)
     folder = tmp_path / "runs" / "atari"
-    data = {"env_id": "MsPacman", "source": "dqn", "num_episodes": 99, "num_steps": 60984}
-    write_run(folder, "crr_atari", [400.0], data=data, beta=0.3, **dict(paper.SMALL))
+    data = {"env_id": "Breakout", "source": "dqn", "num_episodes": 99, "num_steps": 60984}
+    small = dict(paper.SMALL) | {"env_id": "Breakout"}
+    write_run(folder, "crr_atari", [400.0], data=data, beta=0.3, **small)
     config = json.loads((folder / "config.json").read_text())
     del config["args"]["clip_rewards"]
     config["args"] |= {"rlu_prefix": "gs://rl_unplugged", "run": 1, "capture_video": False}
@@ -595,7 +637,7 @@ def test_old_runs_count(tmp_path):
     assert "| 1 x cpu | 2000 episodes, as a sentence |" in page
     assert "99.0" not in (out / "table1.csv").read_text()
     page = (out / "sweep_crr_atari.md").read_text()
-    assert rows(page, "MsPacman")["CRR"] == ["", "400.000", ""]
+    assert rows(page, "Breakout")["CRR"] == ["", "400.000", ""]
     assert "| dqn, 99 episodes, 60,984 steps |" in page
 
 
@@ -620,6 +662,7 @@ def test_runs_of_the_printed_commands_fill_every_cell(tmp_path, monkeypatch, cap
     """Of two games or tasks, with one seed or two."""
     monkeypatch.chdir(ROOT)
     item = paper.ITEMS[name]
+    (tmp_path / "runs").mkdir()
     options = {"env_ids": item.tasks[:2], "seeds": item.seeds[:2], "total_updates": UPDATES}
     run.main(run.Args((name,), **options, runs=(tmp_path / "runs",), dry_run=True), [])
     for i, line in enumerate(capsys.readouterr().out.splitlines()):

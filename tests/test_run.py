@@ -145,6 +145,19 @@ def test_gpus_are_found_without_taking_one(monkeypatch, tmp_path):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert run.visible_gpus() == ["0", "1"]
+    tool.write_text("#!/bin/sh\necho NVIDIA-SMI has failed, as there is no driver.\nexit 9\n")
+    assert run.visible_gpus() == []
+
+
+def test_gpus_that_the_user_hides_stay_hidden(stand_in, tmp_path, monkeypatch):
+    stand_in.write_text(f"#!/bin/sh\necho ${{CUDA_VISIBLE_DEVICES-unset}} >> {tmp_path}/devices\n")
+    words = ["table2", "--methods", "BC", "--env-ids", "catch", "--total-updates", 7]
+    for value, seen in (("", ""), ("-1", "-1"), (None, "unset")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value or "")
+        if value is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        start(*words)
+        assert (tmp_path / "devices").read_text().splitlines()[-1] == seen
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -186,6 +199,20 @@ def test_finished_seeds_are_not_run_again(tmp_path, monkeypatch, capsys):
     start(*words, "--total-updates", 2000)
     seeds = [line.split("--seed ")[1][0] for line in capsys.readouterr().out.splitlines()]
     assert seeds == ["0", "2"]
+
+
+def test_finished_runs_are_found_behind_links_and_under_a_home(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    dataset = tmp_path / "store"  # the script has expanded the ~
+    write_run(tmp_path / "disk" / "a", "bc_atari", [1.0], env_id="Pong", dataset=dataset)
+    (tmp_path / "runs").mkdir()
+    for name in ("bc_atari", "again"):
+        (tmp_path / "runs" / name).symlink_to(tmp_path / "disk")
+    assert len(run.read_runs((tmp_path / "runs", tmp_path))) == 1
+    words = ["table8", "--methods", "BC", "--env-ids", "Pong", "--seeds", 0, "--dry-run"]
+    start(*words, "--runs", tmp_path / "runs", "--total-updates", 2000, "--dataset=~/store")
+    assert capsys.readouterr().out == ""
 
 
 def test_items_share_cells(tmp_path, monkeypatch, capsys):
@@ -238,13 +265,17 @@ def test_further_arguments_reach_the_scripts_that_have_them(tmp_path, monkeypatc
         (["table2", "--total-updates", "0"], "--total-updates 0: give 1 or more"),
         (["table2", "--seeds", "3", "-1"], "--seeds .3, -1.: give 0 or more"),
         (["table2", "--seeds"], r"--seeds \(\): give 0 or more"),
+        (["table8", "--env-ids"], "--env-ids: name one or more"),
+        (["table8", "--methods"], "--methods: name one or more"),
+        (["table8", "--runs", "nowhere"], "--runs: there is no folder nowhere"),
         (["table2", "--seeds", "0", "0"], "--seeds 0 0: one twice"),
         (["table8", "--env-ids", "Pong", "Pong"], "--env-ids Pong Pong: one twice"),
     ],
 )
 def test_wrong_words_end_in_a_sentence(tmp_path, words, message):
+    runs = [] if "--runs" in words else ["--runs", tmp_path]
     with pytest.raises(SystemExit, match=message):
-        start(*words, "--dry-run", "--runs", tmp_path)
+        start(*words, "--dry-run", *runs)
 
 
 def test_combo_waits_for_morel_and_takes_its_world_model(stand_in, tmp_path, capsys):
@@ -265,6 +296,13 @@ def test_combo_waits_for_morel_and_takes_its_world_model(stand_in, tmp_path, cap
     assert "--world-model runs/mine-world-model" in line
     start("table7", "--methods", "COMBO", *words[4:-1], 2000, "--dry-run")
     assert "--world-model runs/mine-world-model" in capsys.readouterr().out
+    start(*words[:-1], 3000, "--world-model", "given", "--dry-run")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("--world-model ")[1] for line in lines] == ["given"] * 2
+    options = {"seed": 1, "world_model": Path("theirs")}
+    write_run(tmp_path / "runs" / "other", "morel_atari", [1.0], **options)
+    start(*words[:-3], 1, "--total-updates", 2000, "--dry-run")
+    assert capsys.readouterr().out.endswith("--world-model theirs\n")
 
 
 SLURM = {
@@ -336,6 +374,14 @@ def test_slurm_starts_what_needs_another_after_it(stand_in, slurm, tmp_path, cap
     start(*words, "--launcher", "slurm")
     assert capsys.readouterr().out.count("Submitted job 42 of 3 run(s)") == 2
     assert "#SBATCH --dependency=afterany:42\n" in (tmp_path / "script").read_text()
+
+
+def test_slurm_s_own_form_of_a_time_is_refused(stand_in, slurm, tmp_path):
+    """submitit would fail at the end of a task, and not put it into the queue again."""
+    words = ["table8", "--total-updates", 7, "--launcher", "slurm", "--slurm", "time=24:00:00"]
+    with pytest.raises(SystemExit, match="--slurm time=24:00:00: give a whole number of minutes"):
+        start(*words)
+    assert not (tmp_path / "script").exists()
 
 
 def test_without_slurm_it_says_so(stand_in, monkeypatch, tmp_path):
