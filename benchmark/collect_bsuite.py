@@ -19,7 +19,8 @@ agent's, so that the noise belongs to the environment.
     python benchmark/collect_bsuite.py --env-id catch --noise 0.1 --seed 0
 
 writes data/bsuite/catch-noise0.1-seed0.npz, whose format is in docs/bsuite_data.md, and prints
-its rows of Tables 5 and 6 beside the paper's. The same seed gives the same data.
+its rows of Tables 5 and 6 beside the paper's. The same seed gives the same data on the same machine
+and versions.
 
     python benchmark/collect_bsuite.py --env-id catch --from-rlds FOLDER --out FILE.npz
 

@@ -2,7 +2,7 @@
 # The open values of CRR and CQL, compared on catch.
 #   bash benchmark/sweep_baselines.sh
 # Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
-# Cost: 17 runs of 3 seeds, 20,000 updates; 10 minutes on one core by Table 2's runs.
+# Cost: 17 runs of 3 seeds, 20,000 updates; 20 minutes measured on one core of a shared CPU.
 # Disk: 20 MB.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -209,7 +209,8 @@ def main(args: Args) -> None:
             raise SystemExit(f"{name} is not one of {', '.join(METHODS)} with _{args.domain}.")
         steps[name] = make_step(importlib.import_module(name), args, mesh)
         x = steps[name]
-        print(f"{name}: {x.parameters:,} parameters, {x.gflop:.4g} GFLOP an update", flush=True)
+        facts = f"{x.parameters:,} parameters, {x.gflop:.4g} GFLOP an update, {x.megabytes:.0f} MB"
+        print(f"{name}: {facts}", flush=True)
     if args.compile_only:
         return
     rates, cores, waits = ({name: [] for name in names} for _ in range(3))

@@ -1,6 +1,6 @@
 """How fast, and in how much memory, the Atari loader makes batches from a store.
 
-    python benchmark/throughput_loader.py --store data/atari/MsPacman-dqn-50k
+    python benchmark/throughput_loader.py --store data/atari/MsPacman-dqn-60k
 
 The figure per CPU second is that of one core, whatever else the machine does. `--tfdata` also
 measures a tf.data pipeline in the manner of the published loaders on the same steps: PNG frames
