@@ -7,12 +7,12 @@
 # ///
 """Behavior cloning on BSuite, a baseline of ROSMO (Liu et al., 2023).
 
-Behavior cloning fits a policy to the logged actions by maximum likelihood: no rewards, no model, no
-improvement on the data. It is the floor of the comparison (Section 4.2), with ROSMO's network up to
-the policy (Fig. 5b).
+Behavior cloning fits a policy to the logged actions by maximum likelihood: no
+rewards, no model, no improvement on the data. It is the floor of the
+comparison (Section 4.2), with ROSMO's network up to the policy (Fig. 5b).
 
-    python bc_bsuite.py --env-id catch                       # the paper's setting, five seeds
-    python bc_bsuite.py --env-id cartpole --data-percent 10  # a tenth of the episodes
+    python bc_bsuite.py --env-id catch     # the paper's setting, five seeds
+    python bc_bsuite.py --data-percent 10  # a tenth of the episodes
 
 Where the paper is silent this file does the following.
 1. Batches are single steps drawn with replacement; a last step has no action and counts as zero.
@@ -769,7 +769,8 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
-        main(tyro.cli(Args, description=__doc__))
+        head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines
+        main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)

@@ -6,20 +6,23 @@
 #   "wandb==0.31.0", "zstandard==0.25.0",
 # ]
 # ///
-"""COMBO on Atari (Yu et al., 2021), a baseline of ROSMO: CQL on data and in a world model.
+"""COMBO on Atari (Yu et al., 2021), a baseline of ROSMO.
 
-COMBO is CQL on a mix of logged transitions and of short rollouts of a learned world model: Q is
-pushed down on all actions, in logged and in predicted states, and up on those taken. The world
-model is MOReL's, an ensemble of recurrent state-space models with categorical latents
-(DreamerV2: Hafner et al., 2021); the rest is cql_atari.py, from which only the mix differs.
+COMBO is CQL on a mix of logged transitions and of short rollouts of a learned
+world model: Q is pushed down on all actions, in logged and in predicted
+states, and up on those taken. The world model is MOReL's, an ensemble of
+recurrent state-space models with categorical latents (DreamerV2: Hafner et
+al., 2021); the rest is cql_atari.py, from which only the mix differs.
 
-    python combo_atari.py --env-id MsPacman                         # the paper's setting
-    python combo_atari.py --env-id MsPacman --world-model FOLDER    # of another run, or of MOReL's
-    python combo_atari.py --env-id MsPacman --push-up real          # COMBO's own penalty
+    python combo_atari.py --env-id MsPacman     # the paper's setting
+    python combo_atari.py --world-model FOLDER  # of another run, or of MOReL's
+    python combo_atari.py --push-up real        # COMBO's own penalty
 
-The world model is a run of its own in {run folder}-world-model; morel_atari.py says how it learns.
-The paper gives half of a batch from the model, rollouts of 10 steps and one random member for each;
-the rest is our reconstruction.
+The world model is a run of its own in {run folder}-world-model; morel_atari.py
+says how it learns.
+
+Where the paper is silent, this is our reconstruction; it gives half of a batch from the model,
+rollouts of 10 steps and one random member for each.
 1. Every 400 updates 2,048 rollouts are added, and those of the last five times are kept. An equal
    number for each member starts at random logged frames, after the member has filtered them and
    the 15 frames before.
@@ -1958,7 +1961,8 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
-        main(tyro.cli(Args, description=__doc__))
+        head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines
+        main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)

@@ -8,12 +8,13 @@
 # ///
 """Conservative Q-learning on Atari (Kumar et al., 2020), a baseline of ROSMO.
 
-CQL is Q-learning with a penalty that pushes Q down on all actions and up on the logged one,
-α [log Σ exp Q(s, ·) - Q(s, a)], so that actions the data do not cover stay unattractive. The
-network is that of Fig. 5(d), and Q is categorical as ROSMO's value.
+CQL is Q-learning with a penalty that pushes Q down on all actions and up on
+the logged one, α [log Σ exp Q(s, ·) - Q(s, a)], so that actions the data do
+not cover stay unattractive. The network is that of Fig. 5(d), and Q is
+categorical as ROSMO's value.
 
-    python cql_atari.py --env-id MsPacman                # the paper's setting
-    python cql_atari.py --env-id MsPacman --cql-alpha 0  # plain Q-learning
+    python cql_atari.py --env-id MsPacman  # the paper's setting
+    python cql_atari.py --cql-alpha 0      # plain Q-learning
 
 Where the paper is silent this file does the following.
 1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
@@ -1022,7 +1023,8 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
-        main(tyro.cli(Args, description=__doc__))
+        head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines
+        main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)

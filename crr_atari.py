@@ -6,15 +6,16 @@
 #   "wandb==0.31.0", "zstandard==0.25.0",
 # ]
 # ///
-"""Critic regularized regression on Atari (Wang et al., 2020), a baseline of ROSMO.
+"""Critic regularized regression on Atari (Wang et al., 2020), a baseline.
 
-CRR learns a critic Q by one-step temporal differences under its own policy, and clones the logged
-actions with a weight that grows with their advantage, min(exp(A/β), 20) or 1[A > 0]. The network is
-that of Fig. 5(c), and Q is categorical as ROSMO's value.
+CRR learns a critic Q by one-step temporal differences under its own policy,
+and clones the logged actions with a weight that grows with their advantage,
+min(exp(A/β), 20) or 1[A > 0]. The network is that of Fig. 5(c), and Q is
+categorical as ROSMO's value.
 
-    python crr_atari.py --env-id MsPacman                         # the paper's setting
-    python crr_atari.py --env-id MsPacman --weight binary         # clone where A > 0
-    python crr_atari.py --env-id MsPacman --num-action-samples 4  # V from samples, as acme
+    python crr_atari.py --env-id MsPacman       # the paper's setting
+    python crr_atari.py --weight binary         # clone where A > 0
+    python crr_atari.py --num-action-samples 4  # V from samples, as acme
 
 Where the paper is silent this file does the following.
 1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
@@ -1076,7 +1077,8 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
-        main(tyro.cli(Args, description=__doc__))
+        head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines
+        main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)

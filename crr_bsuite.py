@@ -5,15 +5,16 @@
 #   "numpy==2.4.6", "optax==0.2.8", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0",
 # ]
 # ///
-"""Critic regularized regression on BSuite (Wang et al., 2020), a baseline of ROSMO.
+"""Critic regularized regression on BSuite (Wang et al., 2020), a baseline.
 
-CRR learns a critic Q by one-step temporal differences under its own policy, and clones the logged
-actions with a weight that grows with their advantage, min(exp(A/β), 20) or 1[A > 0]. The network is
-that of Fig. 5(c), and Q is categorical as ROSMO's value.
+CRR learns a critic Q by one-step temporal differences under its own policy,
+and clones the logged actions with a weight that grows with their advantage,
+min(exp(A/β), 20) or 1[A > 0]. The network is that of Fig. 5(c), and Q is
+categorical as ROSMO's value.
 
-    python crr_bsuite.py --env-id catch                         # the paper's setting, five seeds
-    python crr_bsuite.py --env-id catch --weight binary         # clone where A > 0
-    python crr_bsuite.py --env-id catch --num-action-samples 4  # V from samples, as acme
+    python crr_bsuite.py --env-id catch          # five seeds
+    python crr_bsuite.py --weight binary         # clone where A > 0
+    python crr_bsuite.py --num-action-samples 4  # V from samples, as acme
 
 Where the paper is silent this file does the following.
 1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
@@ -890,7 +891,8 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
-        main(tyro.cli(Args, description=__doc__))
+        head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines
+        main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)

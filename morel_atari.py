@@ -8,18 +8,20 @@
 # ///
 """MOReL on Atari (Kidambi et al., 2020), a baseline of ROSMO.
 
-MOReL learns an ensemble of world models from logged episodes. The members disagree where the data
-do not reach: there the pessimistic MDP halts with a penalty, so that a policy that PPO trains
-inside it is kept on known ground. A member is a recurrent state-space model with categorical
-latents (DreamerV2: Hafner et al., 2021).
+MOReL learns an ensemble of world models from logged episodes. The members
+disagree where the data do not reach: there the pessimistic MDP halts with a
+penalty, so that a policy that PPO trains inside it is kept on known ground. A
+member is a recurrent state-space model with categorical latents (DreamerV2:
+Hafner et al., 2021).
 
-    python morel_atari.py --env-id MsPacman                         # the paper's setting
-    python morel_atari.py --env-id MsPacman --world-model FOLDER    # of another run
+    python morel_atari.py --env-id MsPacman     # the paper's setting
+    python morel_atari.py --world-model FOLDER  # of another run
 
-The world model is a run of its own in {run folder}-world-model: config.json, metrics.jsonl,
-checkpoints/, members.msgpack (the trained ensemble) and world_model.png, real frames above
-open-loop predictions. The paper (F.1) names the parts, not their sizes: the rest is our
-reconstruction.
+The world model is a run of its own in {run folder}-world-model: config.json,
+metrics.jsonl, checkpoints/, members.msgpack (the trained ensemble) and
+world_model.png, real frames above open-loop predictions.
+
+Where the paper is silent, this is our reconstruction; F.1 names the parts, not their sizes.
 1. Frames stay 84 x 84; the decoder's kernels are 7, 6, 6, 6 for that size, and it predicts the
    difference from a learned image, at first the data's mean. The model sees intensity / 255 - 0.5.
 2. The members differ in their first parameters and in their batches. Each is clipped on its own.
@@ -2116,7 +2118,8 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
-        main(tyro.cli(Args, description=__doc__))
+        head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines
+        main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)

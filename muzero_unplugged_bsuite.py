@@ -6,15 +6,16 @@
 #   "mctx==0.0.71",
 # ]
 # ///
-"""MuZero Unplugged on BSuite (Schrittwieser et al., 2021), as ROSMO's paper compares with it.
+"""MuZero Unplugged on BSuite (Schrittwieser et al., 2021), a baseline of ROSMO.
 
-MuZero Unplugged learns MuZero's latent model from logged episodes. At every state of a window it
-searches the model's tree with N simulations (Eq. 2); the visits of the root's actions are the
-target of the policy (Eq. 3, 4), and their mean value bootstraps the target of the value (Eq. 3).
+MuZero Unplugged learns MuZero's latent model from logged episodes. At every
+state of a window it searches the model's tree with N simulations (Eq. 2); the
+visits of the root's actions are the target of the policy (Eq. 3, 4), and their
+mean value bootstraps the target of the value (Eq. 3).
 
-    python muzero_unplugged_bsuite.py --env-id catch                        # N = 4, five seeds
-    python muzero_unplugged_bsuite.py --env-id catch --num-simulations 16 --max-depth 2  # Fig. 2(c)
-    python muzero_unplugged_bsuite.py --env-id catch --policy-target mpo    # MZU-Q
+    python muzero_unplugged_bsuite.py --env-id catch        # N = 4, five seeds
+    python muzero_unplugged_bsuite.py --num-simulations 16  # Fig. 2(c)
+    python muzero_unplugged_bsuite.py --policy-target mpo   # MZU-Q
 
 Where the paper is silent, or differs from the authors' code, this file does the following.
 1. Windows start at any step; past the end of an episode they hold an absorbing state: random
@@ -1028,7 +1029,8 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
-        main(tyro.cli(Args, description=__doc__))
+        head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines
+        main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)

@@ -6,18 +6,19 @@
 #   "wandb==0.31.0", "zstandard==0.25.0",
 # ]
 # ///
-"""ROSMO on Atari (Liu et al., "Efficient Offline Policy Optimization with a Learned Model", 2023).
+"""ROSMO on Atari: Efficient Offline Policy Optimization with a Learned Model.
 
-ROSMO learns a MuZero-style latent model from logged episodes. Instead of searching, it looks one
-step ahead with that model for every action, moves the prior policy towards the actions with a
-positive advantage (Eq. 6), and imitates logged actions whose advantage is positive (Eq. 11).
+ROSMO (Liu et al., 2023) learns a MuZero-style latent model from logged
+episodes. Instead of searching, it looks one step ahead with that model for
+every action, moves the prior policy towards actions with a positive advantage
+(Eq. 6), and imitates logged actions whose advantage is positive (Eq. 11).
 
-    python rosmo_atari.py --env-id MsPacman                       # the paper's setting
-    python rosmo_atari.py --env-id MsPacman --data-percent 1      # Fig. 4(a)
-    python rosmo_atari.py --env-id MsPacman --num-samples 4       # sampled targets, Fig. 4(b)
-    python rosmo_atari.py --env-id MsPacman --unroll-steps 1      # Fig. 4(c)
-    python rosmo_atari.py --env-id MsPacman --behavior-coef 0     # OneStep, Fig. 4(d)
-    python rosmo_atari.py --env-id MsPacman --policy-coef 0       # Behavior, Fig. 4(d)
+    python rosmo_atari.py --env-id MsPacman  # the paper's setting
+    python rosmo_atari.py --data-percent 1   # Fig. 4(a)
+    python rosmo_atari.py --num-samples 4    # sampled targets, Fig. 4(b)
+    python rosmo_atari.py --unroll-steps 1   # Fig. 4(c)
+    python rosmo_atari.py --behavior-coef 0  # OneStep, Fig. 4(d)
+    python rosmo_atari.py --policy-coef 0    # Behavior, Fig. 4(d)
 
 Where the paper is silent, or differs from the authors' code, this file does the following.
 1. Windows start at any step; past the end of an episode they hold an absorbing state: random
@@ -1210,7 +1211,8 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
-        main(tyro.cli(Args, description=__doc__))
+        head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines
+        main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)

@@ -5,16 +5,17 @@
 #   "numpy==2.4.6", "optax==0.2.8", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0",
 # ]
 # ///
-"""ROSMO on BSuite (Liu et al., "Efficient Offline Policy Optimization with a Learned Model", 2023).
+"""ROSMO on BSuite: Efficient Offline Policy Optimization with a Learned Model.
 
-ROSMO learns a MuZero-style latent model from logged episodes. Instead of searching, it looks one
-step ahead with that model for every action, moves the prior policy towards the actions with a
-positive advantage (Eq. 6), and imitates logged actions whose advantage is positive (Eq. 11).
+ROSMO (Liu et al., 2023) learns a MuZero-style latent model from logged
+episodes. Instead of searching, it looks one step ahead with that model for
+every action, moves the prior policy towards actions with a positive advantage
+(Eq. 6), and imitates logged actions whose advantage is positive (Eq. 11).
 
-    python rosmo_bsuite.py --env-id catch                       # the paper's setting, five seeds
-    python rosmo_bsuite.py --env-id catch --behavior-coef 0     # OneStep, Fig. 4(d)
-    python rosmo_bsuite.py --env-id catch --policy-coef 0       # Behavior, Fig. 4(d)
-    python rosmo_bsuite.py --env-id catch --num-samples 2       # sampled targets, Eq. 9-10
+    python rosmo_bsuite.py --env-id catch     # the paper's setting, five seeds
+    python rosmo_bsuite.py --behavior-coef 0  # OneStep, Fig. 4(d)
+    python rosmo_bsuite.py --policy-coef 0    # Behavior, Fig. 4(d)
+    python rosmo_bsuite.py --num-samples 2    # sampled targets, Eq. 9-10
 
 Where the paper is silent, or differs from the authors' code, this file does the following.
 1. Windows start at any step; past the end of an episode they hold an absorbing state: random
@@ -1024,7 +1025,8 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
-        main(tyro.cli(Args, description=__doc__))
+        head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines
+        main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
         print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)

@@ -16,23 +16,26 @@
 #     "zstandard==0.25.0",
 # ]
 # ///
-"""Records an Atari dataset: every episode that an online DQN plays while it learns.
+"""Records an Atari dataset: every episode that an online DQN plays while it
+learns.
 
     python benchmark/collect_atari.py --env-id Pong --num-steps 200000
 
-This is how RL Unplugged's data was made (Dopamine's DQN and environment, 50M steps a run), at a
-size for a laptop; the flags go up to the original's. The episodes go to a store that the training
-scripts read, and with `--format rlu` also to shards in RL Unplugged's own format. The same command
-goes on after a kill: the learner is saved every `--save-every` steps, and the replay memory is
-filled again from the recorded episodes. The games that were running start anew, so a collection
-that was broken off records other episodes than an unbroken one, which alone is a function of the
-seed.
+This is how RL Unplugged's data was made (Dopamine's DQN and environment, 50M
+steps a run), at a size for a laptop; the flags go up to the original's. The
+episodes go to a store that the training scripts read, and with `--format rlu`
+also to shards in RL Unplugged's own format. The same command goes on after a
+kill: the learner is saved every `--save-every` steps, and the replay memory
+is filled again from the recorded episodes. The games that were running start
+anew, so a collection that was broken off records other episodes than an
+unbroken one, which alone is a function of the seed.
 
 Where it differs from Dopamine's DQN:
-1. Several environments are played side by side, and an episode enters the replay memory when it
-   has ended.
-2. By default the network is narrower, targets are `n_step` returns, the exploration schedule, the
-   target period and the learning rate are fit for 200 thousand steps instead of 50 million.
+1. Several environments are played side by side, and an episode enters the
+   replay memory when it has ended.
+2. By default the network is narrower, targets are `n_step` returns, the
+   exploration schedule, the target period and the learning rate are fit for
+   200 thousand steps instead of 50 million.
 """
 
 import dataclasses
@@ -440,4 +443,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run(main, tyro.cli(Args, description=__doc__))
+    run(main, tyro.cli(Args, description=__doc__.replace("\n", "\n ")))

@@ -11,21 +11,22 @@
 # ///
 """Collect the BSuite datasets of the ROSMO paper (Appendix E, Tables 5 and 6).
 
-An online DQN learns on a real bsuite environment, and every episode from the first to the last
-of its training is recorded. With probability --noise the environment executes a uniformly random
-action in place of the agent's; the recorded action, from which the DQN also learns, is the
-agent's, so that the noise belongs to the environment.
+An online DQN learns on a real bsuite environment, and every episode from the
+first to the last of its training is recorded. With probability --noise the
+environment executes a uniformly random action in place of the agent's; the
+recorded action, from which the DQN also learns, is the agent's, so that the
+noise belongs to the environment.
 
     python benchmark/collect_bsuite.py --env-id catch --noise 0.1 --seed 0
 
-writes data/bsuite/catch-noise0.1-seed0.npz, whose format is in docs/bsuite_data.md, and prints
-its rows of Tables 5 and 6 beside the paper's. The same seed gives the same data on the same machine
-and versions.
+writes data/bsuite/catch-noise0.1-seed0.npz, whose format is in
+docs/bsuite_data.md, and prints its rows of Tables 5 and 6 beside the paper's.
+The same seed gives the same data on the same machine and versions.
 
-    python benchmark/collect_bsuite.py --env-id catch --from-rlds FOLDER --out FILE.npz
+    python benchmark/collect_bsuite.py --from-rlds FOLDER --out FILE.npz
 
-converts a TFDS/RLDS folder instead, such as the authors'. This needs tensorflow-datasets and
-tensorflow.
+converts a TFDS/RLDS folder instead, such as the authors'. This needs
+tensorflow-datasets and tensorflow.
 """
 
 import dataclasses
@@ -503,7 +504,7 @@ def run() -> None:
     if parent := os.environ.pop("ROSMO_PARENT", None):  # set by what starts this program
         stop.parent = int(parent) if os.name == "posix" else None
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
     except KeyboardInterrupt:
         below_bar = "\n" if sys.stderr.isatty() else ""
         print(f"{below_bar}Interrupted: nothing was written.", file=sys.stderr)

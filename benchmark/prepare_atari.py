@@ -7,17 +7,19 @@
 #   "flax==0.12.8", "jax==0.10.2", "optax==0.2.8",  # of collect_atari.py, the fall-back
 # ]
 # ///
-"""Makes the Atari scripts' data: RL Unplugged, or the DQN Replay dataset, as a store.
+"""Makes the Atari scripts' data: RL Unplugged, or DQN Replay, as a store.
 
-    python benchmark/prepare_atari.py --env-id MsPacman --percent 10        # streams RL Unplugged
-    python benchmark/prepare_atari.py --env-id MsPacman --rlu-prefix rlu    # from a copy of it
+    python benchmark/prepare_atari.py --env-id MsPacman --percent 10
+    python benchmark/prepare_atari.py --env-id MsPacman --rlu-prefix rlu
     python benchmark/prepare_atari.py --env-id MsPacman --dqn-replay dqn
-    python benchmark/prepare_atari.py --env-id MsPacman --old-store data/atari/MsPacman-run1-10pct
+    python benchmark/prepare_atari.py --env-id MsPacman --old-store old
 
-Shards are imported in parallel, and each finished one is kept: after a kill or a lost connection
-the same command goes on with the others. Without a connection and without a store, collect_atari.py
-records a small dataset instead. docs/atari_data.md has the format; data of your own become a store
-with `write_store`.
+The first streams RL Unplugged, the others read a copy of it in the folder
+rlu, a copy of DQN Replay, and a store of format 1. Shards are imported in
+parallel, and each finished one is kept: after a kill or a lost connection the
+same command goes on with the others. Without a connection and without a
+store, collect_atari.py records a small dataset instead. docs/atari_data.md
+has the format; data of your own become a store with `write_store`.
 """
 
 import contextlib
@@ -791,4 +793,4 @@ def run(main: Callable, args: Any) -> None:
 
 
 if __name__ == "__main__":
-    run(main, tyro.cli(Args, description=__doc__))
+    run(main, tyro.cli(Args, description=__doc__.replace("\n", "\n ")))

@@ -2,16 +2,18 @@
 
     python benchmark/report.py table1 figure9
     python benchmark/report.py figure2a --total-updates 50000
-    python benchmark/report.py compare "mine=runs/rosmo_atari/Pong/seed0" "theirs=other/run"
+    python benchmark/report.py compare mine=runs/a/seed0 theirs=runs/b/seed0
     python benchmark/report.py curves benchmark/results
 
-It takes the arguments of run.py, further ones included, and counts the runs of which run.py says
-that they are finished; a cell without one stays empty and is listed. For each item, --out gets a
-page with the numbers and where they come from ({item}.md), the numbers alone ({item}.csv) and the
-figures ({item}.png, ...); report.html holds all pages there with their images. Runs of different
-data or evaluations are not drawn together, unless --mix is given. Runs keep raw returns only; their
-scores are normalised here. `curves` draws learning_curve.png anew in the folders of all finished
-runs below those named, with lines of random play and of the online DQN.
+It takes the arguments of run.py, further ones included, and counts the runs
+of which run.py says that they are finished; a cell without one stays empty
+and is listed. For each item, --out gets a page with the numbers and where
+they come from ({item}.md), the numbers alone ({item}.csv) and the figures
+({item}.png, ...); report.html holds all pages there with their images. Runs
+of different data or evaluations are not drawn together, unless --mix is
+given. Runs keep raw returns only; their scores are normalised here. `curves`
+draws learning_curve.png anew in the folders of all finished runs below those
+named, with lines of random play and of the online DQN.
 """
 
 import base64
@@ -1020,6 +1022,6 @@ def main(args: Args, further: list[str]) -> None:
 if __name__ == "__main__":
     own, further = run.split_arguments(sys.argv[1:], Args)
     try:
-        main(tyro.cli(Args, args=own, description=__doc__), further)
+        main(tyro.cli(Args, args=own, description=__doc__.replace("\n", "\n ")), further)
     except OSError as error:  # a full disk, a folder that cannot be written
         raise SystemExit(f"{error}.") from None

@@ -2,12 +2,13 @@
 
     python benchmark/run.py table1 --total-updates 50000
     python benchmark/run.py table8 --env-ids Pong Breakout --workers 4
-    python benchmark/run.py table8 --launcher slurm --slurm partition=gpu time=1440
+    python benchmark/run.py table8 --launcher slurm --slurm partition=gpu
     python benchmark/run.py table8 --dry-run
 
-A cell with a finished run below --runs is skipped, and a stopped run goes on. Further arguments are
-handed to those scripts of the item that have them (--channels 16). Every run has a log of its own;
-what failed is listed at the end. Ctrl-C lets all runs write their checkpoints.
+A cell with a finished run below --runs is skipped, and a stopped run goes on.
+Further arguments are handed to those scripts of the item that have them
+(--channels 16). Every run has a log of its own; what failed is listed at the
+end. Ctrl-C lets all runs write their checkpoints.
 """
 
 import dataclasses
@@ -564,6 +565,6 @@ def main(args: Args, further: list[str]) -> None:
 if __name__ == "__main__":
     own, further = split_arguments(sys.argv[1:], Args)
     try:
-        main(tyro.cli(Args, args=own, description=__doc__), further)
+        main(tyro.cli(Args, args=own, description=__doc__.replace("\n", "\n ")), further)
     except OSError as error:  # a full disk, a folder that cannot be written
         raise SystemExit(f"{error}: put that right, then the same command goes on.") from None

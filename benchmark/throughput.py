@@ -2,14 +2,16 @@
 
     python benchmark/throughput.py bsuite
     python benchmark/throughput.py atari --channels 16 --batch-size 16
-    python benchmark/throughput.py atari --store data/atari/Pong-dqn-200k    # with the loader
-    python benchmark/throughput.py atari --scripts rosmo_atari muzero_unplugged_atari --updates 5
+    python benchmark/throughput.py atari --store data/atari/Pong-dqn-200k
+    python benchmark/throughput.py atari --scripts rosmo_atari crr_atari
 
-The update is the script's own, with the metrics that it logs: on BSuite on made-up episodes of the
-size of cartpole's, on Atari on the batches of a store or, without one, on one made-up batch. The
-scripts take turns, window by window, so that a slow moment of the machine meets them all; figures
-are medians over the windows. A device's peak is that of a float32 matrix product (bfloat16 on
-accelerators), measured in the same run. `--out` puts the table into a page of results.
+The update is the script's own, with the metrics that it logs: on BSuite on
+made-up episodes of the size of cartpole's, on Atari on the batches of a store
+or, without one, on one made-up batch. The scripts take turns, window by
+window, so that a slow moment of the machine meets them all; figures are
+medians over the windows. A device's peak is that of a float32 matrix product
+(bfloat16 on accelerators), measured in the same run. `--out` puts the table
+into a page of results.
 """
 
 import dataclasses
@@ -256,4 +258,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))

@@ -2,10 +2,11 @@
 
     python benchmark/throughput_loader.py --store data/atari/MsPacman-dqn-60k
 
-The figure per CPU second is that of one core, whatever else the machine does. `--tfdata` also
-measures a tf.data pipeline in the manner of the published loaders on the same steps: PNG frames
-decoded one by one, stacks of four as windows with shift 1, trajectories of 11 states, a shuffle
-buffer, batches of 512.
+The figure per CPU second is that of one core, whatever else the machine does.
+`--tfdata` also measures a tf.data pipeline in the manner of the published
+loaders on the same steps: PNG frames decoded one by one, stacks of four as
+windows with shift 1, trajectories of 11 states, a shuffle buffer, batches of
+512.
 """
 
 import json
@@ -107,4 +108,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))

@@ -6,10 +6,11 @@
 #   "optax==0.2.8", "tqdm==4.70.1", "tyro==1.0.17", "zstandard==0.25.0",
 # ]
 # ///
-"""Plays one episode with the agent of an Atari run and writes it to video.mp4 in the run's folder.
+"""Plays one episode with the agent of an Atari run and writes it to video.mp4 in
+the run's folder.
 
-python benchmark/watch.py runs/rosmo_atari/MsPacman/seed0
-python benchmark/watch.py runs/rosmo_atari/MsPacman/seed0 --greedy --seed 3
+python benchmark/watch.py runs/rosmo_atari/MsPacman/seed0 python
+benchmark/watch.py runs/rosmo_atari/MsPacman/seed0 --greedy --seed 3
 """
 
 import importlib.util
@@ -112,7 +113,7 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
     except KeyboardInterrupt:
         print("Stopped; the video is not whole.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -71,6 +71,13 @@ def test_help_fits_a_narrow_terminal_and_says_each_default_once(name, monkeypatc
     assert "[-changes]/seed" in said  # in one piece
 
 
+@pytest.mark.parametrize("name", ["bc_bsuite.py", "benchmark/run.py"])
+def test_help_keeps_the_lines_of_the_header(script, name):
+    result = script(name, "--help", COLUMNS="80")
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert f"    python {name}" in result.stdout
+
+
 @by_script
 def test_numbers_out_of_range_give_one_sentence(name):
     module = importlib.import_module(name)

@@ -93,6 +93,13 @@ def test_every_argument_is_documented_and_read(path):
         assert re.search(rf"\bargs\.{field.target.id}\b", text), f"nothing reads it: {line}"
 
 
+@by_program
+def test_the_header_that_help_shows_has_79_columns(path):
+    if "description=" in path.read_text():
+        head = ast.get_docstring(ast.parse(path.read_text())).split("\n\nWhere")[0]
+        assert max(map(len, head.splitlines())) <= 79
+
+
 @by_name
 def test_a_script_imports_nothing_of_the_repository(path):
     assert not imports(path) & (MODULES | {"benchmark", "tests", "helpers"})
