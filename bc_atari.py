@@ -282,8 +282,8 @@ def update(state: TrainState, key, batch: Batch, network: BCNetwork, args: Args)
     gradient, metrics = jax.grad(bc_loss, has_aux=True)(state.params, batch, network, args)
     metrics["charts/grad_norm"] = optax.global_norm(gradient)
     delta, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.params)
-    params, step = optax.apply_updates(state.params, delta), state.step + 1
-    return TrainState(params, opt_state, step), metrics
+    params = optax.apply_updates(state.params, delta)
+    return TrainState(params, opt_state, state.step + 1), metrics
 
 
 @partial(jax.jit, static_argnames=("greedy", "network", "args"))
@@ -634,8 +634,8 @@ class Run:
     def lines(self) -> list[dict]:
         """The metrics written so far, but for a last line that a kill cut short."""
         path = self.dir / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
         try:
+            text = path.read_text() if path.exists() else ""
             return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         except ValueError:
             message = f"{path} is damaged: put it back, or give --overwrite to start again."
@@ -933,6 +933,7 @@ def main(args: Args) -> None:
 # --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
     status: Any = 130
+    but = " without --overwrite" if "--overwrite" in sys.argv else ""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
@@ -940,9 +941,9 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        status = f"{error}: put that right, then the same command goes on."
+        status = f"{error}: put that right, then the same command{but} goes on."
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

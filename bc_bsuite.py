@@ -200,6 +200,7 @@ def update(state: TrainState, key, batch: Steps, network: BCNetwork, args: Args)
     return TrainState(params, opt_state, state.step + 1), metrics
 
 
+@partial(jax.jit, static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: BCNetwork, args: Args):
     """Actions [E] for observations [E, ...], sampled from π or its most probable ones."""
     logits = network.apply(params, observation)
@@ -299,9 +300,8 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
     demand([last.any(), *last[-1:], len(last) > 0], "it does not end with an episode's last step")
     demand(last | ~terminal, "is_terminal is set where is_last is not")
     demand(~(last & np.roll(last, 1)), "it has an episode without a transition")
-    demand(
-        np.isfinite(observation).all() & np.isfinite(reward), "it has numbers that are not finite"
-    )
+    largest = np.array([np.abs(observation).max(), np.abs(reward).max()], float)
+    demand(largest < 1e38, "it has numbers that are not finite in float32")
     advice = "an episode of T actions has T + 1 rows, the last without action and reward"
     demand(reward[last] == 0, f"last rows have a reward: {advice}")
     dtypes = (np.float32, np.int32, np.float32, bool, bool)
@@ -504,8 +504,8 @@ class Run:
     def lines(self) -> list[dict]:
         """The metrics written so far, but for a last line that a kill cut short."""
         path = self.dir / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
         try:
+            text = path.read_text() if path.exists() else ""
             return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         except ValueError:
             message = f"{path} is damaged: put it back, or give --overwrite to start again."
@@ -743,7 +743,8 @@ def main(args: Args) -> None:
         with run.time(part):
             states, sums = train(number, states, sums, data, network, args, by_device)
             jax.block_until_ready(sums)
-        longest *= 2 if time.monotonic() - before < 0.5 or part == "compilation" else 1
+        if time.monotonic() - before < 0.5 or part == "compilation":
+            longest = max(longest, 2 * number)
         done, part = done + number, "update"
         run.bar.update(number)
         if done % args.log_every == 0:
@@ -766,6 +767,7 @@ def main(args: Args) -> None:
 # --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
     status: Any = 130
+    but = " without --overwrite" if "--overwrite" in sys.argv else ""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
@@ -773,9 +775,9 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        status = f"{error}: put that right, then the same command goes on."
+        status = f"{error}: put that right, then the same command{but} goes on."
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

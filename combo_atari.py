@@ -1348,8 +1348,8 @@ class Run:
     def lines(self) -> list[dict]:
         """The metrics written so far, but for a last line that a kill cut short."""
         path = self.dir / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
         try:
+            text = path.read_text() if path.exists() else ""
             return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         except ValueError:
             message = f"{path} is damaged: put it back, or give --overwrite to start again."
@@ -1958,6 +1958,7 @@ def main(args: Args) -> None:
 # --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
     status: Any = 130
+    but = " without --overwrite" if "--overwrite" in sys.argv else ""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
@@ -1965,9 +1966,9 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        status = f"{error}: put that right, then the same command goes on."
+        status = f"{error}: put that right, then the same command{but} goes on."
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

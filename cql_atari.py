@@ -358,6 +358,7 @@ def init_state(key, network: CQLNetwork, args: Args) -> TrainState:
 @partial(jax.jit, static_argnames=("network", "args"), donate_argnames="state")
 def update(state: TrainState, key, batch: Batch, network: CQLNetwork, args: Args):
     """One update -> (state, metrics); the batch is shared out to the devices, the state is not."""
+    # Nothing is drawn at random here; `key` is an argument as in the other scripts.
     gradient, metrics = jax.grad(cql_loss, has_aux=True)(
         state.params, state.target_params, batch, network, args
     )
@@ -720,8 +721,8 @@ class Run:
     def lines(self) -> list[dict]:
         """The metrics written so far, but for a last line that a kill cut short."""
         path = self.dir / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
         try:
+            text = path.read_text() if path.exists() else ""
             return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         except ValueError:
             message = f"{path} is damaged: put it back, or give --overwrite to start again."
@@ -1020,6 +1021,7 @@ def main(args: Args) -> None:
 # --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
     status: Any = 130
+    but = " without --overwrite" if "--overwrite" in sys.argv else ""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
@@ -1027,9 +1029,9 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        status = f"{error}: put that right, then the same command goes on."
+        status = f"{error}: put that right, then the same command{but} goes on."
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

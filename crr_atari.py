@@ -347,14 +347,14 @@ def crr_loss(params, target_params, batch: Batch, key, network: CRRNetwork, args
     # A = Q(s, a) - V(s), V the mean of Q under π.
     logits = network.apply(params, state, method="policy_logits")
     log_policy = jax.nn.log_softmax(logits)
-    q = jax.lax.stop_gradient(to_scalar(q_logits))  # [B, actions]
+    q = to_scalar(q_logits)  # [B, actions]
     if args.num_action_samples is None:
-        value = jnp.sum(jax.lax.stop_gradient(jnp.exp(log_policy)) * q, axis=-1)
+        value = jnp.sum(jnp.exp(log_policy) * q, axis=-1)
     else:
         samples = jax.random.categorical(key, logits, shape=(args.num_action_samples, len(action)))
         value = jnp.mean(jnp.take_along_axis(q, samples.T, axis=-1), axis=-1)
     q_logged = jnp.take_along_axis(q, logged, axis=-1)[:, 0]
-    advantage = q_logged - value
+    advantage = jax.lax.stop_gradient(q_logged - value)
     weight = regression_weight(advantage, args)  # [B]
     log_prob = jnp.take_along_axis(log_policy, logged, axis=-1)[:, 0]
     policy_loss = -weight * log_prob
@@ -774,8 +774,8 @@ class Run:
     def lines(self) -> list[dict]:
         """The metrics written so far, but for a last line that a kill cut short."""
         path = self.dir / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
         try:
+            text = path.read_text() if path.exists() else ""
             return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         except ValueError:
             message = f"{path} is damaged: put it back, or give --overwrite to start again."
@@ -1074,6 +1074,7 @@ def main(args: Args) -> None:
 # --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
     status: Any = 130
+    but = " without --overwrite" if "--overwrite" in sys.argv else ""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
@@ -1081,9 +1082,9 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        status = f"{error}: put that right, then the same command goes on."
+        status = f"{error}: put that right, then the same command{but} goes on."
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

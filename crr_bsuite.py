@@ -101,12 +101,11 @@ class Args:
     learning_rate_decay: float = 0.1  # factor on the learning rate every 100,000 updates
     weight_decay: float = 1e-4  # AdamW's weight decay, on weight matrices only
     max_grad_norm: float = 5.0  # largest global norm of the gradient
-    target_update_every: int = 100  # updates between two copies to the target network
 
     # algorithm
+    target_update_every: int = 100  # updates between two copies to the target network
     discount: float = 0.99  # discount factor γ
-    weight: Literal["exp", "binary"] = "exp"
-    """weight of a logged action, min(exp(A/β), 20) or 1[A > 0]"""
+    weight: Literal["exp", "binary"] = "exp"  # of a logged action, min(exp(A/β), 20) or 1[A > 0]
     beta: float = 0.3  # β, temperature of the exponential weight
     num_action_samples: int | None = None
     """actions sampled from π for V; None: the exact mean over all"""
@@ -247,14 +246,14 @@ def crr_loss(params, target_params, batch: Steps, key, network: CRRNetwork, args
     # A = Q(s, a) - V(s), V the mean of Q under π.
     logits = network.apply(params, state, method="policy_logits")
     log_policy = jax.nn.log_softmax(logits)
-    q = jax.lax.stop_gradient(to_scalar(q_logits))  # [B, actions]
+    q = to_scalar(q_logits)  # [B, actions]
     if args.num_action_samples is None:
-        value = jnp.sum(jax.lax.stop_gradient(jnp.exp(log_policy)) * q, axis=-1)
+        value = jnp.sum(jnp.exp(log_policy) * q, axis=-1)
     else:
         samples = jax.random.categorical(key, logits, shape=(args.num_action_samples, len(action)))
         value = jnp.mean(jnp.take_along_axis(q, samples.T, axis=-1), axis=-1)
     q_logged = jnp.take_along_axis(q, logged, axis=-1)[:, 0]
-    advantage = q_logged - value
+    advantage = jax.lax.stop_gradient(q_logged - value)
     weight = regression_weight(advantage, args)  # [B]
     log_prob = jnp.take_along_axis(log_policy, logged, axis=-1)[:, 0]
     policy_loss = -weight * log_prob
@@ -320,6 +319,7 @@ def update(state: TrainState, key, batch: Steps, network: CRRNetwork, args: Args
     return TrainState(params, target_params, opt_state, step), metrics
 
 
+@partial(jax.jit, static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: CRRNetwork, args: Args):
     """Actions [E] for observations [E, ...], sampled from π or its most probable ones."""
     state = network.apply(params, observation, method="representation")
@@ -420,9 +420,8 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
     demand([last.any(), *last[-1:], len(last) > 0], "it does not end with an episode's last step")
     demand(last | ~terminal, "is_terminal is set where is_last is not")
     demand(~(last & np.roll(last, 1)), "it has an episode without a transition")
-    demand(
-        np.isfinite(observation).all() & np.isfinite(reward), "it has numbers that are not finite"
-    )
+    largest = np.array([np.abs(observation).max(), np.abs(reward).max()], float)
+    demand(largest < 1e38, "it has numbers that are not finite in float32")
     advice = "an episode of T actions has T + 1 rows, the last without action and reward"
     demand(reward[last] == 0, f"last rows have a reward: {advice}")
     dtypes = (np.float32, np.int32, np.float32, bool, bool)
@@ -625,8 +624,8 @@ class Run:
     def lines(self) -> list[dict]:
         """The metrics written so far, but for a last line that a kill cut short."""
         path = self.dir / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
         try:
+            text = path.read_text() if path.exists() else ""
             return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         except ValueError:
             message = f"{path} is damaged: put it back, or give --overwrite to start again."
@@ -865,7 +864,8 @@ def main(args: Args) -> None:
         with run.time(part):
             states, sums = train(number, states, sums, data, network, args, by_device)
             jax.block_until_ready(sums)
-        longest *= 2 if time.monotonic() - before < 0.5 or part == "compilation" else 1
+        if time.monotonic() - before < 0.5 or part == "compilation":
+            longest = max(longest, 2 * number)
         done, part = done + number, "update"
         run.bar.update(number)
         if done % args.log_every == 0:
@@ -888,6 +888,7 @@ def main(args: Args) -> None:
 # --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
     status: Any = 130
+    but = " without --overwrite" if "--overwrite" in sys.argv else ""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
@@ -895,9 +896,9 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        status = f"{error}: put that right, then the same command goes on."
+        status = f"{error}: put that right, then the same command{but} goes on."
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -31,9 +31,9 @@ Where the paper is silent, or differs from the authors' code, this file does the
    weights only; the gradient is halved at every unrolled state (authors' code).
 6. The network is D.2.1's, with the heads and the input of the dynamics of the authors' code.
 7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
-   [0, 1] among siblings, as for targets (authors' code; --eval-dirichlet-fraction 0: no noise); the
-   final evaluation reports the greedy policy beside it. Ties are broken at random, in one order
-   for each tree (mctx: anew at every step).
+   [0, 1] over a node and its children, as for targets (authors' code; --eval-dirichlet-fraction 0:
+   no noise); the final evaluation reports the greedy policy beside it. Ties are broken at random,
+   in one order for each tree (mctx: anew at every step).
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -412,11 +412,11 @@ def search(network, params, state, prediction, key, noise: float, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2; n counts the node itself, and Q is scaled to [0, 1] at the node (MuZero, mctx)."""
+        """Eq. 2; n counts the node itself, and Q is scaled to [0, 1] at the node, as in mctx."""
         n, value = tree.node_visits[node], tree.node_values[node]
         visits = tree.children_visits[node]
         q = jnp.where(visits > 0, tree.qvalues(node), value)
-        low, high = reduce(jnp.minimum, q, value), reduce(jnp.maximum, q, value)
+        low, high = jnp.minimum(q.min(), value), jnp.maximum(q.max(), value)
         q = jnp.where(visits > 0, q - low, 0.0) / jnp.maximum(high - low, 1e-8)
         c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)
         bonus = c * jnp.exp(tree.children_prior_logits[node]) * jnp.sqrt(n) / (1 + visits)
@@ -911,8 +911,8 @@ class Run:
     def lines(self) -> list[dict]:
         """The metrics written so far, but for a last line that a kill cut short."""
         path = self.dir / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
         try:
+            text = path.read_text() if path.exists() else ""
             return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         except ValueError:
             message = f"{path} is damaged: put it back, or give --overwrite to start again."
@@ -1212,6 +1212,7 @@ def main(args: Args) -> None:
 # --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
     status: Any = 130
+    but = " without --overwrite" if "--overwrite" in sys.argv else ""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
@@ -1219,9 +1220,9 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        status = f"{error}: put that right, then the same command goes on."
+        status = f"{error}: put that right, then the same command{but} goes on."
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

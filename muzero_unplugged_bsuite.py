@@ -28,9 +28,9 @@ Where the paper is silent, or differs from the authors' code, this file does the
    weights only; the gradient is halved at every unrolled state (authors' code).
 6. The 20 bins are the integers -9 to 10, and targets stop at 9 (authors' code).
 7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
-   [0, 1] among siblings, as for targets (authors' code; --eval-dirichlet-fraction 0: no noise); the
-   final evaluation reports the greedy policy beside it. Ties are broken at random, in one order
-   for each tree (mctx: anew at every step).
+   [0, 1] over a node and its children, as for targets (authors' code; --eval-dirichlet-fraction 0:
+   no noise); the final evaluation reports the greedy policy beside it. Ties are broken at random,
+   in one order for each tree (mctx: anew at every step).
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -315,11 +315,11 @@ def search(network, params, state, prediction, key, noise: float, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2; n counts the node itself, and Q is scaled to [0, 1] at the node (MuZero, mctx)."""
+        """Eq. 2; n counts the node itself, and Q is scaled to [0, 1] at the node, as in mctx."""
         n, value = tree.node_visits[node], tree.node_values[node]
         visits = tree.children_visits[node]
         q = jnp.where(visits > 0, tree.qvalues(node), value)
-        low, high = reduce(jnp.minimum, q, value), reduce(jnp.maximum, q, value)
+        low, high = jnp.minimum(q.min(), value), jnp.maximum(q.max(), value)
         q = jnp.where(visits > 0, q - low, 0.0) / jnp.maximum(high - low, 1e-8)
         c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)
         bonus = c * jnp.exp(tree.children_prior_logits[node]) * jnp.sqrt(n) / (1 + visits)
@@ -455,6 +455,7 @@ def update(state: TrainState, key, batch: Steps, network: MuZeroNetwork, args: A
     return TrainState(params, target_params, opt_state, step), metrics
 
 
+@partial(jax.jit, static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Args):
     """Actions [E] for observations [E, ...], from the policy that the search finds."""
     state = network.apply(params, observation, method="representation")
@@ -557,9 +558,8 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
     demand([last.any(), *last[-1:], len(last) > 0], "it does not end with an episode's last step")
     demand(last | ~terminal, "is_terminal is set where is_last is not")
     demand(~(last & np.roll(last, 1)), "it has an episode without a transition")
-    demand(
-        np.isfinite(observation).all() & np.isfinite(reward), "it has numbers that are not finite"
-    )
+    largest = np.array([np.abs(observation).max(), np.abs(reward).max()], float)
+    demand(largest < 1e38, "it has numbers that are not finite in float32")
     advice = "an episode of T actions has T + 1 rows, the last without action and reward"
     demand(reward[last] == 0, f"last rows have a reward: {advice}")
     dtypes = (np.float32, np.int32, np.float32, bool, bool)
@@ -762,8 +762,8 @@ class Run:
     def lines(self) -> list[dict]:
         """The metrics written so far, but for a last line that a kill cut short."""
         path = self.dir / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
         try:
+            text = path.read_text() if path.exists() else ""
             return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         except ValueError:
             message = f"{path} is damaged: put it back, or give --overwrite to start again."
@@ -1003,7 +1003,8 @@ def main(args: Args) -> None:
         with run.time(part):
             states, sums = train(number, states, sums, data, network, args, by_device)
             jax.block_until_ready(sums)
-        longest *= 2 if time.monotonic() - before < 0.5 or part == "compilation" else 1
+        if time.monotonic() - before < 0.5 or part == "compilation":
+            longest = max(longest, 2 * number)
         done, part = done + number, "update"
         run.bar.update(number)
         if done % args.log_every == 0:
@@ -1026,6 +1027,7 @@ def main(args: Args) -> None:
 # --- entry (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":
     status: Any = 130
+    but = " without --overwrite" if "--overwrite" in sys.argv else ""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
@@ -1033,9 +1035,9 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        status = f"{error}: put that right, then the same command goes on."
+        status = f"{error}: put that right, then the same command{but} goes on."
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

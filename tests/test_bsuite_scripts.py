@@ -1,11 +1,13 @@
 """What the five BSuite scripts have in common: data, evaluation, `main`."""
 
+import importlib
 import json
 from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import SCRIPTS
 
 import bc_bsuite
 import rosmo_bsuite as rosmo
@@ -33,6 +35,12 @@ def test_an_evaluation_is_broken_off_and_may_have_no_episodes():
     assert rosmo.evaluate(three_times, "catch", [0, 1], 0, 2, 0.0) is None
     assert times == [0, 1, 2, 3]
     assert rosmo.evaluate(three_times, "catch", [0, 1], 0, 0, 0.0).shape == (2, 0)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_acting_is_one_program(name):
+    """Who loads an agent acts step by step; a search that is not compiled takes seconds of each."""
+    assert hasattr(importlib.import_module(name).act, "lower")
 
 
 def test_evaluations_depend_on_the_seed_the_update_and_the_episode_alone():
@@ -130,6 +138,8 @@ def test_whole_episodes_are_taken_in_the_types_of_the_suite():
         ({k: v[3:4] for k, v in ROWS.items()}, "an episode without a transition"),
         (at("reward", 1, np.nan), "numbers that are not finite"),
         (at("observation", 1, np.inf), "numbers that are not finite"),
+        (at("observation", 1, 1e39), "numbers that are not finite in float32"),
+        (at("reward", 1, -1e39), "numbers that are not finite in float32"),
     ],
 )
 def test_other_steps_are_refused(changes, fault):

@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from time import time
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -184,6 +186,24 @@ def test_intervals_of_any_kind_end_the_same_wherever_they_are_interrupted(
     assert metrics(tmp_path / "run") == expected
 
 
+def test_a_signal_never_waits_for_a_second_of_updates(in_process, monkeypatch):
+    """An update takes a tenth of a second; a line of 65 leaves one when 8 are done at a time."""
+    train, clock, numbers = bc_bsuite.train, [0.0], []
+
+    def timed(number, *arguments):
+        clock[0] += number / 10
+        numbers.append(number)
+        return train(number, *arguments)
+
+    monkeypatch.setattr(bc_bsuite, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time))
+    monkeypatch.setattr(bc_bsuite, "train", timed)
+    intervals = ["--log-every", 65, "--eval-every", 1_000, "--checkpoint-every", 1_000]
+    result = in_process("bc_bsuite", *intervals, "--total-updates", 300)
+    assert result.returncode == 0, result.stderr
+    assert sum(numbers) == 300
+    assert max(numbers) == 8
+
+
 @pytest.mark.parametrize("name", ["bc_bsuite", "bc_atari"])
 def test_what_takes_long_is_said_before(in_process, monkeypatch, name):
     shown = []
@@ -263,6 +283,16 @@ def test_metrics_that_were_lost_end_in_one_sentence(short, whole, in_process, ho
     path.write_text(text)  # as it says
     assert in_process("bc_bsuite").returncode == 0
     assert metrics(short) == metrics(whole("bc_bsuite"))
+
+
+@pytest.mark.parametrize("line", [b"nothing", b"\xff"])
+def test_damaged_metrics_end_in_one_sentence(short, in_process, line):
+    with (short / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    result = in_process("bc_bsuite")
+    assert result.returncode == 1
+    assert result.stderr.startswith("run/metrics.jsonl is damaged: put it back, or give")
+    assert "\n" not in result.stderr
 
 
 @pytest.mark.parametrize("text", ["", "nothing", "{}", "[]", '{"args": {}}', '{"args": 1}', None])
@@ -417,6 +447,12 @@ def test_a_full_disk(started, tmp_path):
     result = started("bc_bsuite", "--run-dir", "run", shell="ulimit -f 200")
     one_sentence(result, "File too large", "put that right, then the same command goes on.")
     assert checkpoints(tmp_path / "run") == []
+
+
+def test_who_gave_overwrite_is_told_to_go_on_without(started):
+    """For the same command would delete what there is."""
+    result = started("bc_bsuite", "--run-dir", "run", "--overwrite", shell="ulimit -f 200")
+    one_sentence(result, "put that right, then the same command without --overwrite goes on.")
 
 
 def test_a_closed_pipe(started, tmp_path):
