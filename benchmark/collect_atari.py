@@ -16,8 +16,7 @@
 #     "zstandard==0.25.0",
 # ]
 # ///
-"""Records an Atari dataset: every episode that an online DQN plays while it
-learns.
+"""Records an Atari dataset: every episode of an online DQN that learns.
 
     python benchmark/collect_atari.py --env-id Pong --num-steps 200000
 
@@ -36,6 +35,7 @@ Where it differs from Dopamine's DQN:
 2. By default the network is narrower, targets are `n_step` returns, the
    exploration schedule, the target period and the learning rate are fit for
    200 thousand steps instead of 50 million.
+3. The optimiser is Adam, as in Dopamine today; that DQN had RMSProp.
 """
 
 import dataclasses
@@ -44,6 +44,7 @@ import json
 import os
 import shutil
 import sys
+import zipfile
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -236,14 +237,15 @@ class Recorder:
 
     def __init__(self, folder: Path, args: Args):
         self.folder = folder
-        config = json.dumps(dataclasses.asdict(args), indent=1)
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "learner").exists() and (folder / "args.json").read_text() != config:
+        if not (folder / "learner").exists():
+            (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
+        before = json.loads((folder / "args.json").read_text())
+        if any(before.get(k) != v for k, v in vars(args).items() if k not in NOT_COMPARED):
             raise SystemExit(
                 f"{folder} has a collection with other arguments that has not ended: give those of "
                 "its args.json to go on with it, or delete it."
             )
-        (folder / "args.json").write_text(config)
         self.lengths, self.returns = [], []
 
     def add(self, episode: dict) -> None:
@@ -271,13 +273,17 @@ class Recorder:
     def restore(self, learner: Learner, replay: Replay) -> Learner:
         """The saved learner, if there is one; episodes after it are recorded again."""
         state = {"learner": learner, "num_episodes": 0}
-        if (self.folder / "learner").exists():
-            data = (self.folder / "learner").read_bytes()
-            state = flax.serialization.from_bytes(state, data)
-        for number in range(state["num_episodes"]):
-            episode = self.read(number)
-            self.count(episode)
-            replay.add(episode)
+        try:
+            if (self.folder / "learner").exists():
+                data = (self.folder / "learner").read_bytes()
+                state = flax.serialization.from_bytes(state, data)
+            for number in range(state["num_episodes"]):
+                episode = self.read(number)
+                self.count(episode)
+                replay.add(episode)
+        except (EOFError, ValueError, zipfile.BadZipFile) as error:  # after a crash of the machine
+            message = f"{self.folder} is damaged ({error}): delete it and run again."
+            raise SystemExit(message) from None
         return jax.tree.map(jnp.asarray, state["learner"])
 
     def checkpoints(self, num_steps: int) -> list[tuple[int, int]]:
@@ -403,6 +409,7 @@ def main(args: Args) -> None:
     if fault := path.exists() and find_fault(path, args.env_id, "dqn", 100):
         raise SystemExit(f"{path} {fault}.")
     shards = path.with_name(f"{path.name}-rlu") / "atari_episodes_ordered" / args.env_id
+    recorded = path.with_name(f".{path.name}.collecting")
     if path.exists():
         before = json.loads((path / "meta.json").read_text()).get("collector", {})
         compared = before.keys() & vars(args).keys() - NOT_COMPARED
@@ -411,6 +418,7 @@ def main(args: Args) -> None:
         words = words or ("no shards" if args.format == "rlu" and not shards.exists() else "")
         if words:
             raise SystemExit(f"{path} exists already, with {words}: give another --out.")
+        shutil.rmtree(recorded, ignore_errors=True)  # of a collection that was killed at its end
         print(f"{path} exists already: it is complete, there is nothing to collect.")
         return
     steps_per_checkpoint = max(1, args.num_steps // args.num_checkpoints)
@@ -422,7 +430,7 @@ def main(args: Args) -> None:
 
     def episodes() -> Iterator[dict]:
         """Plays first; by then this process alone has the store."""
-        recorder = Recorder(path.with_name(f".{path.name}.collecting"), args)
+        recorder = Recorder(recorded, args)
         collect(args, recorder)
         returns.extend(recorder.returns)
         labels = recorder.checkpoints(steps_per_checkpoint)
@@ -433,7 +441,7 @@ def main(args: Args) -> None:
             write_rlu(shards, recorder, labels)
 
     write_store(path, meta, episodes())
-    shutil.rmtree(path.with_name(f".{path.name}.collecting"))
+    shutil.rmtree(recorded)
     num_steps = json.loads((path / "meta.json").read_text())["num_steps"]
     print(
         f"{path}: {num_steps:,} steps, {len(returns)} episodes, mean return "

@@ -121,6 +121,7 @@ EPISODE = np.dtype(
 FIELDS = ("frames", "action", "reward", "is_terminal", "checkpoint", "id")  # of an episode
 META = ("env_id", "source", "percent", "num_actions", "steps_per_checkpoint", "rom_sha256")
 STEPS_PER_CHECKPOINT = 1_000_000  # RL Unplugged's
+SHARDS = (49, 50)  # of a run of RL Unplugged, one a checkpoint
 LOCAL_STEPS = 200_000  # collected when RL Unplugged cannot be reached
 MAX_STEPS = 27_000  # where Dopamine cuts an episode off
 RETRY_WAITS = (5, 30)  # seconds before the second and the third try
@@ -145,6 +146,9 @@ class StoreWriter:
         """One episode, as `write_store` describes it."""
         frames, action, reward = np.asarray(frames), np.asarray(action), np.asarray(reward)
         check_episode(frames, action, reward, is_terminal, self.num_actions)
+        for name, number in (("checkpoint", checkpoint), ("id", 0 if id is None else id)):
+            if np.ndim(number) or np.asarray(number).dtype.kind not in "iu":
+                raise ValueError(f"{name} is {number!r}; it must be an integer.")
         last = self.episodes[-1] if self.episodes else (checkpoint, -1)
         if checkpoint < last[0]:
             raise ValueError(f"checkpoint {checkpoint} comes after {last[0]}; sort the episodes.")
@@ -165,8 +169,6 @@ class StoreWriter:
     def append(self, part: Path) -> None:
         """All that another writer has put into the folder `part`."""
         episodes, offsets = np.load(part / "episodes.npy"), np.load(part / "frames_offsets.npy")
-        if (part / "frames.bin").stat().st_size != offsets[-1]:
-            raise SystemExit(f"{part} is damaged: delete it and run again.")
         with open(part / "frames.bin", "rb") as blob:
             while data := blob.read(1 << 24):
                 self._write_blob(data)
@@ -218,6 +220,16 @@ class StoreWriter:
         self.blob_crc32 = zlib.crc32(data, self.blob_crc32)
 
 
+def is_whole(part: Path) -> bool:
+    """Whether the folder has all that was written to it; a crash of the machine may lose some."""
+    try:
+        names = ("steps.npy", "episodes.npy", "frames_offsets.npy")
+        arrays = [np.load(part / name) for name in names]
+        return (part / "frames.bin").stat().st_size == arrays[-1][-1]
+    except (OSError, ValueError, EOFError):
+        return False
+
+
 def check_episode(frames, action, reward, is_terminal, num_actions: int) -> None:
     """Raises a ValueError of one sentence for an episode that is not as `write_store` asks."""
     if frames.dtype != np.uint8 or frames.ndim != 3 or frames.shape[1:] != (84, 84):
@@ -229,7 +241,8 @@ def check_episode(frames, action, reward, is_terminal, num_actions: int) -> None
         if array.shape != (len(frames),) or array.dtype.kind not in kinds:
             wanted = f"{'integers' if name == 'action' else 'numbers'} [{len(frames)}]"
             raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; it must be {wanted}.")
-    if not 0 <= (wrong := action.min()) or not (wrong := action.max()) < num_actions:
+    used = action[:-1]
+    if not 0 <= (wrong := used.min()) or not (wrong := used.max()) < num_actions:
         raise ValueError(f"action {wrong} is not one of 0 to {num_actions - 1}: another game?")
     if not (np.abs(reward) <= np.finfo(np.float32).max).all():
         raise ValueError("reward has a number that float32 does not hold, or NaN.")
@@ -249,8 +262,8 @@ def check_meta(meta: dict) -> None:
     for name in ("num_actions", "percent", "steps_per_checkpoint"):
         if not isinstance(meta[name], (int, float)):
             raise ValueError(f"{name} is {meta[name]!r}; it must be a number.")
-    if not 1 <= meta["num_actions"] <= 256:
-        raise ValueError(f"num_actions is {meta['num_actions']}; it must be 1 to 256.")
+    if not 1 <= meta["num_actions"] <= 256 or not isinstance(meta["num_actions"], int):
+        raise ValueError(f"num_actions is {meta['num_actions']}; it must be an integer, 1 to 256.")
     if not 0 < meta["percent"] <= 100:
         raise ValueError(f"percent is {meta['percent']}; it must be above 0 and at most 100.")
     if not meta["steps_per_checkpoint"] >= 1:
@@ -267,8 +280,8 @@ def write_store(path: Path, meta: dict, episodes: Iterable[dict]) -> None:
       is_terminal  True if the last frame is a terminal state, False if the play was cut off there
       checkpoint   the part of the data it is from, 0 by default; episodes come in its order
       id           its number in the checkpoint, counted from 0 by default
-    `meta` has env_id, source (part of the names of runs), percent (100), num_actions (ALE's
-    minimal set), steps_per_checkpoint (of which --percent takes a part) and rom_sha256 (or None).
+    `meta` has env_id, source (a name for the data), percent (100), num_actions (ALE's minimal
+    set), steps_per_checkpoint (of which --data-percent takes a part) and rom_sha256 (or None).
     A ValueError says in one sentence what is wrong.
     """
     check_meta(meta)
@@ -342,7 +355,7 @@ def find_fault(path: Path, env_id: str, source: str, percent: float) -> str | No
         if (path / "frames.bin").stat().st_size != np.load(path / "frames_offsets.npy")[-1]:
             return "has a damaged frames.bin; delete it and run again"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"is no whole store ({error}); delete it and run again"
+        return f"is no whole store ({error}); delete it and run again, or choose another path"
     return None
 
 
@@ -420,13 +433,13 @@ def read_dqn_replay(logs: Path, shard: str) -> Iterator[dict]:
     """
 
     def load(kind: str) -> np.ndarray:
-        with gzip.open(logs / f"{kind}_ckpt.{shard}.gz") as file:
+        with gzip.open(logs / f"{kind}_{shard}") as file:
             return np.load(file)
 
     action, reward, terminal = (load(f"$store$_{k}") for k in ("action", "reward", "terminal"))
     count = int(load("add_count")) % len(action) or len(action)
     ends = np.flatnonzero(terminal[:count]) + 1
-    with gzip.open(logs / f"$store$_observation_ckpt.{shard}.gz") as file:
+    with gzip.open(logs / f"$store$_observation_{shard}") as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         if shape != (len(action), 84, 84) or dtype != np.uint8:
@@ -450,7 +463,7 @@ def read_dqn_replay(logs: Path, shard: str) -> Iterator[dict]:
                     "action": np.append(action[rows], 0)[: len(frames)],
                     "reward": np.append(reward[rows][: len(frames) - 1], np.float32(0)),
                     "is_terminal": ended and length < MAX_STEPS,
-                    "checkpoint": int(shard),
+                    "checkpoint": int(shard.split(".")[1]),
                     "id": id,
                 }
         while file.read(1 << 24):  # to the end, where the checksum is
@@ -558,6 +571,9 @@ def import_store(
             folder.mkdir()
             (folder / "plan.json").write_text(plan)
         parts = [folder / f"part-{i:05d}" for i in range(len(shards))]
+        for part in parts:
+            if part.exists() and not is_whole(part):
+                shutil.rmtree(part)
         tasks = [
             (read, shard, part, limit, meta["num_actions"])
             for shard, part in zip(shards, parts, strict=True)
@@ -628,10 +644,11 @@ def find_source(args: Args) -> tuple[Callable, list[str]] | None:
         pattern = r"\$store\$_observation_ckpt\.(\d+)\.gz"
         numbers = sorted(int(m[1]) for m in match_names(logs, pattern))
         check_complete(logs, numbers, range(numbers[-1] + 1), "$store$_observation_ckpt.{}.gz")
-        return partial(read_dqn_replay, logs), [str(number) for number in numbers]
+        return partial(read_dqn_replay, logs), [f"ckpt.{number}.gz" for number in numbers]
     tfds_dir = args.tfds_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     prepared = Path(tfds_dir).expanduser() / "rlu_atari_checkpoints_ordered"
-    prepared = max(prepared.glob(f"{env_id}_run_{run}/*.*.*/"), default=None)
+    # Beside the versions there may be folders incomplete.* of a preparation that was broken off.
+    prepared = max(prepared.glob(f"{env_id}_run_{run}/[0-9]*.*.*/"), default=None)
     if prepared and (args.tfds_dir or prefix == Args.rlu_prefix):
         splits = import_tfds().builder_from_directory(prepared).info.splits
         return partial(read_tfds, prepared), sorted(splits)
@@ -645,6 +662,9 @@ def find_source(args: Args) -> tuple[Callable, list[str]] | None:
         if len(totals) > 1:
             raise SystemExit(f"{folder} has shards of {' and of '.join(sorted(totals))}.")
         names, total = {int(m[1]): m[0] for m in matches}, totals.pop()
+        if int(total) not in SHARDS and not args.out:  # as collect_atari.py writes them
+            message = f"{folder} has {int(total)} shards, RL Unplugged 50: this is other data"
+            raise SystemExit(f"{message}; give its store a path of its own with --out.")
         name = f"run_{run}-{{:0{len(total)}d}}-of-{total}"
         check_complete(folder, names, range(int(total)), name)
         return partial(read_rlu, prefix, env_id, run), [names[i] for i in sorted(names)]
@@ -725,7 +745,8 @@ def fall_back(args: Args) -> None:
         # On the CPU, since a script that has started this tool may hold the accelerator.
         changes = {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run(command, env=os.environ | changes).returncode:
-            raise SystemExit(status if status > 0 else 1)  # it has said why
+            killed = f"{collector} was killed; is there too little memory?"
+            raise SystemExit(status if status > 0 else killed)  # else it has said why
     if fault := find_fault(path, args.env_id, "dqn", args.percent):
         raise SystemExit(f"{path} {fault}.")
 

@@ -6,11 +6,10 @@
 #   "optax==0.2.8", "tqdm==4.70.1", "tyro==1.0.17", "zstandard==0.25.0",
 # ]
 # ///
-"""Plays one episode with the agent of an Atari run and writes it to video.mp4 in
-the run's folder.
+"""Plays an episode with the agent of an Atari run and writes video.mp4.
 
-python benchmark/watch.py runs/rosmo_atari/MsPacman/seed0 python
-benchmark/watch.py runs/rosmo_atari/MsPacman/seed0 --greedy --seed 3
+python benchmark/watch.py runs/rosmo_atari/MsPacman/seed0
+python benchmark/watch.py runs/rosmo_atari/MsPacman/seed0 --greedy --seed 3
 """
 
 import importlib.util
@@ -40,6 +39,7 @@ class Args:
     run: Annotated[Path, tyro.conf.Positional]  # folder of the run
     greedy: bool = False  # take the most probable action
     seed: int = 0  # seed of the game and of the actions
+    max_frames: int = 108_000  # frames of the game after which the episode is cut off
     out: Path | None = None  # file to write instead of video.mp4 in the run's folder
 
 
@@ -57,15 +57,15 @@ def load_agent(run: Path) -> tuple[ModuleType, str, Callable]:
         whole = {
             n: x[4:] for n, x in saved.items() if zlib.crc32(x[4:]).to_bytes(4, "little") == x[:4]
         }
-        content = whole[max(whole)]
-    except (OSError, ValueError, KeyError) as error:
+        content, arguments = whole[max(whole)], dict(config["args"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{run} is no run with a whole checkpoint ({error}).") from None
     name = config["script"].removesuffix(".py")
     if importlib.util.find_spec(name) is None:
         raise SystemExit(f"{run} is a run of {name}.py: put that script beside benchmark/.")
     script = importlib.import_module(name)
-    known = {field.name for field in fields(script.Args)} & set(config["args"])
-    args = script.Args(**{name: config["args"][name] for name in known})
+    known = {field.name for field in fields(script.Args)} & set(arguments)
+    args = script.Args(**{name: arguments[name] for name in known})
     num_actions = int(script.make_env(args.env_id, 1).single_action_space.n)
     state = serialization.msgpack_restore(content)["state"]
     if "params" not in state:
@@ -104,10 +104,13 @@ def record(
 def main(args: Args) -> None:
     if not 0 <= args.seed < 2**31:
         raise SystemExit(f"--seed is {args.seed}; give one from 0 to {2**31 - 1}.")
+    if not 4 <= args.max_frames <= 10**9:
+        raise SystemExit(f"--max-frames is {args.max_frames}; give at least 4.")
     run = args.run.expanduser()
     script, env_id, act = load_agent(run)
     path = (args.out or run / "video.mp4").expanduser()
-    episode_return = record(act, script.make_env, env_id, args.seed, args.greedy, path)
+    make_env = partial(script.make_env, max_num_frames_per_episode=args.max_frames)
+    episode_return = record(act, make_env, env_id, args.seed, args.greedy, path)
     print(f"{path}: an episode of {env_id}, return {episode_return:g}.")
 
 

@@ -93,11 +93,42 @@ def test_saved_episodes_survive_the_kill(killed_and_resumed):
             np.testing.assert_array_equal(recorded[name], episode[name])
 
 
+def test_what_changes_no_number_may_change_before_a_collection_goes_on(tmp_path, monkeypatch):
+    args = collect_atari.Args(out="data/atari/Pong-dqn-200k")  # as prepare_atari.py starts it
+    collect_atari.Recorder(tmp_path / "r", args)
+    (tmp_path / "r/learner").touch()
+    config = (tmp_path / "r/args.json").read_bytes()
+    with monkeypatch.context() as patch:  # a disk that is still full when it starts again
+        patch.setattr(Path, "write_text", lambda file, _: file.write_bytes(b""))
+        for change in ({}, {"out": ""}, {"format": "rlu"}, {"save_every": 5_000}):
+            collect_atari.Recorder(tmp_path / "r", dataclasses.replace(args, **change))
+    assert (tmp_path / "r/args.json").read_bytes() == config
+    with pytest.raises(SystemExit, match="collection with other arguments"):
+        collect_atari.Recorder(tmp_path / "r", dataclasses.replace(args, n_step=1))
+
+
+@pytest.mark.parametrize("name", ["learner", "000000.npz"])
+@pytest.mark.parametrize("length", [0, 100])
+def test_a_collection_that_a_crash_has_damaged_ends_in_a_sentence(tmp_path, name, length):
+    recorder = collect_atari.Recorder(tmp_path / "r", collect_atari.Args())
+    recorder.add(make_episode(0, 5, True) | {"frames": np.zeros((5, 84, 84), np.uint8)})
+    learner = collect_atari.Learner({"w": np.zeros(99)}, {"w": np.zeros(99)}, ())
+    recorder.save(learner)
+    file = tmp_path / "r" / name
+    file.write_bytes(file.read_bytes()[:length])
+    recorder = collect_atari.Recorder(tmp_path / "r", collect_atari.Args())
+    with pytest.raises(SystemExit, match=r"r is damaged \(.*\): delete it and run again"):
+        recorder.restore(learner, collect_atari.Replay(100))
+
+
 def test_finished_collection_is_not_overwritten(killed_and_resumed, tmp_path, capsys):
     meta = (killed_and_resumed / "meta.json").read_bytes()
     same = collect_atari.Args(**json.loads(meta)["collector"])
+    left = killed_and_resumed.with_name(".Pong-tiny.collecting")
+    left.mkdir()  # as by a kill after the store was made
     collect_atari.main(same)
     assert "exists already: it is complete" in capsys.readouterr().out
+    assert not left.exists()
     for change, words in (
         ({"seed": 7}, "with seed 0, not 7: give another --out"),
         ({"seed": 7, "max_frames": 400}, "with seed 0, not 7, max_frames 160, not 400"),
@@ -201,7 +232,7 @@ def test_rlu_shards_become_the_same_store(killed_and_resumed, tmp_path, monkeypa
     number = len({e["checkpoint"] for e in episodes})
     assert [p.name for p in shards] == [f"run_1-{i:05d}-of-{number:05d}" for i in range(number)]
     prefix, store = str(tmp_path / "Pong-dqn-rlu"), tmp_path / "imported"
-    _, names = prepare_atari.find_source(prepare_atari.Args("Pong", rlu_prefix=prefix))
+    _, names = prepare_atari.find_source(prepare_atari.Args("Pong", rlu_prefix=prefix, out=store))
     reader = partial(prepare_atari.read_rlu, prefix, "Pong", 1)
     found = [e for name in names for e in reader(name)]
     meta = json.loads((tmp_path / "Pong-dqn/meta.json").read_text())

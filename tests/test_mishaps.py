@@ -93,15 +93,9 @@ def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
 
     in_process("bc_atari", "--eval-episodes", 0, "--final-eval-episodes", 0)
     run = tmp_path / "run"
-    script, env_id, act = watch.load_agent(run)
-    assert env_id == "Asterix"
-    path = tmp_path / "video.mp4"
-    make_env = lambda *args, **kwargs: script.make_env(  # noqa: E731
-        *args, max_num_frames_per_episode=200, **kwargs
-    )
-    episode_return = watch.record(act, make_env, env_id, 3, True, path)
-    assert episode_return >= 0
-    assert path.stat().st_size > 1_000
+    watch.main(watch.Args(run, seed=3, greedy=True, max_frames=200))
+    assert (run / "video.mp4").stat().st_size > 1_000
+    assert "an episode of Asterix, return " in capsys.readouterr().out
     with pytest.raises(SystemExit, match="is no run with a whole checkpoint"):
         watch.load_agent(tmp_path)
     newest = max(run.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))
@@ -114,11 +108,12 @@ def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
         watch.load_agent(run)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "checkpoints").mkdir()
-    (tmp_path / "other" / "checkpoints" / "1.msgpack").write_bytes(b"1234")
+    (tmp_path / "other" / "checkpoints" / "1.msgpack").write_bytes(bytes(4))  # whole, and empty
     path = tmp_path / "other" / "config.json"
-    path.write_text("{}")
-    with pytest.raises(SystemExit, match="is no run with a whole checkpoint"):
-        watch.load_agent(tmp_path / "other")
+    for text in ("{}", "[]", '{"script": "bc_atari.py"}'):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match="is no run with a whole checkpoint"):
+            watch.load_agent(tmp_path / "other")
     path = run / "config.json"
     path.write_text(path.read_text().replace("bc_atari.py", "my_bc_atari.py"))
     newest.write_bytes(whole)

@@ -192,12 +192,23 @@ GOOD = EPISODES[6]
         ({"reward": np.ones(5)}, "the last reward is not 0"),
         ({"is_terminal": np.zeros(5, bool)}, "is_terminal is array"),
         ({"checkpoint": -1}, "checkpoint -1 comes after 0; sort"),
+        ({"checkpoint": 0.7}, "checkpoint is 0.7; it must be an integer"),
+        ({"checkpoint": None}, "checkpoint is None; it must be an integer"),
+        ({"id": "7"}, "id is '7'; it must be an integer"),
     ],
 )
 def test_an_episode_of_another_kind_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         prepare_atari.write_store(tmp_path / "Pong", META, [EPISODES[0], GOOD | change])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_action_is_not_looked_at(tmp_path):
+    """RLDS calls it invalid."""
+    episodes = [GOOD | {"action": np.append(GOOD["action"][:-1], last)} for last in (-1, 0)]
+    for name, episode in zip("ab", episodes, strict=True):
+        prepare_atari.write_store(tmp_path / name, META, [episode])
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_other_refusals(tmp_path):
@@ -220,7 +231,8 @@ def test_other_refusals(tmp_path):
     for episode in ({k: v for k, v in GOOD.items() if k != "reward"}, GOOD | {"rewards": 0}):
         with pytest.raises(ValueError, match=r"an episode has frames, .*; it must have frames, "):
             prepare_atari.write_store(store, META, [episode])
-    for name, value in (("num_actions", 300), ("percent", 0), ("steps_per_checkpoint", 0)):
+    numbers = {"num_actions": (300, 6.0), "percent": (0,), "steps_per_checkpoint": (0,)}
+    for name, value in ((k, v) for k, values in numbers.items() for v in values):
         with pytest.raises(ValueError, match=f"{name} is {value}"):
             write(store, **{name: value})
     assert list(tmp_path.iterdir()) == []
@@ -508,6 +520,18 @@ def test_a_broken_import_of_another_source_is_begun_anew(tmp_path):
     assert flaky.calls == ["0", "1"]
 
 
+@pytest.mark.parametrize("name", ["frames.bin", "frames_offsets.npy", "steps.npy", "episodes.npy"])
+@pytest.mark.usefixtures("in_process")
+def test_a_part_that_a_crash_has_emptied_is_made_again(tmp_path, name):
+    with ends_with("damaged"):
+        import_two(tmp_path / "a", Flaky(EOFError(), 9))
+    (tmp_path / ".a.building/part-00000" / name).write_bytes(b"")
+    import_two(tmp_path / "a", flaky := Flaky(EOFError(), 0))
+    assert flaky.calls == ["0", "1"]
+    import_two(tmp_path / "b", Flaky(EOFError(), 0))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
 @pytest.mark.parametrize("limit", [2000, 600])
 def test_limit_of_the_disk_ends_in_a_sentence(driver, tmp_path, limit):
     """A limit on the size of files fails a write as a full disk does, in whichever file it is."""
@@ -545,6 +569,7 @@ def rlu(tmp_path_factory) -> SimpleNamespace:
 def make(tmp_path, monkeypatch, in_process):
     """make(**args): prepare_atari.main for Pong, in tmp_path; returns its folder of stores."""
     monkeypatch.setattr(prepare_atari, "STEPS_PER_CHECKPOINT", PER_CHECKPOINT)
+    monkeypatch.setattr(prepare_atari, "SHARDS", range(1, 6))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "none"))
 
     def main(**args) -> Path:
@@ -560,6 +585,13 @@ def test_both_paths_give_the_direct_store(rlu, make, path, tmp_path):
     prepared = make(tfds_dir=rlu.tfds_dir, out=tmp_path / "out")
     assert contents(streamed) == contents(tmp_path / "out") == contents(path)
     assert [p.name for p in prepared.iterdir()] == ["Pong-run1-100pct"]
+
+
+def test_a_preparation_of_tfds_that_was_broken_off_is_not_read(rlu, make, path, tmp_path):
+    shutil.copytree(rlu.tfds_dir, tmp_path / "tfds")
+    (config,) = tmp_path.glob("tfds/*/Pong_run_1")
+    (config / "incomplete.ABC123_1.1.0").mkdir()
+    assert contents(make(tfds_dir=tmp_path / "tfds") / "Pong-run1-100pct") == contents(path)
 
 
 @pytest.mark.parametrize("percent", [1, 33.3333333, 50])
@@ -580,11 +612,10 @@ def test_percent_is_the_same_on_every_path(rlu, make, path, tmp_path, percent):
 def test_the_command(rlu, path, tmp_path):
     """As a user would start it; 100% here means more steps, and gives the same files."""
     command = [sys.executable, prepare_atari.__file__, "--env-id", "Pong", "--workers", "1"]
-    command += ["--rlu-prefix", str(rlu.folder), "--data-dir", str(tmp_path)]
+    command += ["--rlu-prefix", str(rlu.folder), "--out", str(store := tmp_path / "store")]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     assert len(first.stderr.splitlines()) == 5, first.stderr
-    store = tmp_path / "atari/Pong-run1-100pct"
     for name, data in contents(path).items():
         assert name == "meta.json" or (store / name).read_bytes() == data
     again = subprocess.run([*command, "--percent", "10"], capture_output=True, text=True)
@@ -630,6 +661,14 @@ def test_missing_shards_are_named(rlu, make, tmp_path):
     with ends_with(r"There are no files run_2-\*-of-\* in"):
         make(rlu_prefix=str(tmp_path / "s"), rlu_run=2)
     assert not (tmp_path / "data").exists()
+
+
+def test_shards_of_local_play_are_not_taken_for_the_papers(rlu, make, path, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_atari, "SHARDS", (49, 50))
+    with ends_with("has 5 shards, RL Unplugged 50: this is other data; give its store a path"):
+        make(rlu_prefix=str(rlu.folder))
+    make(rlu_prefix=str(rlu.folder), out=tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(path)
 
 
 def test_shard_of_another_game_or_size(rlu, make, tmp_path, monkeypatch):
@@ -710,10 +749,10 @@ def test_damaged_dqn_replay(make, tmp_path, how):
     logs = tmp_path / "dqn/Pong/1/replay_logs"
     write_replay(logs, 0, replay_rows(EPISODES[:2]), 59)
     damage(logs / "$store$_observation_ckpt.0.gz", how)
-    with ends_with("^0 is damaged|^0 cannot be used"):
+    with ends_with(r"^ckpt\.0\.gz is damaged|^ckpt\.0\.gz cannot be used"):
         make(dqn_replay=tmp_path / "dqn")
     (logs / "$store$_reward_ckpt.0.gz").unlink()
-    with ends_with("^0 is missing"):
+    with ends_with(r"^ckpt\.0\.gz is missing"):
         make(dqn_replay=tmp_path / "dqn")
     write_replay(logs, 2, replay_rows(EPISODES[:2]), 59)
     with ends_with(r"lacks \$store\$_observation_ckpt.1.gz: copy"):
@@ -860,6 +899,9 @@ def test_fall_back_says_what_it_is_and_collects(offline, monkeypatch, tmp_path, 
     status = 3
     with ends_with("3"):
         offline()
+    status = -signal.SIGKILL
+    with ends_with(r"collect_atari\.py was killed; is there too little memory"):
+        offline()
     status = 0
     capsys.readouterr()
     folder = offline()
@@ -870,7 +912,7 @@ def test_fall_back_says_what_it_is_and_collects(offline, monkeypatch, tmp_path, 
     assert "NOT the paper's data" in said
     assert "gsutil" in said
     offline(percent=50)
-    assert len(commands) == 2
+    assert len(commands) == 3
     with ends_with("run again with a connection"):
         offline(out=tmp_path / "out")
     damage(folder / "Pong-dqn-200k/steps.npy", "truncated")
