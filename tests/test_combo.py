@@ -379,15 +379,22 @@ def lines(folder) -> list[dict]:
 
 @pytest.fixture
 def run(path, cache_dir, tmp_path, monkeypatch):
-    """Runs main in this process, with short games: run("folder", "--seed", 1).
+    """Runs main in this process, with games of one step: run("folder", "--seed", 1).
 
     Runs of the same arguments share their compiled programs. `stop` names the function at whose
     call Ctrl-C is pressed.
     """
     handlers = {}
     no_lock = SimpleNamespace(acquire=lambda blocking: None)  # the runs come one by one
+
+    def play(act, *_):
+        action = act(np.zeros((1, 84, 84, 4), np.uint8), jax.random.key(0))
+        return None if action is None else [float(action[0])]
+
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(combo, "FileLock", lambda path: no_lock)
+    monkeypatch.setattr(combo, "evaluate", play)
+    monkeypatch.setattr(combo, "draw_predictions", lambda *_: None)  # slow; test_world_model.py
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
 
     def start(folder, *arguments, stop=None):

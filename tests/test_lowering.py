@@ -94,11 +94,11 @@ def world_model_programs(module, args):
     options, empty = {"network": network, "args": args}, module.empty_state(network)
     frame = array(jnp.uint8, 84, 84)
     member = jax.eval_shape(network.init, key, empty, array(jnp.int32), frame)
-    opt_state = jax.eval_shape(module.model_optimizer(args).init, member)
-    state = module.MemberState(member, opt_state, array(jnp.int32))
-    inputs = (state, windows(module, 2, 3), key)
-    yield "update_member", module.update_member.trace(*inputs, **options), member
     if module.__name__ == "morel_atari":  # in both scripts the same, as is the rest of the model
+        opt_state = jax.eval_shape(module.model_optimizer(args).init, member)
+        state = module.MemberState(member, opt_state, array(jnp.int32))
+        inputs = (state, windows(module, 2, 3), key)
+        yield "update_member", module.update_member.trace(*inputs, **options), member
         inputs = (member, windows(module, 2, 20), key)
         yield "evaluate_member", module.evaluate_member.trace(*inputs, **options), member
     return member

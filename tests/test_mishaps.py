@@ -7,6 +7,7 @@ import signal
 import helpers
 import pytest
 
+pytestmark = pytest.mark.usefixtures("hurry")
 by_script = pytest.mark.parametrize("name", helpers.SCRIPTS)
 
 
@@ -93,7 +94,7 @@ def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
 
     in_process("bc_atari", "--eval-episodes", 0, "--final-eval-episodes", 0)
     run = tmp_path / "run"
-    watch.main(watch.Args(run, seed=3, greedy=True, max_frames=200))
+    watch.main(watch.Args(run, seed=3, greedy=True, max_frames=40))
     assert (run / "video.mp4").stat().st_size > 1_000
     assert "an episode of Asterix, return " in capsys.readouterr().out
     with pytest.raises(SystemExit, match="is no run with a whole checkpoint"):

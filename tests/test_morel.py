@@ -8,6 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import flax.linen as nn
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -336,8 +337,7 @@ def test_the_gradient_reaches_every_parameter_of_the_policy():
     assert logits.shape == (3, 2, 3)
     assert not logits.any()  # uniform at first
     assert value.shape == (3, 2)
-    keys = iter(jax.random.split(jax.random.key(1), 1000))
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+    params = helpers.with_noise(params, 1)
     loss = partial(morel.ppo_loss, policy=policy, args=dataclasses.replace(ARGS, clip_ratio=100.0))
     gradient = jax.jit(jax.grad(loss, has_aux=True), compiler_options=HURRY)
     gradient, _ = gradient(params, steps, steps.reward)
@@ -362,13 +362,18 @@ def test_ppo_learns_which_action_a_frame_asks_for():
     params = policy.init(jax.random.key(0), starts.frames)
     env = jax.tree.map(lambda x: x[:, 0], starts)
     state = morel.TrainState(params, optimizer.init(params), None, None, None, jnp.int32(0))
-    rollout = jax.jit(partial(morel.rollout, step=step, policy=policy, args=args))
+
+    @jax.jit
+    def collect(params, env, key):
+        rollout_key, order_key = jax.random.split(key)
+        env, steps, metrics = morel.rollout(params, env, starts, rollout_key, step, policy, args)
+        advantage = morel.advantages(steps, args)
+        return env, steps, metrics, advantage, morel.minibatches(order_key, *advantage.shape, args)
+
     rewards = []
     for i in range(40):
-        rollout_key, order_key = jax.random.split(jax.random.key(i))
-        env, steps, metrics = rollout(state.params, env, starts, rollout_key)
-        advantage = morel.advantages(steps, args)
-        for index in morel.minibatches(order_key, *advantage.shape, args):
+        env, steps, metrics, advantage, order = collect(state.params, env, jax.random.key(i))
+        for index in order:
             state, _ = morel.learn(state, steps, advantage, index, policy, args)
         rewards.append(float(metrics["charts/discrepancy"]))  # which this step sets to the reward
     assert rewards[0] < 0.6
@@ -519,19 +524,17 @@ def lines(folder) -> list[dict]:
     return [{k: v for k, v in row.items() if k.split("/")[0] not in times} for row in rows]
 
 
-def save_world_model(folder, args, seed: int) -> None:
+def save_world_model(folder, args, members) -> None:
     """A folder as the training of a world model leaves it."""
     folder.mkdir(exist_ok=True)
-    network = morel.make_world_model(6, args)
-    members = morel.init_members(jax.random.key(seed), network, args.members)
-    content = serialization.to_bytes(jax.device_get(members))
+    content = serialization.to_bytes([member_of(members, i) for i in range(args.members)])
     crc32 = zlib.crc32(content).to_bytes(4, "little")
     (folder / "members.msgpack").write_bytes(crc32 + content)
     (folder / "config.json").write_text(json.dumps({"args": vars(args)}, default=str))
 
 
 def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
-    hurry, toy_path, cache_dir, tmp_path, monkeypatch, capsys
+    members, toy_path, cache_dir, tmp_path, monkeypatch, capsys
 ):
     model, handlers = tmp_path / "model", {}
     options = f"{TINY} --channels 4 --batch-size 4 --starts 2 --halt-batches 2 --log-every 2"
@@ -546,7 +549,7 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
         action = act(np.zeros((1, 84, 84, 4), np.uint8), jax.random.key(0))
         return None if action is None else [float(action[0])]
 
-    save_world_model(model, parse(), seed=0)
+    save_world_model(model, parse(), members)
     no_lock = SimpleNamespace(acquire=lambda blocking: None)  # the runs come one by one
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(morel, "FileLock", lambda path: no_lock)
@@ -582,10 +585,10 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
         assert stopped.value.code == 130
         expected = f"Stopped at update {update}; the same command goes on."
         assert expected in capsys.readouterr().err
-    save_world_model(model, parse(), seed=1)
+    save_world_model(model, parse(), jax.tree.map(lambda x: x + 1, members))
     with pytest.raises(SystemExit, match="holds a run with another world model"):
         run("stopped")
-    save_world_model(model, parse(), seed=0)
+    save_world_model(model, parse(), members)
     assert run("stopped") == whole
     assert "Going on from update 5" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "stopped"}

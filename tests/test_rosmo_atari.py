@@ -15,6 +15,8 @@ import rosmo_atari as rosmo
 pytestmark = pytest.mark.usefixtures("hurry")
 ARGS = rosmo.Args(channels=4, num_bins=21, unroll_steps=1, td_steps=1, batch_size=4)
 NETWORK = rosmo.MuZeroNetwork(4, ARGS.num_bins, ARGS.channels, jnp.dtype("float32"))
+apply_network = jax.jit(NETWORK.apply, static_argnames="method")
+to_scalar = jax.jit(rosmo.to_scalar)
 
 
 random_params = partial(helpers.make_params, rosmo, NETWORK, scale=0.05)
@@ -80,10 +82,10 @@ def test_observations_are_scaled_states_carried_on_and_rewards_read_from_states(
     np.testing.assert_allclose(first, kernel.sum(axis=(0, 1, 2)), rtol=1e-3, atol=1e-5)
     state = np.random.default_rng(0).normal(size=(6, 6, 4)).astype(np.float32)
     nothing = jax.tree.map(jnp.zeros_like, params)
-    np.testing.assert_array_equal(NETWORK.apply(nothing, state, 1, method="dynamics"), state)
+    np.testing.assert_array_equal(apply_network(nothing, state, 1, method="dynamics"), state)
     blind = {name: nothing["params"][name] for name in ("f_0", "f_1")}
     changed = {"params": params["params"] | jax.tree.map(lambda x: x + 1, blind)}
-    before, after = (NETWORK.apply(p, state, method="prediction") for p in (params, changed))
+    before, after = (apply_network(p, state, method="prediction") for p in (params, changed))
     np.testing.assert_array_equal(before.reward_logits, after.reward_logits)
     assert np.abs(before.value_logits - after.value_logits).max() > 1e-3
 
@@ -122,8 +124,7 @@ def test_average_pool_is_the_mean_of_what_lies_inside():
 
 def test_dynamics_depends_on_the_action_everywhere():
     params, state = random_params(0), jnp.ones((6, 6, ARGS.channels))
-    step = jax.jit(lambda action: NETWORK.apply(params, state, action, method="dynamics"))
-    after = [step(action) for action in range(4)]
+    after = [apply_network(params, state, action, method="dynamics") for action in range(4)]
     for a, b in itertools.combinations(after, 2):
         assert (np.abs(a - b).max(axis=-1) > 0).all()
 
@@ -133,9 +134,9 @@ def test_look_ahead_is_the_reward_and_the_discounted_value_of_each_action():
     candidates = np.random.default_rng(1).integers(0, 4, (2, 3, 5))
     q = jax.jit(partial(rosmo.look_ahead, NETWORK, discount=0.9))(params, state, candidates)
     for i in range(5):
-        after = NETWORK.apply(params, state, candidates[..., i], method="dynamics")
-        after = NETWORK.apply(params, after, method="prediction")
-        expected = rosmo.to_scalar(after.reward_logits) + 0.9 * rosmo.to_scalar(after.value_logits)
+        after = apply_network(params, state, candidates[..., i], method="dynamics")
+        after = apply_network(params, after, method="prediction")
+        expected = to_scalar(after.reward_logits) + 0.9 * to_scalar(after.value_logits)
         np.testing.assert_allclose(q[..., i], expected, rtol=1e-3, atol=1e-4)
 
 

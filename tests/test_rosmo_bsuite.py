@@ -184,15 +184,15 @@ def test_sampled_gradient_approaches_the_exact_one():
 def candidates(target_params, observation, num_samples, key, args=ARGS):
     """improve's answers and, one state and action at a time, q_g(s, a) - v(s) and the prior."""
     args = dataclasses.replace(args, num_samples=num_samples)
-    state = NETWORK.apply(target_params, observation, method="representation")
-    prediction = NETWORK.apply(target_params, state, method="prediction")
+    state = apply_network(target_params, observation, method="representation")
+    prediction = apply_network(target_params, state, method="prediction")
     logged = np.random.default_rng(5).integers(0, 3, observation.shape[:2]).astype(np.int32)
     improve = jax.jit(partial(rosmo.improve, NETWORK, args=args))
     answers = improve(target_params, state, prediction, logged, key)
     adv = np.zeros((*logged.shape, 3))
     for a in range(3):
-        after = NETWORK.apply(target_params, state, jnp.full_like(logged, a), method="dynamics")
-        after = NETWORK.apply(target_params, after, method="prediction")
+        after = apply_network(target_params, state, jnp.full_like(logged, a), method="dynamics")
+        after = apply_network(target_params, after, method="prediction")
         reward, value = rosmo.to_scalar(after.reward_logits), rosmo.to_scalar(after.value_logits)
         adv[..., a] = reward + args.discount * value - rosmo.to_scalar(prediction.value_logits)
     logged_adv = np.take_along_axis(adv, logged[..., None], axis=-1)[..., 0]
@@ -470,8 +470,8 @@ def test_acting_follows_the_improved_policy():
     """A network whose reward depends on the action: greedy acting takes the best action."""
     params = random_params(2)
     observation = jnp.asarray(random_batch(64).observation[:, 0])
-    state = NETWORK.apply(params, observation, method="representation")
-    prediction = NETWORK.apply(params, state, method="prediction")
+    state = apply_network(params, observation, method="representation")
+    prediction = apply_network(params, state, method="prediction")
     q = np.stack(
         [
             rosmo.look_ahead(NETWORK, params, state, jnp.full((64, 1), a), ARGS.discount)[:, 0]

@@ -17,6 +17,7 @@ import helpers
 import numpy as np
 import pytest
 from helpers import ATARI, checkpoints, metrics
+from tqdm import tqdm
 
 import bc_atari
 import rosmo_atari
@@ -147,7 +148,10 @@ INTERVALS = ["--log-every", 3, "--eval-every", 5, "--checkpoint-every", 7, "--to
 def test_intervals_of_any_kind_end_the_same_wherever_they_are_interrupted(
     whole, in_process, monkeypatch, tmp_path, name
 ):
-    expected = metrics(whole(name, *INTERVALS))
+    options = INTERVALS
+    if name == "morel_atari":  # whose world model is trained by the same loop
+        options = [*options, "--world-model", whole(name).with_name("run-world-model")]
+    expected = metrics(whole(name, *options))
     assert [x["update"] for x in expected if "losses/total" in x] == [3, 6, 9, 12, 15]
     assert [x["update"] for x in expected if "eval/returns" in x] == [5, 10, 15, 17]
     module, calls = importlib.import_module(name), []
@@ -161,12 +165,27 @@ def test_intervals_of_any_kind_end_the_same_wherever_they_are_interrupted(
 
     monkeypatch.setattr(module, "update", interrupted)
     stops = []
-    while (result := in_process(name, *INTERVALS)).returncode == 130:
+    while (result := in_process(name, *options)).returncode == 130:
         stops.append(int(re.search(r"Stopped at update (\d+);", result.stderr)[1]))
     assert result.returncode == 0, result.stderr
     assert stops == [4, 8]  # between all of them
     assert len(calls) == 17
     assert metrics(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize("name", ["bc_bsuite", "bc_atari"])
+def test_what_takes_long_is_said_before(in_process, monkeypatch, name):
+    shown = []
+    monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text: shown.append(text))
+    result = in_process(name)
+    assert result.returncode == 0, result.stderr
+    first, *_, last = [x for x in result.stdout.splitlines() if x.startswith("update ")]
+    assert first == "update 0: compiling"
+    episodes = 1 if name == "bc_atari" else 3
+    assert f"final evaluation: {episodes} sampled, {episodes} greedy episodes" in last
+    episodes *= 1 if name == "bc_atari" else 2  # seeds
+    final = shown[1 + shown.index(last.split(": ", 1)[1]) :]
+    assert final.count(f"evaluation: {episodes} of {episodes} episodes") == 2
 
 
 def test_neither_evaluations_nor_a_final_one(in_process, tmp_path):
@@ -249,18 +268,16 @@ def two_processes(started, name: str, *each: list, timeout: float = 300, **share
 
 
 def test_several_devices_and_several_processes_give_the_numbers_of_one(whole, started, tmp_path):
-    """The games of these runs are not cut short, and so their returns are not compared."""
-    one = whole("rosmo_atari")
     options = ["--eval-episodes", 0, "--final-eval-episodes", 0, "--run-dir"]
     flags = {"JAX_NUM_CPU_DEVICES": "4"}
     result = started("rosmo_atari", *options, "four", **flags)
     assert result.returncode == 0, result.stderr
-    results = two_processes(started, "rosmo_atari", *2 * [[*options, "two"]])
+    results = two_processes(started, "bc_atari", *2 * [[*options, "two"]])
     assert [x.returncode for x in results] == [0, 0], results
-    losses = [x for x in metrics(one) if "losses/total" in x]
-    for folder in ("four", "two"):
+    for name, folder in (("rosmo_atari", "four"), ("bc_atari", "two")):
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert config["starts"][0]["device"].startswith("4 x")
+        losses = [x for x in metrics(whole(name)) if "losses/total" in x]
         helpers.assert_close(losses, metrics(tmp_path / folder)[:-1])
 
 

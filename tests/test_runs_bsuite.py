@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from helpers import BSUITE, ROOT, checkpoints, metrics
-from tqdm import tqdm
 
 import bc_bsuite
 import rosmo_bsuite
@@ -202,20 +201,6 @@ def test_a_signal_never_waits_for_a_second_of_updates(in_process, monkeypatch):
     assert result.returncode == 0, result.stderr
     assert sum(numbers) == 300
     assert max(numbers) == 8
-
-
-@pytest.mark.parametrize("name", ["bc_bsuite", "bc_atari"])
-def test_what_takes_long_is_said_before(in_process, monkeypatch, name):
-    shown = []
-    monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text: shown.append(text))
-    result = in_process(name, "--final-eval-episodes", 3)
-    assert result.returncode == 0, result.stderr
-    first, *_, last = [x for x in result.stdout.splitlines() if x.startswith("update ")]
-    assert first == "update 0: compiling"
-    assert "final evaluation: 3 sampled, 3 greedy episodes" in last
-    episodes = 3 if name.endswith("atari") else 6
-    final = shown[1 + shown.index(last.split(": ", 1)[1]) :]
-    assert final.count(f"evaluation: {episodes} of {episodes} episodes") == 2
 
 
 def test_neither_evaluations_nor_a_final_one(in_process, tmp_path):
@@ -528,11 +513,11 @@ def test_damaged_datasets_give_one_sentence(catch_dataset, tmp_path, how):
 def test_several_devices_give_the_numbers_of_one(whole, started, tmp_path):
     options = ["--run-dir", "four", "--total-updates", 20]
     flags = {"JAX_NUM_CPU_DEVICES": "4"}
-    result = started("rosmo_bsuite", *options, **flags)
+    result = started("bc_bsuite", *options, **flags)
     assert result.returncode == 0, result.stderr
     config = json.loads((tmp_path / "four" / "config.json").read_text())
     assert config["starts"][0]["device"].startswith("4 x")
-    one = [x for x in metrics(whole("rosmo_bsuite")) if x["update"] <= 20]
+    one = [x for x in metrics(whole("bc_bsuite")) if x["update"] <= 20]
     four = [x for x in metrics(tmp_path / "four") if "final/returns" not in x]
     helpers.assert_close(one, four)
 

@@ -25,17 +25,26 @@ TINY += " --model-eval-every 4 --model-updates 12 --model-eval-batches 1 --heldo
 ARGS = tyro.cli(morel.Args, args=TINY.split())
 NETWORK = morel.make_world_model(6, ARGS)
 OBSERVE = jax.jit(partial(morel.observe, NETWORK))
+IMAGINE = jax.jit(partial(morel.imagine, NETWORK))
+DECODE = jax.jit(partial(NETWORK.apply, method="decode"))
 TIMES = ("wall_time", "seconds")
 NO_LOCK = SimpleNamespace(acquire=lambda blocking: None)  # the runs of a test come one by one
 
 
 @pytest.fixture(scope="module")
-def params():
-    """Of the first member."""
-    first, second = morel.init_members(jax.random.key(0), NETWORK, 2)
+def first_members():
+    """Those of a run."""
+    key = jax.random.split(jax.random.key(ARGS.seed), 3)[0]
+    first, second = morel.init_members(key, NETWORK, 2)
     kernels = [x["params"]["encoder"]["Conv_0"]["kernel"] for x in (first, second)]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.01
-    return first
+    return [first, second]
+
+
+@pytest.fixture(scope="module")
+def params(first_members):
+    """Of the first member."""
+    return first_members[0]
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +201,10 @@ def test_the_prior_goes_on_from_a_filtered_state_as_the_filter_does(params):
     windows = random_windows()
     states, prior, _ = OBSERVE(params, windows)
     before = jax.tree.map(lambda x: x[:, :-1], states)
-    after = morel.imagine(NETWORK, params, before, windows.action[:, 1:])
+    after = IMAGINE(params, before, windows.action[:, 1:])
     np.testing.assert_allclose(after.deter, states.deter[:, 1:], atol=1e-5)
     np.testing.assert_array_equal(np.argmax(after.latent, -1), np.argmax(prior[:, 1:], -1))
-    other = morel.imagine(NETWORK, params, before, (windows.action[:, 1:] + 1) % 6)
+    other = IMAGINE(params, before, (windows.action[:, 1:] + 1) % 6)
     assert np.abs(other.deter - after.deter).max() > 1e-3
 
 
@@ -218,7 +227,7 @@ def test_the_loss_against_plain_numbers_and_its_gradient_reaches_every_parameter
     loss = partial(morel.world_model_loss, windows=windows, key=key, network=NETWORK, args=ARGS)
     gradient, losses = jax.jit(jax.grad(loss, has_aux=True))(params)
     states, prior, posterior = OBSERVE(params, windows, key)
-    image, reward, logit = map(np.array, NETWORK.apply(params, states, method="decode"))
+    image, reward, logit = map(np.array, DECODE(params, states))
     real = windows.frame / 255 - 0.5
     p = 1 / (1 + np.exp(-logit))
     expected = {
@@ -284,16 +293,16 @@ def test_the_best_parameters_are_kept_and_the_reference_tells_when_training_ends
 
 
 def test_a_small_model_overfits_real_segments_and_beats_copying_the_last_frame(optimized):
-    """One-step predictions of the prior; ten segments of random play in the game."""
-    env, rng, length = morel.make_env("Riverraid", 10), np.random.default_rng(0), 4
+    """One-step predictions of the prior; five segments of random play in the game."""
+    env, rng, length = morel.make_env("Riverraid", 5), np.random.default_rng(0), 4
     num_actions = int(env.single_action_space.n)
-    observation, _ = env.reset(seed=np.arange(10, dtype=np.int32))
-    frames, actions = [observation[:, -1]], [np.full(10, -1)]
+    observation, _ = env.reset(seed=np.arange(5, dtype=np.int32))
+    frames, actions = [observation[:, -1]], [np.full(5, -1)]
     for _ in range(60):
-        actions.append(rng.integers(num_actions, size=10))
+        actions.append(rng.integers(num_actions, size=5))
         observation, *_ = env.step(actions[-1].astype(np.int32))
         frames.append(observation[:, -1])
-    frames = np.stack(frames[-length:], axis=1)  # [10, T, 84, 84]
+    frames = np.stack(frames[-length:], axis=1)  # [5, T, 84, 84]
     actions = np.stack(actions[-length:], axis=1).astype(np.int32)
     zeros = np.zeros(actions.shape, bool)
     windows = morel.Windows(frames, actions, zeros.astype(np.float32), zeros, zeros)
@@ -328,15 +337,21 @@ def lines(folder) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def train(path, store):
-    """Trains or loads the world model of the run in a folder, in this process."""
+def train(path, store, first_members):
+    """Trains or loads the world model of the run in a folder, in this process.
+
+    Every run begins with the same members, whose program would be compiled anew for each.
+    """
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
-    def start(run_dir, overwrite=False, between=lambda run: None):
+    def start(run_dir, overwrite=False, between=lambda run: None, draws=False):
         args = dataclasses.replace(ARGS, dataset=path, run_dir=run_dir, overwrite=overwrite)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(signal, "signal", lambda *_: None)
             patch.setattr(morel, "FileLock", lambda path: NO_LOCK)
+            patch.setattr(morel, "init_members", lambda *_: jax.tree.map(jnp.copy, first_members))
+            if not draws:  # it takes longer than the training
+                patch.setattr(morel, "draw_predictions", lambda *_: None)
             run = morel.Run(args, [args.seed], morel.describe(store, args))
             between(run)
             inputs = (run, store, morel.describe(store, args), NETWORK, mesh)
@@ -349,7 +364,7 @@ def train(path, store):
 def trained(train, tmp_path_factory):
     """The folder of a world model, and its members as training has returned them."""
     run_dir = tmp_path_factory.mktemp("run") / "run"
-    members = train(run_dir)
+    members = train(run_dir, draws=True)
     return run_dir.with_name("run-world-model"), members
 
 
