@@ -72,21 +72,27 @@ def test_losses(pair):
     observation, flags = jnp.stack(observation, axis=1), (batch.is_last, batch.is_terminal)
     assert np.abs(batch.reward).max() > 1  # some are clipped
 
-    def metrics(script, batch, args):
+    def gradient(script, batch, args):
+        """And the metrics, of which one is the loss."""
         function = getattr(script, helpers.LOSSES[name])
-        inputs = {"params": params, "target_params": target_params, "batch": batch, "key": KEY}
+        inputs = {"target_params": target_params, "batch": batch, "key": KEY}
         inputs |= {"network": network, "args": args}
-        parameters = inspect.signature(function).parameters
-        return jax.jit(lambda: function(**{k: inputs[k] for k in parameters})[1])()
+        names = inspect.signature(function).parameters.keys() & inputs.keys()
+        loss = partial(function, **{k: inputs[k] for k in names})
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
 
     for variant in VARIANTS[name]:
         changed = dataclasses.replace(args, **variant)
         clips = getattr(changed, "clip_rewards", False)
         reward = np.clip(batch.reward, -1, 1) if clips else batch.reward
         steps = theirs.Steps(observation, batch.action, reward, *flags)
-        expected = metrics(theirs, steps, changed)
-        for key, value in metrics(ours, batch, changed).items():
-            assert value == pytest.approx(float(expected[key]), rel=1e-3, abs=1e-5), (variant, key)
+        expected, expected_metrics = gradient(theirs, steps, changed)
+        found, metrics = gradient(ours, batch, changed)
+        for key, value in metrics.items():
+            value = pytest.approx(float(value), rel=1e-3, abs=1e-5)
+            assert float(expected_metrics[key]) == value, (variant, key)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max())
 
 
 def test_actions(pair):
