@@ -723,8 +723,8 @@ class Run:
         path = self.dir / "metrics.jsonl"
         try:
             text = path.read_text() if path.exists() else ""
-            return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        except ValueError:
+            return [{**json.loads(x)} for x in text[: text.rfind("\n") + 1].splitlines()]
+        except (ValueError, TypeError):
             message = f"{path} is damaged: put it back, or give --overwrite to start again."
             raise SystemExit(message) from None
 
@@ -909,7 +909,11 @@ def join_processes(args, *shared: int) -> None:
     The devices of a CPU are as many as can share each batch, and each further number `shared`.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    address, number, index = (os.environ.get(name) for name in names)
+    address, number, index = given = [os.environ.get(name, "") for name in names]
+    joins = number.isdecimal() and index.isdecimal() and int(index) < int(number)
+    if any(given) and not (address and joins):
+        message = f"A run of several processes needs all of {', '.join(names)}"
+        raise SystemExit(f"{message}; the last counts from 0.")
     if jax.config.jax_num_cpu_devices < 0:  # not set by JAX's own JAX_NUM_CPU_DEVICES
         sizes = [value for name, value in vars(args).items() if name.endswith("batch_size")]
         share, cores = math.gcd(*sizes, *shared) // int(number or 1), os.cpu_count() or 1
@@ -917,11 +921,8 @@ def join_processes(args, *shared: int) -> None:
             cores = len(os.sched_getaffinity(0))
         numbers = [n for n in range(1, cores + 1) if share % n == 0]
         jax.config.update("jax_num_cpu_devices", max(numbers))
-    if address and number and index and int(index) < int(number):
+    if address:
         jax.distributed.initialize(address, int(number), int(index))
-    elif address or number or index:
-        message = f"A run of several processes needs all of {', '.join(names)}"
-        raise SystemExit(f"{message}; the last counts from 0.")
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         jax.distributed.initialize()
     prepare_jax()

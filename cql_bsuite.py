@@ -586,8 +586,8 @@ class Run:
         path = self.dir / "metrics.jsonl"
         try:
             text = path.read_text() if path.exists() else ""
-            return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        except ValueError:
+            return [{**json.loads(x)} for x in text[: text.rfind("\n") + 1].splitlines()]
+        except (ValueError, TypeError):
             message = f"{path} is damaged: put it back, or give --overwrite to start again."
             raise SystemExit(message) from None
 

@@ -566,10 +566,11 @@ def import_store(
     limit = limit if meta["percent"] < 100 else float("inf")
     with building(path) as folder:
         plan = json.dumps({"meta": meta, "shards": shards})
-        if not (folder / "plan.json").exists() or (folder / "plan.json").read_text() != plan:
-            shutil.rmtree(folder)  # of another source, or of another version of this file
-            folder.mkdir()
+        if not any(folder.glob("part-*")):
             (folder / "plan.json").write_text(plan)
+        elif (folder / "plan.json").read_text() != plan:
+            message = f"{folder} holds parts of an import with other arguments"
+            raise SystemExit(f"{message}: give those again, or delete that folder.")
         parts = [folder / f"part-{i:05d}" for i in range(len(shards))]
         for part in parts:
             if part.exists() and not is_whole(part):

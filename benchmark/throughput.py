@@ -200,6 +200,9 @@ def write_section(path: Path, title: str, text: str) -> None:
 
 
 def main(args: Args) -> None:
+    for name, value in vars(args).items():
+        if type(value) is int and value < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least 1.")
     if args.store and not (args.store / "meta.json").exists():
         raise SystemExit(f"There is no store {args.store}.")
     names = args.scripts or tuple(f"{method}_{args.domain}" for method in METHODS)

@@ -27,7 +27,7 @@ import rosmo_atari as script
 
 @dataclass
 class Args:
-    store: str  # folder of the store
+    store: Path  # folder of the store
     seconds: float = 20  # time per measurement
     batch_size: int = 512  # windows per batch
     length: int = 11  # states per window; three frames before them are read as well
@@ -79,15 +79,16 @@ def tfdata_pipeline(store: script.Store, args: Args) -> Iterable:
 
 
 def main(args: Args) -> None:
-    before = peak_mb()
-    start = time.perf_counter()
-    path = Path(args.store)
-    env_id = json.loads((path / "meta.json").read_text())["env_id"]
-    store = script.open_store(script.Args(env_id=env_id, dataset=path))
+    args = script.check_args(args, {"seconds": (0.1, 1e6)})
+    if not (args.store / "meta.json").exists():
+        raise SystemExit(f"There is no store {args.store}.")
+    before, start = peak_mb(), time.perf_counter()
+    env_id = json.loads((args.store / "meta.json").read_text())["env_id"]
+    store = script.open_store(script.Args(env_id=env_id, dataset=args.store))
     opened = time.perf_counter() - start
-    size = sum(file.stat().st_size for file in path.iterdir())
+    size = sum(file.stat().st_size for file in args.store.iterdir())
     print(
-        f"{path.name}: {len(store.index):,} steps, {size / 1e6:.1f} MB, "
+        f"{args.store.name}: {len(store.index):,} steps, {size / 1e6:.1f} MB, "
         f"{store.offsets[-1] / store.meta['num_steps']:.0f} bytes per frame, "
         f"{size / store.meta['num_steps']:.0f} per step with all else; opened in {opened:.2f} s"
     )

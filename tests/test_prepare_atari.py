@@ -398,6 +398,8 @@ def test_killed_import_goes_on_with_the_unfinished_shard(driver, path, tmp_path)
         "plan.json", "part-00000", "part-00001.unfinished"
     }  # fmt: skip
     before = {p: p.stat().st_mtime_ns for p in (building / "part-00000").iterdir()}
+    with pytest.raises(SystemExit, match="holds parts of an import with other arguments"):
+        prepare_atari.import_store(tmp_path / "atari/Pong", META | {"percent": 1.0}, None, ["0"], 1)
     stdout, stderr = (resumed := driver()).communicate()
     assert resumed.returncode == 0, stderr
     assert [shard for shard, _ in log_of(tmp_path)] == ["0", "1", "1", "2", "3", "4"]

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import paper
 import report
 import run
 import throughput
+import throughput_loader
 
 UPDATES = 2000
 BSUITE_DATA = {"episodes": 2000, "transitions": 18000, "mean_return": 0.7182, "crc32": 1234}
@@ -697,6 +699,20 @@ def test_throughput_replaces_the_section_of_its_title_alone(tmp_path):
         throughput.write_section(path, title, "text")
     assert path.read_text().count("## bsuite --num-seeds 5\n") == 1
     assert path.read_text().count("## bsuite\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("tool", "options", "message"),
+    [
+        (throughput, {"domain": "bsuite", "windows": 0}, "--windows is 0; give at least 1"),
+        (throughput, {"domain": "atari", "store": Path("no")}, "There is no store no"),
+        (throughput_loader, {"store": Path("no"), "threads": 0}, "--threads is 0; give at least 1"),
+        (throughput_loader, {"store": Path("no")}, "There is no store no"),
+    ],
+)
+def test_what_cannot_be_measured_ends_in_one_sentence(tool, options, message):
+    with pytest.raises(SystemExit, match=message):
+        tool.main(tool.Args(**options))
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_metrics_that_were_lost_end_in_one_sentence(short, whole, in_process, ho
     assert metrics(short) == metrics(whole("bc_bsuite"))
 
 
-@pytest.mark.parametrize("line", [b"nothing", b"\xff"])
+@pytest.mark.parametrize("line", [b"nothing", b"\xff", b"null", b"[]"])
 def test_damaged_metrics_end_in_one_sentence(short, in_process, line):
     with (short / "metrics.jsonl").open("ab") as file:
         file.write(line + b"\n")
