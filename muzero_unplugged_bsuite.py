@@ -26,7 +26,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
 4. MZU-Q fills in the Q of actions that were not visited with the value of the state.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state (authors' code).
-6. The 20 bins are the integers -9 to 10, and targets stop at 9 (authors' code).
+6. The 20 bins are the integers -9 to 10, and targets stop at 9; initial weights and LayerNorm's ε
+   (authors' code).
 7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
    [0, 1] over a node and its children, as for targets (authors' code; --eval-dirichlet-fraction 0:
    no noise); the final evaluation reports the greedy policy beside it. Ties are broken at random,

@@ -31,7 +31,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
    Rewards are not clipped (authors' code).
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state (authors' code).
-6. The network is D.2.1's, with the heads and the input of the dynamics of the authors' code.
+6. The network is D.2.1's, with the heads, the input of the dynamics, the initial weights and
+   LayerNorm's ε of the authors' code.
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
    final evaluation reports the greedy policy beside it.
 """

@@ -27,7 +27,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
 4. Eq. 6 is a softmax of log π + adv, as exp(adv) overflows; the weights of Eq. 9 stop at e^20.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state (authors' code).
-6. The 20 bins are the integers -9 to 10, and targets stop at 9 (authors' code).
+6. The 20 bins are the integers -9 to 10, and targets stop at 9; initial weights and LayerNorm's ε
+   (authors' code).
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
    final evaluation reports the greedy policy beside it.
 """

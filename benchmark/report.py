@@ -571,7 +571,7 @@ def reference_table(cells: dict) -> list[str]:
         name = f"{task}, noise ε = {noise:g}" if noise else task
         rows.append([name, *known, " or ".join(here) or "-", theirs])
     head = ["mean return", "random play", "online DQN", "data here", "data in the paper"]
-    source = "Random play and the online DQN: Table 6 of the paper, and of games RL Unplugged's."
+    source = "Random play and the online DQN: the paper's Table 6, of games RL Unplugged's returns."
     return [*table(head, rows), source, ""]
 
 
@@ -593,7 +593,8 @@ def paper_table(item: Item, cells: dict, estimates: dict) -> list[str]:
             paper = f"{theirs:,.2f}" + ("" if np.isnan(spread) else f" ± {spread:,.2f}")
             rows.append([task, method, f"{ours:,.2f}", paper, difference])
     head = ["task", "method", "here", "paper", "difference"]
-    return ["## Beside the paper's numbers", "", *(table(head, rows) if rows else [])]
+    title = "## Beside the paper's numbers" if rows else "## Reference returns"
+    return [title, "", *(table(head, rows) if rows else [])]
 
 
 def level_table(item: Item, curves: dict, with_time: bool) -> list[str]:

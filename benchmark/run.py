@@ -503,6 +503,22 @@ def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
     return not failed
 
 
+def missing_stores(jobs: list[Job]) -> list[str]:
+    """The commands that make the stores of RL Unplugged which the jobs lack."""
+    percents = {}
+    for job in jobs:
+        script = importlib.import_module(Path(job.command[0]).stem)
+        args = tyro.cli(script.Args, args=job.command[1:])
+        if hasattr(args, "rlu_run") and not args.dataset and not script.find_store(args):
+            store = args.env_id, args.rlu_run, args.data_dir  # a larger part serves a smaller one
+            percents[store] = max(args.data_percent, percents.get(store, 0))
+    return [
+        f"python benchmark/prepare_atari.py --env-id {env_id} --rlu-run {run} "
+        f"--percent {percent:g} --data-dir {shlex.quote(str(data_dir))}"
+        for (env_id, run, data_dir), percent in percents.items()
+    ]
+
+
 def submit(jobs: list[Job], args: Args, logs: Path, item: str) -> None:
     """Hands the jobs to SLURM: an array, and one after it for those that need the first."""
     if not shutil.which("sbatch"):
@@ -516,6 +532,9 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str) -> None:
         options[name.replace("-", "_")] = int(value) if value.isdigit() else value or True
     if type(options["time"]) is not int:  # submitit reckons with it at the end of a task
         raise SystemExit(f"--slurm time={options['time']}: give a whole number of minutes.")
+    if commands := missing_stores(jobs):  # tasks would hold their GPUs while one makes it
+        message = "Data are missing; make them first, on a host with a connection:"
+        raise SystemExit("\n  ".join([message, *commands]))
     known = submitit.SlurmExecutor._valid_parameters()
     extra = {k: options.pop(k) for k in list(options) if k not in known} | {"requeue": True}
     options |= {"array_parallelism": args.workers} if args.workers else {}
@@ -539,7 +558,7 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str) -> None:
 def main(args: Args, further: list[str]) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs need no path to this file
     items, planned, well = get_items(args), set(), True
-    if args.runs != Args.runs and (absent := [str(x) for x in args.runs if not x.is_dir()]):
+    if absent := [str(x) for x in args.runs if x not in Args.runs and not x.is_dir()]:
         raise SystemExit(f"--runs: there is no folder {', '.join(absent)}.")
     runs = read_runs(args.runs)
     for name, item in items.items():

@@ -252,6 +252,8 @@ def main(args: Args) -> None:
         elif not word.startswith("--out="):
             options.append(word)
     command = " ".join(["python benchmark/throughput.py", *options])
+    if count := os.environ.get("JAX_NUM_CPU_DEVICES"):
+        command = f"JAX_NUM_CPU_DEVICES={count} {command}"
     facts = f"`{command}` at {commit}, {time.strftime('%Y-%m-%d')}, on {machine()}, whose matrix "
     facts += f"product reaches {peak:,.0f} GFLOP/s."
     text = "\n".join([*table, "", facts])

@@ -82,7 +82,7 @@ def test_dry_run_prints_the_commands_of_every_item(name, tmp_path, monkeypatch, 
 
 def test_the_commands_printed_are_those_run(stand_in, tmp_path, capsys):
     words = ["table1", "--total-updates", 7, "--seeds", 0, 1, "--methods", "ROSMO"]
-    words += ["--batch-size", 64, "--workers", 2]
+    words += ["--batch-size", 64, "--workers", 2, "--runs", "runs"]
     start(*words, "--dry-run")
     printed = [shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()]
     start(*words)
@@ -335,6 +335,11 @@ def slurm(tmp_path, monkeypatch):
 def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, capsys):
     words = ["table8", "--methods", "BC", "--env-ids", "Pong", "--total-updates", 7]
     words += ["--launcher", "slurm", "--workers", 2, "--slurm", "partition=gpu", "time=600"]
+    with pytest.raises(SystemExit, match="Data are missing; make them first") as end:
+        start(*words)
+    assert end.value.code.endswith("--env-id Pong --rlu-run 1 --percent 100 --data-dir data")
+    assert not (tmp_path / "script").exists()
+    (tmp_path / "data/atari/Pong-run1-100pct").mkdir(parents=True)
     start(*words, "qos=low")
     assert "Submitted job 42 of 3 run(s): squeue -j 42" in capsys.readouterr().out
     script = (tmp_path / "script").read_text()
@@ -355,6 +360,7 @@ def test_a_preempted_job_saves_and_goes_on(stand_in, slurm, tmp_path, number):
     """SIGUSR2 comes before the time limit, and the job asks to be queued again; at SIGTERM SLURM
     does that itself."""
     (tmp_path / "wait").touch()
+    (tmp_path / "data/atari/Pong-run1-100pct").mkdir(parents=True)
     words = ["table8", "--methods", "BC", "--env-ids", "Pong", "--total-updates", 7]
     start(*words, "--launcher", "slurm")
     task = slurm(0)
@@ -370,6 +376,7 @@ def test_a_preempted_job_saves_and_goes_on(stand_in, slurm, tmp_path, number):
 
 
 def test_slurm_starts_what_needs_another_after_it(stand_in, slurm, tmp_path, capsys):
+    (tmp_path / "data/atari/MsPacman-run1-100pct").mkdir(parents=True)
     words = ["table7", "--methods", "MOReL", "COMBO", "--total-updates", 7]
     start(*words, "--launcher", "slurm")
     assert capsys.readouterr().out.count("Submitted job 42 of 3 run(s)") == 2
