@@ -15,7 +15,7 @@ comparison (Section 4.2), with ROSMO's network up to the policy (Fig. 5b).
     python bc_atari.py --env-id MsPacman  # the paper's setting
     python bc_atari.py --data-percent 1   # 1% of the data
 
-Where the paper is silent this file does the following.
+Where ROSMO's paper is silent this file does the following.
 1. Batches are single steps drawn with replacement; a last step has no action and counts as zero.
 2. The optimiser is ROSMO's: AdamW, a warm-up of 1,000 updates, a tenth of the learning rate every
    100,000 updates, weight decay on weight matrices only.

@@ -14,7 +14,7 @@ comparison (Section 4.2), with ROSMO's network up to the policy (Fig. 5b).
     python bc_bsuite.py --env-id catch     # the paper's setting, five seeds
     python bc_bsuite.py --data-percent 10  # a tenth of the episodes
 
-Where the paper is silent this file does the following.
+Where ROSMO's paper is silent this file does the following.
 1. Batches are single steps drawn with replacement; a last step has no action and counts as zero.
 2. The optimiser is ROSMO's: AdamW, a warm-up of 1,000 updates, a tenth of the learning rate every
    100,000 updates, weight decay on weight matrices only.

@@ -16,23 +16,25 @@ al., 2021); the rest is cql_atari.py, from which only the mix differs.
 
     python combo_atari.py --env-id MsPacman     # the paper's setting
     python combo_atari.py --world-model FOLDER  # of another run, or of MOReL's
-    python combo_atari.py --push-up real        # COMBO's own penalty
+    python combo_atari.py --push-up real        # Q up on logged actions alone, as in COMBO's paper
 
 The world model is a run of its own in {run folder}-world-model; morel_atari.py
 says how it learns.
 
-Where the paper is silent, this is our reconstruction; it gives half of a batch from the model,
-rollouts of 10 steps and one random member for each.
+Where ROSMO's paper is silent, this is our reconstruction. F.1.3 gives rollouts of 10 steps, one
+random member for each, a ratio of 0.5 between predicted and logged data, which is read here as half
+of a batch, and OfflineRL's COMBO as the model.
 1. Every 400 updates 2,048 rollouts are added, and those of the last five times are kept. An equal
    number for each member starts at random logged frames, after the member has filtered them and
    the 15 frames before.
 2. Inside the model Q acts, ε-greedy with ε = 0.05, on four frames: logged ones at first, then
-   predicted ones, rounded to the 256 greys of the game. Latents are samples.
+   predicted ones, rounded to the 256 greys of the game. Latents are samples. In the first rollouts,
+   when Q is zero, it takes action 0.
 3. A rollout ends where the member says terminal with a probability above 0.5, without a bootstrap.
    Nothing after that is ever drawn. One that reaches its tenth step is bootstrapped there.
-4. The penalty pushes Q up on the actions of the mix: CQL with nothing changed but the mix. COMBO's
-   paper has logged actions only (--push-up real): a difference of Q between real and predicted
-   frames, which has no lower bound.
+4. The penalty pushes Q up on the actions of the mix (OfflineRL): CQL with nothing changed but the
+   mix. COMBO's paper has logged actions only (--push-up real): a difference of Q between real and
+   predicted frames, which has no lower bound.
 5. A checkpoint holds the actions of the rollouts; a run that goes on predicts their frames again.
 6. Everything else is as in cql_atari.py.
 """
@@ -117,7 +119,7 @@ class Args:
     latents: int = 32  # world model: categorical variables of the latent state z
     classes: int = 32  # world model: classes of each
     depth: int = 48
-    """world model: channels of the encoder's first convolution; the rest of both scales with it"""
+    """world model: channels of the encoder's first convolution; all of its others scale with it"""
     head_units: int = 400
     """world model: units of the four layers of the reward's and of the terminal's head"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -526,7 +528,7 @@ def update_model(state: ModelState, windows: list[Windows], keys, network, args:
 
 
 def note_evaluation(state: ModelState, loss: float, update: int, args: Args) -> ModelState:
-    """Keeps the parameters if no evaluation had a lower loss, and the reference for the end."""
+    """Keeps the best parameters, and the loss and update from which the patience counts."""
     now = (jnp.float32(loss), jnp.int32(update))
     if loss < float(state.reference) * (1 - args.model_min_improvement):
         state = state._replace(reference=now[0], improved=now[1])
@@ -689,7 +691,7 @@ def make_network(num_actions: int, args: Args) -> CQLNetwork:
 
 # --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
 def transform(x):
-    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, with εx inside the bracket)."""
+    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2 has εx inside the bracket)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
 
 
@@ -817,12 +819,12 @@ class Rollouts(NamedTuple):
     frames: Any  # uint8 [G, N, E, 4 + L, 84, 84], the first state's stack, then o_1 .. o_L
     action: Any  # int32 [G, N, E, L], a_0 .. a_{L-1}
     reward: Any  # float32 [G, N, E, L], follows the action
-    counts: Any  # bool [G, N, E, L], the rollout had not ended before the action
+    valid: Any  # bool [G, N, E, L], the rollout had not ended before the action
     terminal: Any  # bool [G, N, E, L], it ends after the action
 
 
 def empty_rollouts(args: Args) -> Rollouts:
-    """Rollouts that do not count."""
+    """Rollouts without a valid transition."""
     shape = (args.rollout_generations, args.rollout_starts // args.members, args.members)
     frames = jnp.zeros((*shape, 4 + args.rollout_length, 84, 84), jnp.uint8)
     types = (jnp.int32, jnp.float32, bool, bool)
@@ -831,8 +833,9 @@ def empty_rollouts(args: Args) -> Rollouts:
 
 def epsilon_greedy(q, key, epsilon: float):
     """Actions [B] with the highest of the values [B, actions]; the part `epsilon` is random."""
-    best, random_key = jnp.argmax(q, axis=-1), jax.random.fold_in(key, 1)
-    explore = jax.random.bernoulli(key, epsilon, best.shape)
+    explore_key, random_key = jax.random.split(key)
+    best = jnp.argmax(q, axis=-1)
+    explore = jax.random.bernoulli(explore_key, epsilon, best.shape)
     return jnp.where(explore, jax.random.randint(random_key, best.shape, 0, q.shape[-1]), best)
 
 
@@ -884,11 +887,12 @@ def add_rollouts(
 
 
 def mix_batch(real: Batch, rollouts: Rollouts, key, args: Args) -> Batch:
-    """Logged transitions [B - M], then M that are drawn from those of the rollouts that count."""
-    order = jnp.cumsum(rollouts.counts)
+    """Logged transitions [B - M], then M that are drawn from the valid ones of the rollouts."""
+    order = jnp.cumsum(rollouts.valid)
     rank = jax.random.randint(key, (model_rows(args),), 0, order[-1])
     index = jnp.searchsorted(order, rank, side="right")
-    *rollout, time = index = jnp.unravel_index(index, rollouts.counts.shape)
+    index = jnp.unravel_index(index, rollouts.valid.shape)
+    *rollout, time = index
     window = (*(i[:, None] for i in rollout), time[:, None] + jnp.arange(5))  # [M, 5]
     none, terminal = jnp.zeros(time.shape, bool), rollouts.terminal[index]
 
@@ -900,7 +904,7 @@ def mix_batch(real: Batch, rollouts: Rollouts, key, args: Args) -> Batch:
         history=jnp.full((*time.shape, 2), 3, jnp.uint8),  # the zeros before an episode are there
         action=pair(rollouts.action[index], 0 * time),
         reward=pair(rollouts.reward[index], 0.0 * time),
-        is_last=pair(~rollouts.counts[index], terminal),
+        is_last=pair(~rollouts.valid[index], terminal),
         is_terminal=pair(none, terminal),
     )
     return jax.tree.map(lambda *x: jnp.concatenate(x), real, model)
@@ -912,7 +916,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     step: Any  # int32, updates done
     rollouts: Rollouts
-    world_model: Any  # uint32, checksum of the members that predict them
+    world_model_crc32: Any  # of the members that predict them
 
 
 # --- optimizer (identical in rosmo_*.py, muzero_unplugged_*.py, bc_*.py and c*_*.py) ---
@@ -937,7 +941,8 @@ def init_state(key, network: CQLNetwork, args: Args) -> TrainState:
 
 @partial(jax.jit, static_argnames=("network", "args"), donate_argnames="state")
 def update(state: TrainState, key, batch: Batch, network: CQLNetwork, args: Args):
-    """One update -> (state, metrics); the batch is shared out to the devices, the state is not."""
+    """One update -> (state, metrics); batch and rollouts are shared out to the devices."""
+    # Nothing is drawn at random here; `key` is an argument as in the other scripts.
     gradient, metrics = jax.grad(combo_loss, has_aux=True)(
         state.params, state.target_params, batch, network, args
     )
@@ -947,7 +952,7 @@ def update(state: TrainState, key, batch: Batch, network: CQLNetwork, args: Args
     target_params = optax.periodic_update(
         params, state.target_params, step, args.target_update_every
     )
-    rest = (step, state.rollouts, state.world_model)
+    rest = (step, state.rollouts, state.world_model_crc32)
     return TrainState(params, target_params, opt_state, *rest), metrics
 
 
@@ -956,10 +961,6 @@ def act(params, observation, key, greedy: bool, network: CQLNetwork, args: Args)
     """Actions [E] for observations [E, ...] with the highest Q; if not greedy, a few are random."""
     q = to_scalar(network.apply(params, observation))
     return epsilon_greedy(q, key, 0.0 if greedy else args.eval_epsilon)
-
-
-def window_length(args: Args) -> int:
-    return 2
 
 
 # --- data (identical in *_atari.py) ---
@@ -1148,11 +1149,11 @@ def sample_windows(
 # --- end world model data ---
 
 
-def load_starts(store: Store, generation: int, args: Args, rows: slice = slice(None)) -> Starts:
-    """The starts of a generation, or those `rows` of it: any steps of the data, drawn at random."""
+def load_starts(store: Store, generation: int, args: Args) -> Starts:
+    """This process's part of the starts of a generation: any steps of the data, drawn at random."""
     number = 2**31 + generation  # far from the numbers of the batches
-    length = args.rollout_warm_up + 1
-    batch = sample_batch(store, args.seed, number, args.rollout_starts, length, rows)
+    count, length = args.rollout_starts, args.rollout_warm_up + 1
+    batch = sample_batch(store, args.seed, number, count, length, process_rows(count))
     windows = model_windows(batch, args.clip_rewards)
     starts = Starts(windows, batch.frames[:, -4:], batch.history[:, -1:], batch.is_last[:, -1])
     return jax.tree.map(lambda x: x.reshape(-1, args.members, *x.shape[1:]), starts)
@@ -1695,19 +1696,20 @@ def train_world_model(
         (folder / "members.msgpack").unlink(missing_ok=True)
     model_run = ModelRun(run, dataclasses.replace(args, **changed), data)
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    learn, heldout = split_store(store, args.heldout_percent, args.seed)
-    init_key, *keys = jax.random.split(jax.random.key(args.seed), 3)
+    training, heldout = split_store(store, args.heldout_percent, args.seed)
+    # The first two are the policy's.
+    _, _, init_key, *keys = jax.random.split(jax.random.key(args.seed), 5)
     update_keys, eval_keys = (jax.random.split(key, args.members) for key in keys)
-    frames = sample_batch(learn, args.seed, 0, 512, 1).frames[:, 3]
+    frames = sample_batch(training, args.seed, 0, 512, 1).frames[:, 3]
     state = init_model(init_key, np.mean(to_image(frames), axis=0), network, args)
     done, *state_and_sums = model_run.restore(state)
     state, sums = jax.device_put(state_and_sums, replicated)
-    length = max(args.model_length, CONTEXT + AHEAD)
+    length = max(args.model_length, CONTEXT + AHEAD)  # also where shorter windows are learned
     numbers = range(args.model_eval_batches)
-    heldout = [sample_windows(heldout, number, length, 1, args)[0] for number in numbers]
+    batches = [sample_windows(heldout, number, length, 1, args)[0] for number in numbers]
 
     def load(step: int) -> list[Windows]:
-        windows = sample_windows(learn, step, args.model_length, args.members, args)
+        windows = sample_windows(training, step, args.model_length, args.members, args)
         return put(windows, by_device)
 
     def update(state: ModelState, windows: list[Windows], step: int):
@@ -1717,7 +1719,7 @@ def train_world_model(
         params = [member.params for member in state.members]
         with model_run.time("evaluation"):
             metrics = evaluate_model(
-                model_run, params, heldout, eval_keys, network, by_device, args
+                model_run, params, batches, eval_keys, network, by_device, args
             )
         loss = metrics["heldout/total"]
         model_run.check_finite(done, {"losses/total": loss})
@@ -1758,8 +1760,8 @@ def evaluate_model(
     return {name: total[name] / counts[name] for name in total if counts[name]}
 
 
-def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path, count: int = 3) -> None:
-    """Draws world_model.png: real frames above open-loop predictions for the same steps.
+def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path) -> None:
+    """Draws world_model.png: three times real frames above open-loop predictions of them.
 
     windows [B, T], predicted uint8 [B, AHEAD, 84, 84]; those inside one episode first.
     """
@@ -1767,7 +1769,7 @@ def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path, count:
 
     steps = (-1, 0, 1, 2, 3, 5, 7, 10, 12, 15)  # after the last frame that was filtered
     crossing = windows.is_first[:, 1 : CONTEXT + AHEAD].any(axis=1)
-    chosen = np.argsort(crossing, kind="stable")[:count]
+    chosen = np.argsort(crossing, kind="stable")[:3]
     figure = Figure((len(steps), 2 * len(chosen) + 0.3), layout="constrained")
     grid = figure.subplots(2 * len(chosen), len(steps), squeeze=False)
     for row, i in enumerate(chosen):
@@ -1901,19 +1903,19 @@ def main(args: Args) -> None:
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     members = get_world_model(run, store, data, world_model, mesh, args)
 
-    init_key = jax.random.key(args.seed)  # Q starts as in cql_atari.py
-    rollout_key, mix_key = jax.random.split(jax.random.fold_in(init_key, 1))
+    init_key, key = jax.random.split(jax.random.key(args.seed))  # Q starts as in cql_atari.py
+    rollout_key, mix_key = jax.random.split(key)
     shardings = TrainState(*[replicated] * len(TrainState._fields))
     shardings = shardings._replace(rollouts=NamedSharding(mesh, P(None, "data")))
     init = jax.jit(init_state, static_argnums=(1, 2), out_shardings=shardings)
-    state = init(init_key, network, args)._replace(world_model=checksum(members))
+    state = init(init_key, network, args)._replace(world_model_crc32=checksum(members))
 
     def saved(state: TrainState) -> TrainState:
         """Without what can be predicted again: all but the actions, since Q has changed since."""
         return state._replace(rollouts=state.rollouts.action)
 
     done, restored, sums = run.restore(saved(state))
-    check_world_model(run, int(restored.world_model), int(state.world_model))
+    check_world_model(run, int(restored.world_model_crc32), int(state.world_model_crc32))
     rollouts = state.rollouts._replace(action=restored.rollouts)
     state = jax.device_put(restored._replace(rollouts=rollouts), shardings)
     sums = jax.device_put(sums, replicated)
@@ -1922,27 +1924,25 @@ def main(args: Args) -> None:
 
     def load(step: int) -> tuple[Batch, Starts | None]:
         """The logged part of a batch, and the starts of the generation that begins with it."""
-        length, rows = window_length(args), process_rows(logged)
-        batch = sample_batch(store, args.seed, step, logged, length, rows)
+        batch = sample_batch(store, args.seed, step, logged, 2, process_rows(logged))
         generation, later = divmod(step, args.rollout_every)
         return put(batch, by_device), None if later else starts(generation)
 
     def starts(generation: int) -> Starts:
-        rows = process_rows(args.rollout_starts)
-        return put(load_starts(store, generation, args, rows), by_device)
+        return put(load_starts(store, generation, args), by_device)
 
     def predict(state: TrainState, generation: int, starts: Starts, replay: bool) -> TrainState:
         inputs = (state.rollouts, starts, generation, replay, state.params, members, rollout_key)
         return state._replace(rollouts=add_rollouts(*inputs, network, world_model, args))
 
-    def learn(state: TrainState, loaded: tuple[Batch, Starts | None], step: int):
+    def learner(state: TrainState, loaded: tuple[Batch, Starts | None], step: int):
         (batch, new), generation = loaded, step // args.rollout_every
         if new is not None:
             state = predict(state, generation, new, replay=False)
         batch = mix(batch, state.rollouts, jax.random.fold_in(mix_key, step), args=args)
-        counts = state.rollouts.counts[generation % args.rollout_generations]
+        valid = state.rollouts.valid[generation % args.rollout_generations]
         state, metrics = update(state, mix_key, batch, network, args)
-        return state, metrics | {"charts/masked": jnp.mean(~counts)}
+        return state, metrics | {"charts/masked": jnp.mean(~valid)}
 
     def evaluate(done: int, state: TrainState):
         return state, evaluate_agent(run, done, state.params, network, args), False
@@ -1952,7 +1952,7 @@ def main(args: Args) -> None:
         state = predict(state, generation, starts(generation), replay=True)
         if any(all_processes(run.stopping)):
             run.exit()
-    done, state = train(run, done, state, sums, learn, load, evaluate, mean_metrics, saved)
+    done, state = train(run, done, state, sums, learner, load, evaluate, mean_metrics, saved)
     finish_run(run, done, state.params, network, args)
 
 

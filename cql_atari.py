@@ -16,7 +16,7 @@ categorical as ROSMO's value.
     python cql_atari.py --env-id MsPacman  # the paper's setting
     python cql_atari.py --cql-alpha 0      # plain Q-learning
 
-Where the paper is silent this file does the following.
+Where ROSMO's paper only refers to the official code, this file does the following.
 1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
    a terminal one is not bootstrapped, a truncated one is (--truncation-as-termination: it is not).
 2. The loss of Q is the cross entropy with the two-hot target, for which the official code has a sum
@@ -24,8 +24,8 @@ Where the paper is silent this file does the following.
 3. The target network is copied every 2,000 updates and γ is 0.99 (official code); rewards are
    clipped to [-1, 1] (--no-clip-rewards).
 4. The final evaluation's two policies are ε-greedy with ε = 0.001 (official code) and greedy.
-5. The optimiser is ROSMO's: AdamW, a warm-up of 1,000 updates, a tenth of the learning rate every
-   100,000 updates, weight decay on weight matrices only.
+5. The optimiser is ROSMO's (official code: Adam at 5e-5): AdamW, a warm-up of 1,000 updates, a
+   tenth of the learning rate every 100,000 updates, weight decay on weight matrices only.
 """
 
 import dataclasses
@@ -232,7 +232,7 @@ def make_network(num_actions: int, args: Args) -> CQLNetwork:
 
 # --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
 def transform(x):
-    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, with εx inside the bracket)."""
+    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2 has εx inside the bracket)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
 
 
@@ -375,8 +375,9 @@ def update(state: TrainState, key, batch: Batch, network: CQLNetwork, args: Args
 def act(params, observation, key, greedy: bool, network: CQLNetwork, args: Args):
     """Actions [E] for observations [E, ...] with the highest Q; if not greedy, a few are random."""
     q = to_scalar(network.apply(params, observation))
-    best, random_key = jnp.argmax(q, axis=-1), jax.random.fold_in(key, 1)
-    explore = jax.random.bernoulli(key, 0.0 if greedy else args.eval_epsilon, best.shape)
+    explore_key, random_key = jax.random.split(key)
+    best = jnp.argmax(q, axis=-1)
+    explore = jax.random.bernoulli(explore_key, 0.0 if greedy else args.eval_epsilon, best.shape)
     return jnp.where(explore, jax.random.randint(random_key, best.shape, 0, q.shape[-1]), best)
 
 

@@ -6,26 +6,26 @@
 #   "wandb==0.31.0", "zstandard==0.25.0",
 # ]
 # ///
-"""Critic regularized regression on Atari (Wang et al., 2020), a baseline.
+"""CRR on Atari (Wang et al., 2020), a baseline of ROSMO (Liu et al., 2023).
 
-CRR learns a critic Q by one-step temporal differences under its own policy,
-and clones the logged actions with a weight that grows with their advantage,
-min(exp(A/β), 20) or 1[A > 0]. The network is that of Fig. 5(c), and Q is
-categorical as ROSMO's value.
+Critic regularized regression learns a critic Q by one-step temporal
+differences under its own policy, and clones the logged actions with a weight
+that grows with their advantage, min(exp(A/β), 20) or 1[A > 0]. The network is
+that of Fig. 5(c), and Q is categorical as ROSMO's value.
 
     python crr_atari.py --env-id MsPacman       # the paper's setting
     python crr_atari.py --weight binary         # clone where A > 0
     python crr_atari.py --num-action-samples 4  # V from samples, as acme
 
-Where the paper is silent this file does the following.
+Where ROSMO's paper only refers to acme, this file does the following.
 1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
    a terminal one is not bootstrapped, a truncated one is (--truncation-as-termination: it is not).
 2. V is the exact mean of Q under π (acme: the mean of samples, --num-action-samples 4).
 3. The advantage comes from the network that is trained, the bootstrap from a copy of its policy and
    critic, made every 100 updates (acme).
 4. γ is acme's 0.99, not ROSMO's; rewards are clipped to [-1, 1] (--no-clip-rewards).
-5. The optimiser is ROSMO's: AdamW, a warm-up of 1,000 updates, a tenth of the learning rate every
-   100,000 updates, weight decay on weight matrices only.
+5. The optimiser is ROSMO's (acme: Adam at 3e-4): AdamW, a warm-up of 1,000 updates, a tenth of the
+   learning rate every 100,000 updates, weight decay on weight matrices only.
 """
 
 import dataclasses
@@ -261,7 +261,7 @@ class CRRNetwork(nn.Module):
 
 # --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
 def transform(x):
-    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, with εx inside the bracket)."""
+    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2 has εx inside the bracket)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
 
 

@@ -5,26 +5,26 @@
 #   "numpy==2.4.6", "optax==0.2.8", "tqdm==4.70.1", "tyro==1.0.17", "wandb==0.31.0",
 # ]
 # ///
-"""Critic regularized regression on BSuite (Wang et al., 2020), a baseline.
+"""CRR on BSuite (Wang et al., 2020), a baseline of ROSMO (Liu et al., 2023).
 
-CRR learns a critic Q by one-step temporal differences under its own policy,
-and clones the logged actions with a weight that grows with their advantage,
-min(exp(A/β), 20) or 1[A > 0]. The network is that of Fig. 5(c), and Q is
-categorical as ROSMO's value.
+Critic regularized regression learns a critic Q by one-step temporal
+differences under its own policy, and clones the logged actions with a weight
+that grows with their advantage, min(exp(A/β), 20) or 1[A > 0]. The network is
+that of Fig. 5(c), and Q is categorical as ROSMO's value.
 
     python crr_bsuite.py --env-id catch          # five seeds
     python crr_bsuite.py --weight binary         # clone where A > 0
     python crr_bsuite.py --num-action-samples 4  # V from samples, as acme
 
-Where the paper is silent this file does the following.
+Where ROSMO's paper only refers to acme, this file does the following.
 1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
    a terminal one is not bootstrapped, a truncated one is (--truncation-as-termination: it is not).
 2. V is the exact mean of Q under π (acme: the mean of samples, --num-action-samples 4).
 3. The advantage comes from the network that is trained, the bootstrap from a copy of its policy and
    critic, made every 100 updates (acme).
 4. γ is acme's 0.99, not ROSMO's; β is 0.3, from a sweep on catch (acme: 1).
-5. The optimiser is ROSMO's: AdamW, a warm-up of 1,000 updates, a tenth of the learning rate every
-   100,000 updates, weight decay on weight matrices only.
+5. The optimiser is ROSMO's (acme: Adam at 3e-4): AdamW, a warm-up of 1,000 updates, a tenth of the
+   learning rate every 100,000 updates, weight decay on weight matrices only.
 """
 
 import dataclasses
@@ -172,7 +172,7 @@ class CRRNetwork(nn.Module):
 
 # --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
 def transform(x):
-    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2, with εx inside the bracket)."""
+    """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2 has εx inside the bracket)."""
     return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + 0.001 * x
 
 

@@ -21,7 +21,7 @@ The world model is a run of its own in {run folder}-world-model: config.json,
 metrics.jsonl, checkpoints/, members.msgpack (the trained ensemble) and
 world_model.png, real frames above open-loop predictions.
 
-Where the paper is silent, this is our reconstruction; F.1 names the parts, not their sizes.
+Where ROSMO's paper is silent, this is our reconstruction; F.1 names the parts, not their sizes.
 1. Frames stay 84 x 84; the decoder's kernels are 7, 6, 6, 6 for that size, and it predicts the
    difference from a learned image, at first the data's mean. The model sees intensity / 255 - 0.5.
 2. The members differ in their first parameters and in their batches. Each is clipped on its own.
@@ -119,7 +119,7 @@ class Args:
     latents: int = 32  # world model: categorical variables of the latent state z
     classes: int = 32  # world model: classes of each
     depth: int = 48
-    """world model: channels of the encoder's first convolution; the rest of both scales with it"""
+    """world model: channels of the encoder's first convolution; all of its others scale with it"""
     head_units: int = 400
     """world model: units of the four layers of the reward's and of the terminal's head"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -531,7 +531,7 @@ def update_model(state: ModelState, windows: list[Windows], keys, network, args:
 
 
 def note_evaluation(state: ModelState, loss: float, update: int, args: Args) -> ModelState:
-    """Keeps the parameters if no evaluation had a lower loss, and the reference for the end."""
+    """Keeps the best parameters, and the loss and update from which the patience counts."""
     now = (jnp.float32(loss), jnp.int32(update))
     if loss < float(state.reference) * (1 - args.model_min_improvement):
         state = state._replace(reference=now[0], improved=now[1])
@@ -739,7 +739,7 @@ def start_episodes(network: WorldModel, params, windows: Windows, member) -> Ima
     """Episodes in the worlds of `member` [B] from the last frames of windows [B, warm_up]."""
     # One member after the other: a vmap makes grouped convolutions, which devices do not share.
     states = jax.lax.map(lambda p: observe(network, p, windows)[0], params)  # [E, B, warm_up, ...]
-    # Frames from before the start of the game's episode are zero, as in the environment.
+    # Frames from before the start of the game's episode, after which another one begins, are zero.
     later = jnp.cumsum(windows.is_first[:, ::-1], axis=1)[:, ::-1] - windows.is_first
     own = (later == 0)[:, -4:, None, None]
     frames = jnp.moveaxis(jnp.where(own, windows.frame[:, -4:], 0), 1, -1)
@@ -864,7 +864,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     env: Imagined  # from which the next update goes on
     threshold: Any  # of the discrepancy
-    world_model: Any  # uint32, checksum of the members in which it learns
+    world_model_crc32: Any  # of the members in which it learns
     step: Any  # int32, updates done
 
 
@@ -942,10 +942,10 @@ def rollout(params, env: Imagined, starts: Imagined, key, step: Callable, policy
 
 
 @partial(jax.jit, static_argnames=("policy", "network", "args"), donate_argnames="state")
-def collect(state: TrainState, windows: Windows, model, key, policy, network, args: Args):
-    """The first half of an update: imagined steps in the members `model` [E, ...].
+def collect(state: TrainState, windows: Windows, members, key, policy, network, args: Args):
+    """The first half of an update: imagined steps in the members [E, ...].
 
-    windows [B, starts, warm_up]: before the starts of the episodes that begin in it. They and the
+    windows [B, starts, warm_up]: up to the starts of the episodes that begin in it. They and the
     episodes are shared out to the devices.
 
     Returns:
@@ -958,11 +958,11 @@ def collect(state: TrainState, windows: Windows, model, key, policy, network, ar
     shape = windows.is_first.shape[:2]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), windows)
     member = jax.random.randint(start_key, (math.prod(shape),), 0, args.members)
-    starts = start_episodes(network, model, flat, member)
+    starts = start_episodes(network, members, flat, member)
     starts = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), starts)
     begin = state.step == 0
     env = jax.tree.map(lambda new, old: jnp.where(begin, new[:, -1], old), starts, state.env)
-    step = partial(imagined_step, network, model, threshold=state.threshold, args=args)
+    step = partial(imagined_step, network, members, threshold=state.threshold, args=args)
     env, steps, metrics = rollout(state.params, env, starts, rollout_key, step, policy, args)
     advantage = advantages(steps, args)  # [B, T]
     unexplained = jnp.var(advantage) / jnp.maximum(jnp.var(steps.value + advantage), 1e-8)
@@ -993,13 +993,13 @@ def learn(state: TrainState, steps: Transitions, advantage, index, policy, args:
     return state._replace(params=params, opt_state=opt_state), metrics
 
 
-def update(state: TrainState, windows: Windows, model, key, policy, network, args: Args):
+def update(state: TrainState, windows: Windows, members, key, policy, network, args: Args):
     """One update of the policy, arguments as of `collect` -> (state, metrics).
 
     Its gradient steps are no `lax.scan`: there a CPU needs ten times as long for the gradient of a
     convolution.
     """
-    inputs = (state, windows, model, key, policy, network, args)
+    inputs = (state, windows, members, key, policy, network, args)
     state, steps, advantage, order, metrics = collect(*inputs)
     parts = []
     for index in order:
@@ -1265,13 +1265,9 @@ def sample_starts(
     before = store.index[(position + np.arange(-args.warm_up, 1)) % num_steps]  # [N, 1 + warm_up]
     frames, steps = read_frames(store, before[:, 1:].ravel()), store.steps[before]
     is_first = steps["age"][:, 1:] == 0
-    windows = Windows(
-        frame=frames.reshape(*is_first.shape, 84, 84),
-        action=np.where(is_first, -1, steps["action"][:, :-1].astype(np.int32)),
-        reward=np.where(is_first, 0, steps["reward"][:, :-1]).astype(np.float32),
-        is_first=is_first,
-        terminal=steps["is_terminal"][:, 1:],
-    )
+    frames = frames.reshape(*is_first.shape, 84, 84)
+    action = np.where(is_first, -1, steps["action"][:, :-1].astype(np.int32))
+    windows = Windows(frames, action, None, is_first, None)  # a filter sees no reward and no end
     after = store.steps[store.index[(position + np.arange(args.horizon)) % num_steps]]
     over = np.cumsum(after["is_last"], axis=1) > 0
     return windows, np.where(over, -1, after["action"].astype(np.int32))
@@ -1814,19 +1810,20 @@ def train_world_model(
         (folder / "members.msgpack").unlink(missing_ok=True)
     model_run = ModelRun(run, dataclasses.replace(args, **changed), data)
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    learn, heldout = split_store(store, args.heldout_percent, args.seed)
-    init_key, *keys = jax.random.split(jax.random.key(args.seed), 3)
+    training, heldout = split_store(store, args.heldout_percent, args.seed)
+    # The first two are the policy's.
+    _, _, init_key, *keys = jax.random.split(jax.random.key(args.seed), 5)
     update_keys, eval_keys = (jax.random.split(key, args.members) for key in keys)
-    frames = sample_batch(learn, args.seed, 0, 512, 1).frames[:, 3]
+    frames = sample_batch(training, args.seed, 0, 512, 1).frames[:, 3]
     state = init_model(init_key, np.mean(to_image(frames), axis=0), network, args)
     done, *state_and_sums = model_run.restore(state)
     state, sums = jax.device_put(state_and_sums, replicated)
-    length = max(args.model_length, CONTEXT + AHEAD)
+    length = max(args.model_length, CONTEXT + AHEAD)  # also where shorter windows are learned
     numbers = range(args.model_eval_batches)
-    heldout = [sample_windows(heldout, number, length, 1, args)[0] for number in numbers]
+    batches = [sample_windows(heldout, number, length, 1, args)[0] for number in numbers]
 
     def load(step: int) -> list[Windows]:
-        windows = sample_windows(learn, step, args.model_length, args.members, args)
+        windows = sample_windows(training, step, args.model_length, args.members, args)
         return put(windows, by_device)
 
     def update(state: ModelState, windows: list[Windows], step: int):
@@ -1836,7 +1833,7 @@ def train_world_model(
         params = [member.params for member in state.members]
         with model_run.time("evaluation"):
             metrics = evaluate_model(
-                model_run, params, heldout, eval_keys, network, by_device, args
+                model_run, params, batches, eval_keys, network, by_device, args
             )
         loss = metrics["heldout/total"]
         model_run.check_finite(done, {"losses/total": loss})
@@ -1877,8 +1874,8 @@ def evaluate_model(
     return {name: total[name] / counts[name] for name in total if counts[name]}
 
 
-def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path, count: int = 3) -> None:
-    """Draws world_model.png: real frames above open-loop predictions for the same steps.
+def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path) -> None:
+    """Draws world_model.png: three times real frames above open-loop predictions of them.
 
     windows [B, T], predicted uint8 [B, AHEAD, 84, 84]; those inside one episode first.
     """
@@ -1886,7 +1883,7 @@ def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path, count:
 
     steps = (-1, 0, 1, 2, 3, 5, 7, 10, 12, 15)  # after the last frame that was filtered
     crossing = windows.is_first[:, 1 : CONTEXT + AHEAD].any(axis=1)
-    chosen = np.argsort(crossing, kind="stable")[:count]
+    chosen = np.argsort(crossing, kind="stable")[:3]
     figure = Figure((len(steps), 2 * len(chosen) + 0.3), layout="constrained")
     grid = figure.subplots(2 * len(chosen), len(steps), squeeze=False)
     for row, i in enumerate(chosen):
@@ -1998,7 +1995,7 @@ def check_policy_args(args: Args) -> None:
 
 
 def measure_halting(
-    run: Run, store: Store, model, num_actions: int, network: WorldModel, by_device, args: Args
+    run: Run, store: Store, members, num_actions: int, network: WorldModel, by_device, args: Args
 ) -> float:
     """The threshold of the discrepancy, from replays of logged episodes.
 
@@ -2010,7 +2007,7 @@ def measure_halting(
         rng, shape = np.random.default_rng((args.seed, i, 2)), (args.batch_size, args.horizon)
         random = rng.integers(num_actions, size=shape, dtype=np.int32)[rows]
         for name, actions in (("logged", logged), ("random", random)):
-            outputs = replay(model, *put((windows, actions), by_device), network, args)
+            outputs = replay(members, *put((windows, actions), by_device), network, args)
             replays[name].append(multihost_utils.process_allgather(outputs, tiled=True))
         if any(all_processes(run.stopping)):
             run.exit()
@@ -2081,17 +2078,17 @@ def main(args: Args) -> None:
     network, policy = make_world_model(num_actions, args), make_network(num_actions, args)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    model = get_world_model(run, store, data, network, mesh, args)
+    members = get_world_model(run, store, data, network, mesh, args)
 
     init_key, key = jax.random.split(jax.random.key(args.seed))
     shardings = TrainState(*[replicated] * len(TrainState._fields))._replace(env=by_device)
     init = jax.jit(init_state, static_argnums=(1, 2, 3), out_shardings=shardings)
-    state = init(init_key, policy, network, args)._replace(world_model=checksum(model))
+    state = init(init_key, policy, network, args)._replace(world_model_crc32=checksum(members))
     done, restored, sums = run.restore(state)
-    check_world_model(run, int(restored.world_model), int(state.world_model))
+    check_world_model(run, int(restored.world_model_crc32), int(state.world_model_crc32))
     state, sums = jax.device_put((restored, sums), (shardings, replicated))
     if done == 0:
-        threshold = measure_halting(run, store, model, num_actions, network, by_device, args)
+        threshold = measure_halting(run, store, members, num_actions, network, by_device, args)
         params = clone_behavior(run, state.params, store, policy, by_device, args)
         threshold = jax.device_put(np.float32(threshold), replicated)
         state = state._replace(params=params, threshold=threshold)
@@ -2104,7 +2101,7 @@ def main(args: Args) -> None:
         return put(windows, by_device)
 
     def learner(state: TrainState, windows: Windows, step: int):
-        return update(state, windows, model, key, policy, network, args)
+        return update(state, windows, members, key, policy, network, args)
 
     def evaluate(done: int, state: TrainState):
         return state, evaluate_agent(run, done, state.params, policy, args), False

@@ -122,11 +122,11 @@ def test_nothing_counts_after_a_predicted_end(rollouts, store):
     for g, n, e in np.ndindex(2, 4, 2):
         running = not combo.load_starts(store, g, ARGS).is_last[n, e]
         for t in range(6):
-            assert rollouts.counts[g, n, e, t] == running
+            assert rollouts.valid[g, n, e, t] == running
             ends += running and rollouts.terminal[g, n, e, t]
             running &= not rollouts.terminal[g, n, e, t]
     assert 0 < ends < 16
-    assert 0 < np.sum(rollouts.counts) < rollouts.counts.size
+    assert 0 < np.sum(rollouts.valid) < rollouts.valid.size
 
 
 def test_every_transition_of_a_rollout_comes_from_one_member(store, q_params, members):
@@ -136,7 +136,7 @@ def test_every_transition_of_a_rollout_comes_from_one_member(store, q_params, me
     ring = PREDICT(ring, starts, 0, False, q_params[0], members, key)
     np.testing.assert_allclose(ring.reward[0, :, 0], 0.25, rtol=1e-6)
     np.testing.assert_allclose(ring.reward[0, :, 1], -0.5, rtol=1e-6)
-    assert not np.any(ring.counts[1])  # no second generation yet
+    assert not np.any(ring.valid[1])  # no second generation yet
     swapped = jax.tree.map(lambda x: x[::-1], members)
     other = PREDICT(combo.empty_rollouts(ARGS), starts, 0, False, q_params[0], swapped, key)
     np.testing.assert_allclose(other.reward[0, :, 0], -0.5, rtol=1e-6)
@@ -224,8 +224,8 @@ def test_the_mix_has_its_share_and_its_model_part_is_what_was_predicted(rollouts
         assert ours.dtype == logged.dtype
         np.testing.assert_array_equal(ours[:100], logged)
     transitions = {}
-    for g, n, e, t in np.ndindex(rollouts.counts.shape):
-        if rollouts.counts[g, n, e, t]:
+    for g, n, e, t in np.ndindex(rollouts.valid.shape):
+        if rollouts.valid[g, n, e, t]:
             frames = np.array(rollouts.frames[g, n, e, t : t + 5])
             transitions[frames.tobytes()] = (g, n, e, t)
     drawn = []
@@ -473,6 +473,25 @@ def test_both_phases_run_and_stop_in_the_first(run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="130"):  # and the old policy is gone
         run("whole", "--overwrite", stop="update_model")
     assert not (tmp_path / "whole" / "run" / "metrics.jsonl").exists()
+
+
+def test_q_starts_as_in_cql_atari(run, path, world_model, tmp_path, monkeypatch):
+    states = {}
+
+    def note(self, state):
+        states[type(self).__module__] = state.params
+        raise SystemExit(7)
+
+    for module in (combo, cql):
+        monkeypatch.setattr(module.Run, "restore", note)
+    with pytest.raises(SystemExit, match="7"):
+        run("run", "--world-model", world_model)
+    args = {k: v for k, v in vars(ARGS).items() if k in cql.Args.__dataclass_fields__}
+    args |= {"dataset": path, "run_dir": tmp_path / "cql"}
+    with pytest.raises(SystemExit, match="7"):
+        cql.main(cql.Args(**args))
+    assert {*states} == {"combo_atari", "cql_atari"}
+    jax.tree.map(np.testing.assert_array_equal, *states.values())
 
 
 def test_a_world_model_that_does_not_fit_is_refused_with_one_sentence(run, world_model, tmp_path):

@@ -75,7 +75,8 @@ def atari_programs(module, args):
         params = yield from morel_programs(module, options["network"], args)
     else:
         state = jax.eval_shape(partial(module.init_state, **options), key)
-        batch, params = helpers.random_batch(4, module.window_length(args)), state.params
+        length = 2 if module.__name__ == "combo_atari" else module.window_length(args)
+        batch, params = helpers.random_batch(4, length), state.params
         yield "update", module.update.trace(state, key, batch, **options), params
     observation = array(jnp.uint8, 3, 84, 84, 4)
     yield "act", module.act.trace(params, observation, key, False, **options), params

@@ -34,7 +34,7 @@ NO_LOCK = SimpleNamespace(acquire=lambda blocking: None)  # the runs of a test c
 @pytest.fixture(scope="module")
 def first_members():
     """Those of a run."""
-    key = jax.random.split(jax.random.key(ARGS.seed), 3)[0]
+    key = jax.random.split(jax.random.key(ARGS.seed), 5)[2]
     first, second = morel.init_members(key, NETWORK, 2)
     kernels = [x["params"]["encoder"]["Conv_0"]["kernel"] for x in (first, second)]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.01
