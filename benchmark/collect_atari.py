@@ -240,7 +240,10 @@ class Recorder:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "learner").exists():
             (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
-        before = json.loads((folder / "args.json").read_text())
+        try:
+            before = dict(json.loads((folder / "args.json").read_text()))
+        except (ValueError, TypeError):
+            raise SystemExit(f"{folder}/args.json is damaged: delete {folder}.") from None
         if any(before.get(k) != v for k, v in vars(args).items() if k not in NOT_COMPARED):
             raise SystemExit(
                 f"{folder} has a collection with other arguments that has not ended: give those of "

@@ -260,7 +260,8 @@ ITEMS = {
         ),
         ("MsPacman",),
         **ATARI,
-        claim="ROSMO is best.",
+        claim="ROSMO is best. (The numbers are means over the seeds, but those of MuZero Unplugged "
+        "and ROSMO are Table 8's IQMs.)",
         numbers={(method, None, "MsPacman"): number for method, number in TABLE7.items()},
         needs={"COMBO": ("MOReL", "world_model")},
     ),

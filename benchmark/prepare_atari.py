@@ -516,7 +516,7 @@ def import_shard(read: Callable, shard: str, part: Path, limit: float, num_actio
         except Exception as error:
             names = {kind.__name__ for kind in type(error).__mro__}  # without importing TensorFlow
             if names & {"FileNotFoundError", "NotFoundError"}:
-                raise SystemExit(f"{shard} is missing: copy it again.") from None
+                raise SystemExit(f"{shard} is not where it should be: {error}") from None
             damaged = {"DataLossError", "BadGzipFile", "EOFError", "error", "ZstdError"}
             if names & damaged:
                 raise SystemExit(f"{shard} is damaged: copy it again.") from None
@@ -718,7 +718,7 @@ def convert(args: Args) -> None:
         if damaged:
             raise SystemExit(f"{old} has a damaged {damaged[0]}: it cannot be converted.")
         checkpoints = np.unique(np.load(old / "episodes.npy")["checkpoint"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{old} is no store of format 1 ({error}).") from None
     if out == old:
         old = old.rename(kept)
@@ -773,6 +773,8 @@ def main(args: Args) -> None:
         if store.exists():  # the first part of a larger one is the same data
             fault = find_fault(store, args.env_id, source, args.percent)
             if not fault:
+                building = store.with_name(f".{store.name}.building")
+                shutil.rmtree(building, ignore_errors=True)  # a kill may have left its parts
                 print(f"{store} is there already.")
                 return
             if store == path:

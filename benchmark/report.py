@@ -84,7 +84,11 @@ def put_together(runs: list[run.Run], seeds: tuple[int, ...] | None = None) -> R
     if not runs:
         return None
     all_seeds = np.concatenate([x.seeds for x in runs])
-    order = [i for i in np.argsort(all_seeds) if seeds is None or all_seeds[i] in seeds]
+    first = np.unique(all_seeds, return_index=True)[1]  # of a seed that two runs have
+    order = [i for i in first if seeds is None or all_seeds[i] in seeds]
+    if len({(x.returns.shape[1:], x.final_returns.shape[1:]) for x in runs}) > 1:
+        folders = " and ".join(str(x.folder) for x in runs)
+        raise SystemExit(f"{folders} have other numbers of evaluations or episodes: move one away.")
     names = ("final", "final_returns", "returns", "hours")
     final, final_returns, returns, hours = (
         np.concatenate([getattr(x, name) for x in runs])[order] for name in names
@@ -904,10 +908,8 @@ def refuse_conflicts(item: Item, cells: dict, mix: bool, name: str) -> list[str]
 def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str]) -> bool:
     """Writes an item's page; False if there is no run of it."""
     wanted = {tuple(cell[:3]): a for cell, a in run.cell_args(item, args, further)}
-    cells = {
-        key: put_together(run.find_runs(runs, a, args.seeds), args.seeds)
-        for key, a in wanted.items()
-    }
+    seeds = args.seeds or item.seeds
+    cells = {key: put_together(run.find_runs(runs, a, seeds), seeds) for key, a in wanted.items()}
     nearly = left_out(item, cells, runs, wanted)
     updates = sorted({a.total_updates for a in wanted.values()})
     if not any(cells.values()):
@@ -926,8 +928,9 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
     other += [f"on {', '.join(tasks)}"] if set(tasks) != set(item.tasks) else []
     if args.seeds and set(args.seeds) != set(item.seeds):
         other.append(f"seeds {', '.join(map(str, args.seeds))}")
-    item = item._replace(seeds=args.seeds or item.seeds)
-    other += [f"`{shlex.join(further)}`"] if further else []
+    item = item._replace(seeds=seeds)
+    options = [words for k, words in run.split_options(further) if k not in run.NOT_COMPARED]
+    other += [f"`{shlex.join(itertools.chain(*options))}`"] if options else []
     sources = {
         data_facts(x.config["data"]).get("source") for r in cells.values() if r for x in r.runs
     }
@@ -1014,10 +1017,21 @@ def main(args: Args, further: list[str]) -> None:
         compare(args.items[1:], args)
     else:
         items, runs = run.get_items(args), run.read_runs(args.runs)
-        if not any([draw_item(name, item, runs, args, further) for name, item in items.items()]):
+        drawn, refused = 0, False
+        for name, item in items.items():
+            try:
+                drawn += draw_item(name, item, runs, args, further)
+            except SystemExit as refusal:  # the other items are drawn all the same
+                if len(items) == 1:
+                    raise
+                print(refusal, file=sys.stderr)
+                refused = True
+        if not drawn:
             raise SystemExit(1)
     write_html(out)
     print(f"See {out / 'report.html'}.")
+    if not is_compare and refused:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
@@ -1026,3 +1040,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args, args=own, description=__doc__.replace("\n", "\n ")), further)
     except OSError as error:  # a full disk, a folder that cannot be written
         raise SystemExit(f"{error}.") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

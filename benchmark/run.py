@@ -99,6 +99,8 @@ class Run(NamedTuple):
 def read_run(folder: Path) -> Run | None:
     """Reads the folder of a run; None if it is not finished."""
     config = json.loads((folder / "config.json").read_text())
+    if missing := {"args", "data", "script", "starts"} - config.keys():
+        raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
     text = (folder / "metrics.jsonl").read_text()
     lines = [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]  # whole ones
     final = {x["seed"]: x for x in lines if "final/returns" in x}
@@ -156,16 +158,29 @@ def different(run: Run, args: Any) -> dict[str, tuple]:
     return {k: (theirs[k], ours[k]) for k in ours.keys() - NOT_COMPARED if theirs[k] != ours[k]}
 
 
+def is_fall_back(run: Run) -> bool:
+    """Whether it learned from local data since RL Unplugged could not be reached."""
+    data = run.config["data"]
+    local = isinstance(data, dict) and data.get("source") == "dqn"
+    return local and not run.config["args"].get("dataset")
+
+
 def find_runs(runs: list[Run], args: Any, seeds: tuple[int, ...] | None = None) -> list[Run]:
-    """Runs with these arguments of a script, and no seed twice; of `seeds` alone, if given."""
+    """Runs with these arguments of a script, each with one of `seeds` that those before it lack."""
     script, found = f"{type(args).__module__}.py", []
-    for run in runs:
+    for run in sorted(runs, key=is_fall_back):
         if run.config["script"] != script or different(run, args):
             continue
         wanted = set(run.seeds) & set(run.seeds if seeds is None else seeds)
-        if wanted and not any(set(run.seeds) & set(other.seeds) for other in found):
+        if wanted - {seed for other in found for seed in other.seeds}:
             found.append(run)
     return found
+
+
+def different_length(run: Run, args: Any) -> bool:
+    """Whether a run below runs/ would have these arguments, had it another number of updates."""
+    mine = run.config["script"] == f"{type(args).__module__}.py" and run.folder.parts[0] == "runs"
+    return mine and different(run, args).keys() == {"total_updates"}
 
 
 # Cells
@@ -185,22 +200,29 @@ def split_arguments(words: list[str], known: type) -> tuple[list[str], list[str]
     return own, further
 
 
-def script_args(item: Item, further: list[str]) -> dict[str, Any]:
-    """Arguments of each script of an item: the further ones that it has, and else its defaults."""
+def split_options(further: list[str]) -> list[tuple[str, list[str]]]:
+    """The options of a command line: the name of each as an attribute, and its words."""
     options = []
     for word in further:
         if word.startswith("--"):
-            options.append([])
-        options[-1].append(word)
-    parsed, used = {}, set()
+            name = word[2:].partition("=")[0].removeprefix("no-").replace("-", "_")
+            options.append((name, []))
+        options[-1][1].append(word)
+    return options
+
+
+def script_args(item: Item, further: list[str]) -> dict[str, Any]:
+    """Arguments of each script of an item: the further ones that it has, and else its defaults."""
+    options, parsed, used = split_options(further), {}, set()
+    if any(name == "overwrite" for name, _ in options):
+        raise SystemExit("--overwrite is for single runs: delete the folders of these instead.")
     own = {"env_id", "seed", "num_seeds", "run_dir", item.argument}
     own |= {name for name, _ in item.common}
     own -= {name for name in own if name and name.startswith(("log_", "eval_", "final_"))}
     for script, arguments in item.methods.values():
         module = importlib.import_module(script)
         words = []
-        for option in options:
-            name = option[0][2:].partition("=")[0].removeprefix("no-").replace("-", "_")
+        for name, option in options:
             if name in own | (arguments.keys() - {"total_updates"}):
                 advice = {"env_id": "--env-ids", "seed": "--seeds", "num_seeds": "--seeds"}
                 instead = f": give {advice[name]}" if name in advice else ""
@@ -209,7 +231,7 @@ def script_args(item: Item, further: list[str]) -> dict[str, Any]:
                 words += option
                 used.add(option[0])
         parsed[script] = tyro.cli(module.Args, args=words)
-    if unknown := [option[0] for option in options if option[0] not in used]:
+    if unknown := [option[0] for _, option in options if option[0] not in used]:
         raise SystemExit(f"No script of this item has {', '.join(unknown)}.")
     return parsed
 
@@ -217,11 +239,11 @@ def script_args(item: Item, further: list[str]) -> dict[str, Any]:
 def cell_args(item: Item, args: Args, further: list[str]) -> Iterator[tuple]:
     """Yields each cell and the arguments of its script, those of the first seed."""
     parsed = script_args(item, further)
-    given = {word[2:].partition("=")[0].replace("-", "_") for word in further if word[:2] == "--"}
+    given = {name for name, _ in split_options(further)}
     for cell in item.cells(args.env_ids):
         arguments = {k: v for k, v in cell.arguments.items() if k not in given}
-        updates = arguments.get("total_updates", item.total_updates)
-        arguments["total_updates"] = args.total_updates or updates
+        updates, own = args.total_updates or item.total_updates, arguments.get("total_updates")
+        arguments["total_updates"] = min(updates, own) if own else updates
         arguments = vars(parsed[cell.script]) | arguments
         paths = {k: x.expanduser() for k, x in arguments.items() if isinstance(x, Path)}
         yield cell, dataclasses.replace(parsed[cell.script], **arguments | paths)
@@ -238,8 +260,8 @@ def get_items(args: Args) -> dict[str, Item]:
             raise SystemExit(f"--{name.replace('_', '-')}: name one or more.")
     unknown = [name for name in args.items if name not in ITEMS]
     if unknown or not args.items:
-        what = f"There is no {', '.join(unknown)}" if unknown else "Nothing is named"
-        raise SystemExit(f"{what}; the items are {', '.join(ITEMS)}.")
+        what = f"There is no {', '.join(unknown)}; the" if unknown else "Name items first; the"
+        raise SystemExit(f"{what} items are {', '.join(ITEMS)}.")
     for name in ("seeds", "env_ids"):
         if len(given := getattr(args, name) or ()) > len(set(given)):
             raise SystemExit(f"--{name.replace('_', '-')} {' '.join(map(str, given))}: one twice.")
@@ -301,9 +323,19 @@ def missing_jobs(
     seeds = args.seeds or item.seeds
     whole = next(x for x in ITEMS.values() if x.title == item.title)  # with all methods
     needed = {method for method, _ in item.needs.values()}
+    names = [option for name, option in split_options(further) if name not in NOT_COMPARED]
+    variant = [word.strip("-") for option in names for word in option]
+
+    def folder_of(script: str, task: str, seed: int) -> Path:
+        """The folder of a run that another run must know."""
+        return Path("runs", script, slug(task, *variant), f"seed{seed}")
+
     for cell, cell_arguments in cell_args(item, args, further):
-        found = find_runs(runs, cell_arguments, seeds)
+        found, script = find_runs(runs, cell_arguments, seeds), importlib.import_module(cell.script)
+        if hasattr(script, "find_store") and script.find_store(cell_arguments):
+            found = [run for run in found if not is_fall_back(run)]
         done = {int(seed) for run in found for seed in run.seeds}
+        lengths = [run for run in runs if different_length(run, cell_arguments)]
         together = "num_seeds" in type(cell_arguments).__dataclass_fields__
         groups = stretches if together else (lambda seeds: [(seed, 1) for seed in seeds])
         total += len(groups([s for s in seeds if s in done]))
@@ -312,9 +344,13 @@ def missing_jobs(
             label = f"{item.argument}={cell.value}".replace("_", "-") if item.argument else None
             last = f"-{first + count - 1}" if count > 1 else ""
             name = slug(cell.method, cell.task, label, f"seed{'s' * (count > 1)}{first}{last}")
-            if cell.method in needed:  # its folder must be known beforehand
-                variant = slug(cell.task, *(word.strip("-") for word in further))
-                more["run_dir"] = Path("runs", cell.script, variant, f"seed{first}")
+            same = [run.folder for run in lengths if [*run.seeds] == [*range(first, first + count)]]
+            if cell.method not in needed and same:  # whose end would be overwritten
+                folder = min(same, key=lambda folder: len(folder.name))
+                updates = cell_arguments.total_updates
+                more["run_dir"] = folder.with_name(f"{folder.name}-total-updates={updates}")
+            if cell.method in needed:
+                more["run_dir"] = folder_of(cell.script, cell.task, first)
                 made = Path(f"{more['run_dir']}-world-model")
                 folders[cell.method, cell.task, first] = (name, made)
             method, argument = item.needs.get(cell.method, (None, None))
@@ -327,6 +363,8 @@ def missing_jobs(
                         if (other.method, other.task) == (method, cell.task)
                         for run in find_runs(runs, other_args, (first,))
                     ]
+                    trained = f"{folder_of(whole.methods[method][0], cell.task, first)}-world-model"
+                    found += [Path(trained)] * Path(trained, "members.msgpack").exists()
                     made = next(iter(found), None)
                 more |= {argument: made} if made else {}
             words = command(dataclasses.replace(cell_arguments, **more))
@@ -373,6 +411,8 @@ class Command:
                 preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
             )
         self.pid = process.pid
+        if self.stopped:  # before there was a script
+            self.stop()
         while process.poll() is None:
             if not self.stopped and not self.is_wanted():
                 self.stop()
@@ -398,7 +438,8 @@ class Command:
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """submitit calls it in a signal handler when SLURM is about to end the job."""
         self.stop()
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        if self.pid:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         self.pid, self.stopped = None, False
         return submitit.helpers.DelayedSubmission(self)
 
@@ -416,8 +457,11 @@ def visible_gpus() -> list[str]:
 
 
 def last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return next((line.strip() for line in lines[::-1] if line.strip()), "it wrote nothing")
+    """The last line with words; tyro writes its errors in a box that ends with its advice."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line.strip("│ ") for line in text.splitlines() if re.search(r"\w", line)]
+    lines = [line for line in lines if not line.startswith("For full helptext")]
+    return lines[-1] if lines else "it wrote nothing"
 
 
 def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
@@ -434,9 +478,8 @@ def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
     lock.acquire()
     executor = submitit.LocalExecutor(jobs_folder)
     executor.update_parameters(timeout_min=60 * 24 * 365, stderr_to_stdout=True)
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
+    signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(n, lambda number, _: signals.append(number)) for n in numbers]
     waiting, running, ended = list(jobs), {}, {}  # by slot: (job, submitit's), by name: error
     done = total - len(jobs)
     bar = tqdm(total=total, initial=done, unit="run", disable=not sys.stderr.isatty())
@@ -491,6 +534,8 @@ def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
     finally:
         lock.release()
         bar.close()
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
     shutil.rmtree(jobs_folder, ignore_errors=True)
     if signals:
         left = len(waiting) + sum(error is not None for error in ended.values())
@@ -565,6 +610,8 @@ def main(args: Args, further: list[str]) -> None:
         missing, total = missing_jobs(item, runs, args, further)
         jobs = [job for job in missing if tuple(job.command) not in planned]
         planned |= {tuple(job.command) for job in jobs}
+        here = {job.name for job in jobs}  # what is of an item before has been run
+        jobs = [job if job.after in here else job._replace(after=None) for job in jobs]
         if args.dry_run:
             for job in jobs:
                 print(shlex.join(["python", *job.command]))
@@ -587,3 +634,6 @@ if __name__ == "__main__":
         main(tyro.cli(Args, args=own, description=__doc__.replace("\n", "\n ")), further)
     except OSError as error:  # a full disk, a folder that cannot be written
         raise SystemExit(f"{error}: put that right, then the same command goes on.") from None
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on.", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -124,7 +124,7 @@ def atari_step(script, args: Args, mesh) -> Step:
     by_device, length = NamedSharding(mesh, P("data")), script.window_length(settings)
     shape, num_actions = (settings.batch_size, length), 9
     if args.store:
-        env_id = json.loads((args.store / "meta.json").read_text())["env_id"]
+        env_id = game_of(args.store)
         store = script.open_store(dataclasses.replace(settings, env_id=env_id, dataset=args.store))
         num_actions = store.meta["num_actions"]
 
@@ -166,6 +166,13 @@ def atari_step(script, args: Args, mesh) -> Step:
     return Step(run, *facts, parameters)
 
 
+def game_of(store: Path) -> str:
+    try:
+        return json.loads((store / "meta.json").read_text())["env_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SystemExit(f"There is no store {store}.") from None
+
+
 def matrix_peak(seconds: float = 2.0) -> float:
     """GFLOP/s of the matrix product of all devices together."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -203,8 +210,8 @@ def main(args: Args) -> None:
     for name, value in vars(args).items():
         if type(value) is int and value < 1:
             raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least 1.")
-    if args.store and not (args.store / "meta.json").exists():
-        raise SystemExit(f"There is no store {args.store}.")
+    if args.store:
+        game_of(args.store)  # or the program ends
     names = args.scripts or tuple(f"{method}_{args.domain}" for method in METHODS)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     make_step = {"atari": atari_step, "bsuite": bsuite_step}[args.domain]

@@ -9,7 +9,6 @@ windows with shift 1, trajectories of 11 states, a shuffle buffer, batches of
 512.
 """
 
-import json
 import resource
 import sys
 import time
@@ -23,6 +22,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rosmo_atari as script
+from throughput import game_of
 
 
 @dataclass
@@ -80,11 +80,8 @@ def tfdata_pipeline(store: script.Store, args: Args) -> Iterable:
 
 def main(args: Args) -> None:
     args = script.check_args(args, {"seconds": (0.1, 1e6)})
-    if not (args.store / "meta.json").exists():
-        raise SystemExit(f"There is no store {args.store}.")
     before, start = peak_mb(), time.perf_counter()
-    env_id = json.loads((args.store / "meta.json").read_text())["env_id"]
-    store = script.open_store(script.Args(env_id=env_id, dataset=args.store))
+    store = script.open_store(script.Args(env_id=game_of(args.store), dataset=args.store))
     opened = time.perf_counter() - start
     size = sum(file.stat().st_size for file in args.store.iterdir())
     print(

@@ -57,6 +57,8 @@ def load_agent(run: Path) -> tuple[ModuleType, str, Callable]:
         whole = {
             n: x[4:] for n, x in saved.items() if zlib.crc32(x[4:]).to_bytes(4, "little") == x[:4]
         }
+        if not whole:
+            raise ValueError("it has none" if not paths else "they are damaged")
         content, arguments = whole[max(whole)], dict(config["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{run} is no run with a whole checkpoint ({error}).") from None

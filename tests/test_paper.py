@@ -119,15 +119,27 @@ def test_sweeps_share_shell_scripts(name):
 
 
 @pytest.mark.parametrize("name", ["atari_small", "sweep_baselines_atari"])
-def test_a_dry_run_collects_nothing(name, tmp_path):
+def test_data_are_collected_when_runs_need_them_alone(name, tmp_path):
     shutil.copytree(ROOT / "benchmark", tmp_path / "benchmark", ignore=lambda *_: ["results"])
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/calls\n')
+    python.write_text(
+        f"""#!/bin/sh
+echo "$1" >> {tmp_path}/calls
+case "$*" in *wrong*) exit 1;; *--help*) echo usage;; *finished*) ;; *--dry-run*) echo python;; esac
+"""
+    )
     python.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    for words, tools in ((["--dry-run"], "run report"), ([], "collect_atari run report")):
+    for words, tools in (
+        ([], "run collect_atari run report"),
+        (["--dry-run"], "run run report"),
+        (["--help"], "run run report"),
+        (["finished"], "run run report"),
+        (["wrong"], "run"),
+    ):
         (tmp_path / "calls").unlink(missing_ok=True)
         script = tmp_path / "benchmark" / f"{name}.sh"
-        subprocess.run(["bash", script, *words], env=environment, check=True)
+        status = subprocess.run(["bash", script, *words], env=environment).returncode
+        assert status == (words == ["wrong"])
         calls = (tmp_path / "calls").read_text().split()
         assert calls == [f"benchmark/{tool}.py" for tool in tools.split()]

@@ -50,7 +50,7 @@ def write_run(
             line = {"update": update, "seed": seed, "wall_time": 3.6 * update}
             lines.append(line | {"eval/return_mean": value - 1})
         final = {"final/returns": [value], "final/return_mean": value}
-        lines.append({"update": 2000, "seed": seed, **final})
+        lines.append({"update": args.total_updates, "seed": seed, **final})
     text = "".join(json.dumps(line) + "\n" for line in (lines if finished else lines[:-1]))
     (folder / "metrics.jsonl").write_text(text)
 
@@ -741,6 +741,34 @@ def test_runs_of_a_renamed_script_are_compared(tmp_path):
     assert "script: one | two" in page
     assert r"| task | one \| two | b |" in page
     assert page.rstrip().endswith(" --mix`.")
+
+
+def test_an_item_that_is_refused_does_not_stop_the_others(tmp_path, capsys):
+    for name, data in (("bc", BSUITE_DATA), ("crr", BSUITE_DATA | {"crc32": 2})):
+        write_run(tmp_path / "runs" / name, f"{name}_bsuite", [1.0] * 3, data=data, seed=4)
+    runs = tmp_path / "runs"
+    write_run(runs / "rosmo", "rosmo_bsuite", [1.0] * 5, noise=0.1, data=BSUITE_DATA)
+    options = {"total_updates": UPDATES, "runs": (runs,), "out": tmp_path}
+    further = ["--data-dir", "data", "--overwrite"]
+    with pytest.raises(SystemExit, match="1"):
+        report.main(report.Args(("table2", "table1"), **options), [])
+    assert "table2 would mix runs that cannot be compared" in capsys.readouterr().err
+    assert not (tmp_path / "table2.md").exists()
+    assert "1 of 8 cells" in (tmp_path / "table1.md").read_text()
+    assert "table1" in (tmp_path / "report.html").read_text()
+    report.main(report.Args(("table2",), **options, mix=True), further[:2])
+    page = (tmp_path / "table2.md").read_text()
+    assert "2 of 15 cells are finished, 2 of them with fewer than 5 seeds" in page  # seed 4 alone
+    assert "--data-dir" not in page.partition("## Runs")[0]
+
+
+def test_runs_of_other_numbers_of_episodes_are_not_put_together(tmp_path):
+    for seed, returns in ((0, [1.0]), (1, [2.0])):
+        write_run(tmp_path / "runs" / str(seed), "bc_bsuite", returns, seed=seed)
+    path = tmp_path / "runs/1/metrics.jsonl"
+    path.write_text(path.read_text().replace('final/returns": [2.0]', 'final/returns": [2, 2]'))
+    with pytest.raises(SystemExit, match="have other numbers of evaluations or episodes"):
+        report.put_together(run.read_runs((tmp_path,)))
 
 
 def test_old_runs_do_not_hide_that_new_ones_differ(tmp_path):

@@ -17,6 +17,7 @@ from conftest import ROOT
 from test_report import write_run
 
 import paper
+import report
 import run
 
 # Writes its words down and ends; fails on mountain_car; goes on after a signal only.
@@ -254,7 +255,8 @@ def test_further_arguments_reach_the_scripts_that_have_them(tmp_path, monkeypatc
     ("words", "message"),
     [
         (["table9"], "There is no table9; the items are table1, table2, figure2a"),
-        ([], "Nothing is named; the items are"),
+        ([], "Name items first; the items are"),
+        (["table2", "--overwrite"], "--overwrite is for single runs: delete the folders"),
         (["table8", "--chanels", "3"], "No script of this item has --chanels"),
         (["figure2a", "--data-percent", "5"], "--data-percent is set by the item itself"),
         (["table2", "--num-seeds", "3"], "--num-seeds is set by the item itself: give --seeds"),
@@ -278,6 +280,90 @@ def test_wrong_words_end_in_a_sentence(tmp_path, words, message):
         start(*words, "--dry-run", *runs)
 
 
+def commands_of(capsys, *words) -> list[str]:
+    start(*words, "--dry-run")
+    return capsys.readouterr().out.splitlines()
+
+
+def test_seeds_that_two_runs_share_count_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for first in (0, 2):
+        write_run(tmp_path / str(first), "bc_bsuite", [1.0, 2.0, 3.0], seed=first)
+    runs = run.find_runs(
+        run.read_runs((tmp_path,)),
+        run.importlib.import_module("bc_bsuite").Args(total_updates=2000),
+    )
+    assert [[*x.seeds] for x in runs] == [[0, 1, 2], [2, 3, 4]]
+    assert [*report.put_together(runs).final] == [1, 2, 3, 2, 3]
+    words = ["table2", "--methods", "BC", "--env-ids", "catch", "--total-updates", 2000]
+    assert commands_of(capsys, *words, "--runs", tmp_path) == []
+
+
+def test_runs_on_local_data_give_way_to_rl_unplugged(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    local = {"source": "dqn", "episodes": 1, "steps": 2, "mean_return": 1.0, "crc32": 3}
+    write_run(tmp_path / "runs" / "a", "bc_atari", [1.0], env_id="Pong", data=local)
+    words = ["table8", "--methods", "BC", "--env-ids", "Pong", "--seeds", 0]
+    words += ["--total-updates", 2000]
+    assert commands_of(capsys, *words) == []  # all that can be had
+    (tmp_path / "data/atari/Pong-run1-100pct").mkdir(parents=True)
+    assert len(commands_of(capsys, *words)) == 1
+    theirs = local | {"source": "run1"}
+    write_run(tmp_path / "runs" / "b", "bc_atari", [2.0], env_id="Pong", data=theirs)
+    assert commands_of(capsys, *words) == []
+    args = run.importlib.import_module("bc_atari").Args(env_id="Pong", total_updates=2000)
+    (found,) = run.find_runs(run.read_runs((tmp_path / "runs",)), args)
+    assert found.final == [2.0]
+
+
+def test_a_run_of_another_length_keeps_its_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs/bc_bsuite/catch/seeds0-4", "bc_bsuite", [1.0] * 5)
+    words = ["table2", "--methods", "BC", "--env-ids", "catch", "--total-updates"]
+    assert commands_of(capsys, *words, 2000) == []
+    for updates in (1000, 3000):
+        (line,) = commands_of(capsys, *words, updates)
+        assert line.endswith(f"--run-dir runs/bc_bsuite/catch/seeds0-4-total-updates={updates}")
+    (line,) = commands_of(capsys, *words, 3000, "--seeds", 5, 6)
+    assert "--run-dir" not in line
+
+
+def test_a_method_s_own_number_of_updates_is_the_most(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["table7", "--methods", "MOReL", "--seeds", 0, "--total-updates"]
+    for given, updates in ((50_000, None), (7, 7)):
+        (line,) = commands_of(capsys, *words, given, "--loader-threads", 8)
+        assert (f"--total-updates {updates}" in line) == (updates is not None)
+        assert "--run-dir runs/morel_atari/MsPacman/seed0 " in f"{line} "
+
+
+def test_combo_alone_takes_the_world_model_that_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/morel_atari/MsPacman/seed0-world-model"
+    folder.mkdir(parents=True)
+    words = ["table7", "--methods", "COMBO", "--seeds", 0]
+    assert "--world-model" not in commands_of(capsys, *words)[0]
+    (folder / "members.msgpack").touch()
+    assert (
+        "--world-model runs/morel_atari/MsPacman/seed0-world-model"
+        in commands_of(capsys, *words)[0]
+    )
+
+
+def test_the_reason_of_a_failure_is_not_its_frame(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("so\n╭─ Error ─╮\n│ it is x │\n│ ─────── │\n│ For full helptext │\n╰──╯\n")
+    assert run.last_line(log) == "it is x"
+    log.write_text("╰──╯\n")
+    assert run.last_line(log) == "it wrote nothing"
+
+
+def test_signals_are_the_program_s_again_after_an_item(stand_in, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    start("table2", "--methods", "BC", "--env-ids", "catch", "--total-updates", 7)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_combo_waits_for_morel_and_takes_its_world_model(stand_in, tmp_path, capsys):
     words = ["table7", "--methods", "COMBO", "MOReL", "--seeds", 0, "--total-updates", 7]
     start(*words, "--workers", 2)
@@ -290,18 +376,18 @@ def test_combo_waits_for_morel_and_takes_its_world_model(stand_in, tmp_path, cap
     assert "[1 of 2] finished MOReL-MsPacman-seed0" in capsys.readouterr().out
     start("table7", "--methods", "COMBO", "--seeds", 0, "--dry-run")
     assert "--world-model" not in capsys.readouterr().out  # it makes one
-    write_run(tmp_path / "runs" / "mine", "morel_atari", [1.0], total_updates=2000)
-    start(*words[:-1], 2000, "--dry-run")
+    write_run(tmp_path / "runs" / "mine", "morel_atari", [1.0], total_updates=1000)
+    start(*words[:-1], 1000, "--dry-run")
     (line,) = capsys.readouterr().out.splitlines()
     assert "--world-model runs/mine-world-model" in line
-    start("table7", "--methods", "COMBO", *words[4:-1], 2000, "--dry-run")
+    start("table7", "--methods", "COMBO", *words[4:-1], 1000, "--dry-run")
     assert "--world-model runs/mine-world-model" in capsys.readouterr().out
-    start(*words[:-1], 3000, "--world-model", "given", "--dry-run")
+    start(*words[:-1], 1200, "--world-model", "given", "--dry-run")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("--world-model ")[1] for line in lines] == ["given"] * 2
-    options = {"seed": 1, "world_model": Path("theirs")}
+    options = {"seed": 1, "world_model": Path("theirs"), "total_updates": 1000}
     write_run(tmp_path / "runs" / "other", "morel_atari", [1.0], **options)
-    start(*words[:-3], 1, "--total-updates", 2000, "--dry-run")
+    start(*words[:-3], 1, "--total-updates", 1000, "--dry-run")
     assert capsys.readouterr().out.endswith("--world-model theirs\n")
 
 
