@@ -35,6 +35,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -75,7 +76,7 @@ class Args:
     seed: int = 0  # seed of the parameters, the batches and the evaluation
     total_updates: int = 200_000  # number of updates
     log_every: int = 200  # updates over which the logged losses are averaged
-    checkpoint_every: int = 10_000  # updates between two checkpoints
+    checkpoint_every: int = 10_000  # updates between two checkpoints; evaluations save, too
     run_dir: Path | None = None  # folder of the run; None: runs/{script}/{game}[-changes]/seed{n}
     overwrite: bool = False  # start again in a folder that holds a run, and delete that run
     track: bool = False  # mirror the metrics to Weights & Biases
@@ -103,7 +104,7 @@ class Args:
     # evaluation
     eval_every: int = 1_000  # updates between two evaluations
     eval_episodes: int = 2  # episodes of each evaluation during training
-    final_eval_episodes: int = 100  # episodes of the final evaluation
+    final_eval_episodes: int = 100  # episodes of the final evaluation, and as many greedy ones
     eval_max_frames: int = 108_000  # frames of the game after which an episode is cut off
     eval_greedy: bool = False  # take the most probable action in evaluations during training
 
@@ -738,10 +739,10 @@ class Run:
         """Draws the curve and logs the final returns [seeds, episodes], which ends the run."""
         self.bar.close()
         self.plot()
-        for seed, returns, best in zip(self.seeds, sampled, greedy, strict=True):
-            final = {"final/returns": returns, "final/returns_greedy": best}
+        for seed, returns, returns_greedy in zip(self.seeds, sampled, greedy, strict=True):
+            final = {"final/returns": returns, "final/returns_greedy": returns_greedy}
             if len(returns):
-                mean, mean_greedy = np.mean(returns), np.mean(best)
+                mean, mean_greedy = np.mean(returns), np.mean(returns_greedy)
                 final |= {"final/return_mean": mean, "final/return_mean_greedy": mean_greedy}
                 data = self.config["data"]["mean_return"]
                 print(f"Final return {mean:.2f}, greedy {mean_greedy:.2f} (data {data:.2f}).")
@@ -787,7 +788,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     for name, value in vars(args).items():
         flag = name.replace("_", "-")
         if type(value) in (int, float):
-            least, most = ranges.get(name, (type(value) is int, 1e15))
+            least, most = ranges.get(name, (type(value) is int, 1e9))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
@@ -833,6 +834,7 @@ def join_processes(args, *shared: int) -> None:
             cores = len(os.sched_getaffinity(0))
         numbers = [n for n in range(1, cores + 1) if share % n == 0]
         jax.config.update("jax_num_cpu_devices", max(numbers))
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM for itself
     if address:
         jax.distributed.initialize(address, int(number), int(index))
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
@@ -873,7 +875,7 @@ def main(args: Args) -> None:
     def play(num_episodes: int, greedy: bool) -> list[float] | None:
         if run.stopping:
             return None
-        seed = int(np.random.default_rng((args.seed, done)).integers(2**31))
+        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))
         params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
 
         def policy(observation, key):
@@ -945,10 +947,10 @@ if __name__ == "__main__":
         print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         status = f"{error}: put that right, then the same command{but} goes on."
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+    except Exception as error:
         status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            status = traceback.format_exc()
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one

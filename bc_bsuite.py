@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ class Args:
     num_seeds: int = 5  # number of consecutive seeds, all trained in this process
     total_updates: int = 200_000  # number of updates of every seed
     log_every: int = 200  # updates over which the logged losses are averaged
-    checkpoint_every: int = 10_000  # updates between two checkpoints
+    checkpoint_every: int = 10_000  # updates between two checkpoints; evaluations save, too
     run_dir: Path | None = None
     """folder of the run; None: runs/{script}/{task}[-changes]/seeds{first}-{last}"""
     overwrite: bool = False  # start again in a folder that holds a run, and delete that run
@@ -94,7 +95,7 @@ class Args:
     # evaluation
     eval_every: int = 1_000  # updates between two evaluations
     eval_episodes: int = 2  # episodes of each evaluation during training
-    final_eval_episodes: int = 100  # episodes of the final evaluation
+    final_eval_episodes: int = 100  # episodes of the final evaluation, and as many greedy ones
     eval_greedy: bool = False  # take the most probable action in evaluations during training
     eval_noise: bool = False  # evaluate with --noise instead of without noise
 
@@ -608,10 +609,10 @@ class Run:
         """Draws the curve and logs the final returns [seeds, episodes], which ends the run."""
         self.bar.close()
         self.plot()
-        for seed, returns, best in zip(self.seeds, sampled, greedy, strict=True):
-            final = {"final/returns": returns, "final/returns_greedy": best}
+        for seed, returns, returns_greedy in zip(self.seeds, sampled, greedy, strict=True):
+            final = {"final/returns": returns, "final/returns_greedy": returns_greedy}
             if len(returns):
-                mean, mean_greedy = np.mean(returns), np.mean(best)
+                mean, mean_greedy = np.mean(returns), np.mean(returns_greedy)
                 final |= {"final/return_mean": mean, "final/return_mean_greedy": mean_greedy}
                 data = self.config["data"]["mean_return"]
                 print(f"Final return {mean:.2f}, greedy {mean_greedy:.2f} (data {data:.2f}).")
@@ -656,7 +657,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     for name, value in vars(args).items():
         flag = name.replace("_", "-")
         if type(value) in (int, float):
-            least, most = ranges.get(name, (type(value) is int, 1e15))
+            least, most = ranges.get(name, (type(value) is int, 1e9))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
@@ -778,10 +779,10 @@ if __name__ == "__main__":
         print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         status = f"{error}: put that right, then the same command{but} goes on."
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+    except Exception as error:
         status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            status = traceback.format_exc()
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one

@@ -16,7 +16,7 @@ al., 2021); the rest is cql_atari.py, from which only the mix differs.
 
     python combo_atari.py --env-id MsPacman     # the paper's setting
     python combo_atari.py --world-model FOLDER  # of another run, or of MOReL's
-    python combo_atari.py --push-up real        # Q up on logged actions alone, as in COMBO's paper
+    python combo_atari.py --push-up real        # Q up on logged actions only
 
 The world model is a run of its own in {run folder}-world-model; morel_atari.py
 says how it learns.
@@ -53,6 +53,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -93,7 +94,7 @@ class Args:
     seed: int = 0  # seed of the parameters, the batches, the rollouts and the evaluation
     total_updates: int = 200_000  # number of updates of Q
     log_every: int = 200  # updates (of model and Q) over which the logged losses are averaged
-    checkpoint_every: int = 10_000  # updates of Q between two checkpoints
+    checkpoint_every: int = 10_000  # updates of Q between two checkpoints; evaluations save, too
     run_dir: Path | None = None  # folder of the run; None: runs/{script}/{game}[-changes]/seed{n}
     overwrite: bool = False
     """start again in a folder that holds a run, and delete that run and its world model"""
@@ -173,7 +174,7 @@ class Args:
     # Q: evaluation
     eval_every: int = 1_000  # updates of Q between two evaluations
     eval_episodes: int = 2  # episodes of each evaluation during training
-    final_eval_episodes: int = 100  # episodes of the final evaluation
+    final_eval_episodes: int = 100  # episodes of the final evaluation, and as many greedy ones
     eval_max_frames: int = 108_000  # frames of the game after which an episode is cut off
     eval_greedy: bool = False  # take no random action in evaluations during training
     eval_epsilon: float = 0.001  # probability of a random action in evaluations
@@ -711,8 +712,10 @@ def two_hot(x, num_bins: int):
 def to_scalar(logits):
     """Logits [..., bins] -> values [...], the expectation mapped back through h."""
     num_bins = logits.shape[-1]
-    support = jnp.arange(num_bins) - (num_bins - 1) // 2
-    return inverse_transform(jnp.sum(jax.nn.softmax(logits) * support, axis=-1))
+    p, middle = jax.nn.softmax(logits), (num_bins - 1) / 2
+    # Opposite bins are subtracted first: a plain sum's large terms leave errors of 1e-5.
+    mean = jnp.sum((p - p[..., ::-1]) * (jnp.arange(num_bins) - middle), axis=-1) / 2
+    return inverse_transform(mean + middle - (num_bins - 1) // 2)
 
 
 # --- end value transform ---
@@ -1453,10 +1456,10 @@ class Run:
         """Draws the curve and logs the final returns [seeds, episodes], which ends the run."""
         self.bar.close()
         self.plot()
-        for seed, returns, best in zip(self.seeds, sampled, greedy, strict=True):
-            final = {"final/returns": returns, "final/returns_greedy": best}
+        for seed, returns, returns_greedy in zip(self.seeds, sampled, greedy, strict=True):
+            final = {"final/returns": returns, "final/returns_greedy": returns_greedy}
             if len(returns):
-                mean, mean_greedy = np.mean(returns), np.mean(best)
+                mean, mean_greedy = np.mean(returns), np.mean(returns_greedy)
                 final |= {"final/return_mean": mean, "final/return_mean_greedy": mean_greedy}
                 data = self.config["data"]["mean_return"]
                 print(f"Final return {mean:.2f}, greedy {mean_greedy:.2f} (data {data:.2f}).")
@@ -1575,7 +1578,7 @@ def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, 
     """Returns of episodes in the game, or None once a signal came."""
     if run.stopping:
         return None
-    seed = int(np.random.default_rng((args.seed, done)).integers(2**31))
+    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))
     params = jax.tree.map(lambda x: x.addressable_data(0), params)
 
     def policy(observation, key):
@@ -1806,7 +1809,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     for name, value in vars(args).items():
         flag = name.replace("_", "-")
         if type(value) in (int, float):
-            least, most = ranges.get(name, (type(value) is int, 1e15))
+            least, most = ranges.get(name, (type(value) is int, 1e9))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
@@ -1852,6 +1855,7 @@ def join_processes(args, *shared: int) -> None:
             cores = len(os.sched_getaffinity(0))
         numbers = [n for n in range(1, cores + 1) if share % n == 0]
         jax.config.update("jax_num_cpu_devices", max(numbers))
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM for itself
     if address:
         jax.distributed.initialize(address, int(number), int(index))
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
@@ -1970,10 +1974,10 @@ if __name__ == "__main__":
         print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         status = f"{error}: put that right, then the same command{but} goes on."
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+    except Exception as error:
         status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            status = traceback.format_exc()
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one

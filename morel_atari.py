@@ -54,6 +54,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -94,7 +95,7 @@ class Args:
     seed: int = 0  # seed of the parameters, the batches, the imagined episodes and the evaluation
     total_updates: int = 1_250  # number of updates of the policy, each an iteration of PPO
     log_every: int = 10  # updates (of model and policy) over which the logged losses are averaged
-    checkpoint_every: int = 50  # updates of the policy between two checkpoints
+    checkpoint_every: int = 50  # updates of the policy between checkpoints; evaluations save, too
     run_dir: Path | None = None  # folder of the run; None: runs/{script}/{game}[-changes]/seed{n}
     overwrite: bool = False
     """start again in a folder that holds a run, and delete that run and its world model"""
@@ -177,7 +178,7 @@ class Args:
     # policy: evaluation in the game
     eval_every: int = 50  # updates of the policy between two evaluations
     eval_episodes: int = 2  # episodes of each evaluation during training
-    final_eval_episodes: int = 100  # episodes of the final evaluation
+    final_eval_episodes: int = 100  # episodes of the final evaluation, and as many greedy ones
     eval_max_frames: int = 108_000  # frames of the game after which an episode is cut off
     eval_greedy: bool = False  # take the most probable action in evaluations during training
 
@@ -1567,10 +1568,10 @@ class Run:
         """Draws the curve and logs the final returns [seeds, episodes], which ends the run."""
         self.bar.close()
         self.plot()
-        for seed, returns, best in zip(self.seeds, sampled, greedy, strict=True):
-            final = {"final/returns": returns, "final/returns_greedy": best}
+        for seed, returns, returns_greedy in zip(self.seeds, sampled, greedy, strict=True):
+            final = {"final/returns": returns, "final/returns_greedy": returns_greedy}
             if len(returns):
-                mean, mean_greedy = np.mean(returns), np.mean(best)
+                mean, mean_greedy = np.mean(returns), np.mean(returns_greedy)
                 final |= {"final/return_mean": mean, "final/return_mean_greedy": mean_greedy}
                 data = self.config["data"]["mean_return"]
                 print(f"Final return {mean:.2f}, greedy {mean_greedy:.2f} (data {data:.2f}).")
@@ -1689,7 +1690,7 @@ def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, 
     """Returns of episodes in the game, or None once a signal came."""
     if run.stopping:
         return None
-    seed = int(np.random.default_rng((args.seed, done)).integers(2**31))
+    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))
     params = jax.tree.map(lambda x: x.addressable_data(0), params)
 
     def policy(observation, key):
@@ -1921,7 +1922,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     for name, value in vars(args).items():
         flag = name.replace("_", "-")
         if type(value) in (int, float):
-            least, most = ranges.get(name, (type(value) is int, 1e15))
+            least, most = ranges.get(name, (type(value) is int, 1e9))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
@@ -1967,6 +1968,7 @@ def join_processes(args, *shared: int) -> None:
             cores = len(os.sched_getaffinity(0))
         numbers = [n for n in range(1, cores + 1) if share % n == 0]
         jax.config.update("jax_num_cpu_devices", max(numbers))
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM for itself
     if address:
         jax.distributed.initialize(address, int(number), int(index))
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
@@ -2124,10 +2126,10 @@ if __name__ == "__main__":
         print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         status = f"{error}: put that right, then the same command{but} goes on."
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+    except Exception as error:
         status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            status = traceback.format_exc()
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one

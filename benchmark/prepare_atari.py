@@ -515,8 +515,9 @@ def import_shard(read: Callable, shard: str, part: Path, limit: float, num_actio
             return f"{shard}: {writer.num_steps:,} steps, {len(writer.episodes):,} episodes"
         except Exception as error:
             names = {kind.__name__ for kind in type(error).__mro__}  # without importing TensorFlow
+            text = str(error).split("\n")[0]
             if names & {"FileNotFoundError", "NotFoundError"}:
-                raise SystemExit(f"{shard} is not where it should be: {error}") from None
+                raise SystemExit(f"{shard} is not where it should be: {text}") from None
             damaged = {"DataLossError", "BadGzipFile", "EOFError", "error", "ZstdError"}
             if names & damaged:
                 raise SystemExit(f"{shard} is damaged: copy it again.") from None
@@ -526,7 +527,6 @@ def import_shard(read: Callable, shard: str, part: Path, limit: float, num_actio
                 raise SystemExit(f"{part.parent} is kept as it is: {why(error)}") from None
             if not names & {"OpError", "OSError"}:
                 raise
-            text = str(error).split("\n")[0]
             if pause is None:
                 raise SystemExit(f"{shard} cannot be read: {text}") from None
             print(f"{shard}: {text}; next try in {pause} s", file=sys.stderr, flush=True)

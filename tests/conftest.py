@@ -70,7 +70,7 @@ def catch_dataset(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toy_store(tmp_path_factory):
+def toy_path(tmp_path_factory) -> Path:
     """Every pixel of a frame is 40 (a + 1), a the last action, 0 at first; r_t = a_t / 4."""
     rng, episodes = np.random.default_rng(0), []
     for i in range(8):
@@ -81,7 +81,7 @@ def toy_store(tmp_path_factory):
         episode = {"frames": frames, "action": action, "reward": action / 4}
         episodes.append(episode | {"is_terminal": i % 2 == 0})
     path = tmp_path_factory.mktemp("store") / "Pong-dqn-toy"
-    return helpers.open_store(helpers.write_store(path, "Pong", episodes, 6), "Pong")
+    return helpers.write_store(path, "Pong", episodes, 6)
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +97,8 @@ def asterix_store(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory) -> Path:
     """One folder of compiled programs for all workers, so that each program is compiled once."""
-    return tmp_path_factory.getbasetemp().parent / "compilation-cache"
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compilation-cache"
 
 
 @pytest.fixture

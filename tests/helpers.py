@@ -55,6 +55,17 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not timed(k)} for row in rows]
 
 
+def damage(path: Path, how: str) -> None:
+    """Spoils a file: missing, empty, truncated or changed by a bit."""
+    data = path.read_bytes()
+    middle = len(data) // 2
+    changed = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :] if data else b""
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "truncated": data[:middle], "changed": changed}[how])
+
+
 def documented_metrics(name: str) -> set[str]:
     """The metrics in the tables of docs/metrics.md and of the page of the script's method."""
     method, domain = name.rsplit("_", 1)

@@ -4,6 +4,7 @@ import importlib
 import json
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -157,3 +158,20 @@ def test_a_dataset_is_known_by_all_of_its_numbers():
     swapped = rosmo.describe(check(action=ROWS["action"][[1, 0, *range(2, 8)]]))
     assert swapped["crc32"] != facts["crc32"]
     assert json.loads(json.dumps(facts)) == facts
+
+
+def test_actions_are_drawn_anew_for_every_seed_update_and_step(in_process, monkeypatch):
+    drawn = []
+
+    def act(params, observation, key, greedy, network, args):
+        return jax.random.randint(key, (len(observation),), 0, 2**30)
+
+    def evaluate(policy, env_id, seeds, done, number, noise, report):
+        boards = np.zeros((len(seeds), number, 10, 5), np.float32)
+        drawn.extend(x for t in range(2) for x in np.ravel(policy(boards, t)[:, 0]))
+        return np.zeros((len(seeds), number))
+
+    monkeypatch.setattr(bc_bsuite, "act", act)
+    monkeypatch.setattr(bc_bsuite, "evaluate", evaluate)
+    assert in_process("bc_bsuite", "--total-updates", 40).returncode == 0
+    assert len(set(drawn[:8])) == 8  # two evaluations, steps and seeds

@@ -21,8 +21,6 @@ import collect_atari
 import prepare_atari
 from test_prepare_atari import contents, read, wait_until_gone
 
-# One worker does it all, so that the collection runs once.
-
 pytestmark = pytest.mark.usefixtures("hurry")
 TINY = ["--env-id", "Pong", "--num-steps", "400", "--num-checkpoints", "4", "--num-envs", "2"]
 TINY += ["--max-frames", "160", "--width", "0.1", "--replay-start", "80", "--save-every", "40"]
@@ -313,3 +311,43 @@ def test_update_learns_the_value_of_a_single_state():
     values = network.apply(learner.params, stack)
     assert values[:, 1] == pytest.approx(np.ones(8), abs=0.05)
     assert collect_atari.greedy(network, learner.params, stack).tolist() == [1] * 8
+
+
+def test_an_unbroken_collection_is_a_function_of_its_seed(tmp_path):
+    def frames(name: str, seed: int) -> list:
+        options = {"num_steps": 20, "num_envs": 2, "max_frames": 40, "width": 0.1, "seed": seed}
+        args = collect_atari.Args(**options, replay_size=100)
+        recorder = collect_atari.Recorder(tmp_path / name, args)
+        collect_atari.collect(args, recorder)
+        episodes = map(recorder.read, range(len(recorder.lengths)))
+        return [(e["action"].tolist(), e["frames"].sum(axis=(1, 2)).tolist()) for e in episodes]
+
+    assert frames("a", 0) == frames("b", 0) != frames("c", 1)
+
+
+def test_a_collection_explores_less_and_less_learns_and_copies_its_target(tmp_path, monkeypatch):
+    updates, options = [], {"num_steps": 400, "num_envs": 2, "max_frames": 160, "width": 0.1}
+    options |= {"replay_size": 400, "replay_start": 80, "epsilon_steps": 100, "epsilon": 0.0}
+    args = collect_atari.Args(**options, train_every=4, target_every=80, n_step=1)
+
+    def update(network, tx, learner, batch):
+        updates.append(round(float(jax.tree.leaves(learner.target)[0].ravel()[0])))
+        return learner.replace(params=jax.tree.map(lambda x: x + 1, learner.params))
+
+    monkeypatch.setattr(collect_atari, "update", update)
+    monkeypatch.setattr(collect_atari, "greedy", lambda network, params, stacks: np.full(2, 5))
+    recorder = collect_atari.Recorder(tmp_path / "r", args)
+    collect_atari.collect(args, recorder)
+    first, *_, last = [recorder.read(i)["action"][:-1] for i in range(len(recorder.lengths))]
+    assert set(first.tolist()) > {5} == set(last.tolist())
+    copies = sorted(set(updates))
+    assert len(copies) > 2
+    assert set(np.diff(copies[1:])) == {80 // 4}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{"])
+def test_damaged_arguments_of_a_collection_end_in_a_sentence(tmp_path, text):
+    (tmp_path / "learner").touch()
+    (tmp_path / "args.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"args\.json is damaged: delete"):
+        collect_atari.Recorder(tmp_path, collect_atari.Args())

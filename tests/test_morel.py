@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 import zlib
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,9 +17,9 @@ import optax
 import pytest
 import tyro
 from flax import serialization
+from helpers import metrics
 
 import morel_atari as morel
-import prepare_atari
 
 pytestmark = pytest.mark.usefixtures("hurry")
 TINY = "--env-id Pong --members 3 --deter 8 --hidden 8 --latents 3 --classes 3 --depth 1"
@@ -44,23 +45,6 @@ class Linear(nn.Module):
 def members():
     members = morel.init_members(jax.random.key(0), NETWORK, 3)
     return jax.tree.map(lambda *x: jnp.stack(x), *members)
-
-
-@pytest.fixture(scope="module")
-def toy_path(tmp_path_factory):
-    """Every pixel of a frame is 40 (a + 1), a the last action, 0 at first; r_t = a_t / 4."""
-    path, rng = tmp_path_factory.mktemp("store") / "Pong-dqn-toy", np.random.default_rng(0)
-    meta = {"env_id": "Pong", "source": "dqn", "percent": 100.0, "num_actions": 6}
-    meta |= {"steps_per_checkpoint": 100, "rom_sha256": None}
-    episodes = []
-    for i in range(8):
-        action = np.append(rng.integers(0, 6, 24 + i), 0)
-        shade = np.concatenate([[0], 40 * (action[:-1] + 1)]).astype(np.uint8)
-        frames = np.broadcast_to(shade[:, None, None], (len(action), 84, 84))
-        episode = {"frames": frames, "action": action, "reward": action / 4}
-        episodes.append(episode | {"is_terminal": i % 2 == 0})
-    prepare_atari.write_store(path, meta, episodes)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -408,6 +392,11 @@ def test_imagined_steps_halt_above_the_threshold_of_the_state_in_worlds_of_all_m
         assert len(set(after.env.member.tolist())) > 1
     assert terminated[0] == 1
     assert terminated[1] < 1
+    actions = []
+    for step in (1, 2, 1):  # an update draws anew, one that is repeated the same
+        copy = jax.tree.map(jnp.copy, state._replace(step=jnp.int32(step)))
+        actions.append(morel.collect(copy, *inputs)[1].action.tolist())
+    assert actions[0] == actions[2] != actions[1]
 
 
 def test_an_update_learns_from_the_minibatches_of_its_steps(monkeypatch):
@@ -459,13 +448,15 @@ def test_cloning_learns_the_logged_actions_but_those_of_last_steps():
 
 def test_the_learning_rate_falls_to_zero():
     optimizer, params = morel.make_optimizer(ARGS), {"x": jnp.ones(2)}
-    state, sizes = optimizer.init(params), []
+    state, sizes, moments = optimizer.init(params), [], []
     for _ in range(2):
         delta, state = optimizer.update({"x": jnp.array([3.0, -4.0])}, state, params)
         sizes.append(float(optax.global_norm(delta)))
+        moments.append(float(optax.global_norm(optax.tree.get(state, "mu"))))
         state = optax.tree.set(state, count=jnp.int32(ARGS.anneal_updates * 2 * 2))
     assert sizes[0] == pytest.approx(2.5e-4 * np.sqrt(2), rel=1e-2)
     assert sizes[1] == 0
+    assert moments[0] == pytest.approx(0.1 * 0.5)  # the gradient is clipped to 0.5
 
 
 def test_starts_are_half_first_frames_and_end_where_the_logged_actions_go_on(toy_store):
@@ -517,13 +508,6 @@ def test_the_threshold_is_the_quantile_of_running_steps():
     assert morel.halt_rate((disc, running), 16.5) == 0
 
 
-def lines(folder) -> list[dict]:
-    """The metrics of a run without the time that it took."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    times = ("wall_time", "seconds")
-    return [{k: v for k, v in row.items() if k.split("/")[0] not in times} for row in rows]
-
-
 def save_world_model(folder, args, members) -> None:
     """A folder as the training of a world model leaves it."""
     folder.mkdir(exist_ok=True)
@@ -560,7 +544,7 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
         (tmp_path / name).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / name)
         morel.main(parse("--run-dir", "run"))
-        return lines(tmp_path / name / "run")
+        return metrics(tmp_path / name / "run")
 
     whole = run("whole")
     assert [x["update"] for x in whole if "losses/total" in x] == [2, 4]
@@ -601,21 +585,46 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"members": 1}, "--members is 1; give at least 2"),
-        ({"warm_up": 3}, "--warm-up is 3; give at least 4"),
-        ({"halt_quantile": 1.1}, "--halt-quantile is 1.1"),
-        ({"discount": 1.1}, "--discount is 1.1; give at least 0 and at most 1"),
         ({"total_updates": 2000}, "--total-updates 2000 is more than --anneal-updates 1250"),
         ({"minibatches": 5}, "--rollout-length 128 must be a multiple of --minibatches 5"),
-        ({"horizon": 0}, "--horizon is 0; give at least 1"),
-        ({"channels": 1}, "--channels is 1; give at least 2"),
     ],
 )
 def test_bad_arguments_give_one_sentence(change, message):
-    def check(args):
-        morel.check_args(args, morel.RANGES)
-        morel.check_policy_args(args)
-
-    check(morel.Args())
+    morel.check_policy_args(morel.Args())
     with pytest.raises(SystemExit, match=message):
-        check(morel.Args(**change))
+        morel.check_policy_args(morel.Args(**change))
+
+
+def test_acting_samples_the_policy_or_takes_its_most_probable_action():
+    policy, observation = Linear(), jnp.full((4000, 84, 84, 4), 100, jnp.uint8)
+    params = policy.init(jax.random.key(0), observation[:1])
+    probs = jax.nn.softmax(policy.apply(params, observation[:1])[0][0])
+    inputs = params, observation, jax.random.key(0)
+    assert set(morel.act(*inputs, True, policy, ARGS).tolist()) == {int(probs.argmax())}
+    sampled = np.bincount(morel.act(*inputs, False, policy, ARGS), minlength=3) / 4000
+    np.testing.assert_allclose(sampled, probs, atol=0.03)
+
+
+def test_evaluations_have_games_of_their_own_and_the_final_ones_sample_first(monkeypatch):
+    """combo_atari.py has the same functions."""
+    games, final = [], []
+
+    def evaluate(policy, env_id, number, seed, report, frames):
+        games.append((seed, frames, policy(None, None)))
+        return [1.0] * number
+
+    monkeypatch.setattr(morel, "evaluate", evaluate)
+    monkeypatch.setattr(morel, "act", lambda params, x, key, greedy, *_: greedy)
+    run = SimpleNamespace(stopping=False, writes=True, show_evaluation=None, show=lambda *_: None)
+    run.time, run.log = lambda part: nullcontext(), lambda *_: None
+    run.finish = lambda *inputs: final.append(inputs)
+    for seed in (0, 1):
+        args = dataclasses.replace(ARGS, seed=seed, eval_greedy=True, eval_max_frames=44)
+        for done in (4, 8):
+            morel.evaluate_agent(run, done, {}, None, args)
+        morel.finish_run(run, 8, {}, None, args)
+    seeds, frames, greedy = zip(*games, strict=True)
+    assert greedy == (True, True, False, True) * 2
+    assert len(set(seeds)) == 4  # of two seeds at two updates
+    assert set(frames) == {44}
+    assert len(final) == 2

@@ -300,14 +300,15 @@ def test_acting_samples_the_policy_of_the_search_or_takes_its_most_probable_acti
 
 
 @pytest.mark.parametrize("domain", ["atari", "bsuite"])
-def test_the_scripts_differ_from_their_siblings_in_fewer_than_180_lines(domain):
+def test_the_scripts_differ_from_their_siblings_in_few_lines(domain):
+    """Both sides counted, as in the output of diff."""
     texts = [
         (ROOT / f"{name}_{domain}.py").read_text().splitlines()
         for name in ("rosmo", "muzero_unplugged")
     ]
     changes = difflib.SequenceMatcher(None, *texts, autojunk=False).get_opcodes()
-    changed = sum(max(b - a, d - c) for tag, a, b, c, d in changes if tag != "equal")
-    assert changed < 180
+    changed = sum(b - a + d - c for tag, a, b, c, d in changes if tag != "equal")
+    assert changed < 225
 
 
 def test_learns_a_known_problem_from_random_data():

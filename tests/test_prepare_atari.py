@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import helpers
 import numpy as np
 import pytest
 import zstandard
@@ -398,8 +399,6 @@ def test_killed_import_goes_on_with_the_unfinished_shard(driver, path, tmp_path)
         "plan.json", "part-00000", "part-00001.unfinished"
     }  # fmt: skip
     before = {p: p.stat().st_mtime_ns for p in (building / "part-00000").iterdir()}
-    with pytest.raises(SystemExit, match="holds parts of an import with other arguments"):
-        prepare_atari.import_store(tmp_path / "atari/Pong", META | {"percent": 1.0}, None, ["0"], 1)
     stdout, stderr = (resumed := driver()).communicate()
     assert resumed.returncode == 0, stderr
     assert [shard for shard, _ in log_of(tmp_path)] == ["0", "1", "1", "2", "3", "4"]
@@ -497,7 +496,7 @@ def test_transient_errors_are_tried_again(tmp_path, error, capsys):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (op_error("NotFoundError"), "^1 is missing: copy it again"),
+        (op_error("NotFoundError"), "^1 is not where it should be: no answer$"),
         (op_error("DataLossError"), "^1 is damaged: copy it again"),
         (EOFError(), "^1 is damaged"),
         (zlib.error("bad"), "^1 is damaged"),
@@ -514,12 +513,13 @@ def test_other_errors_are_told_at_once(tmp_path, error, message):
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_broken_import_of_another_source_is_begun_anew(tmp_path):
+def test_a_broken_import_is_kept_from_one_with_other_arguments(tmp_path):
     with ends_with("damaged"):
         import_two(tmp_path / "a", Flaky(EOFError(), 9))
-    flaky = Flaky(EOFError(), 0)
-    prepare_atari.import_store(tmp_path / "a", META | {"percent": 50}, flaky, ["0", "1"], 1)
-    assert flaky.calls == ["0", "1"]
+    with ends_with("holds parts of an import with other arguments: give those again, or delete"):
+        prepare_atari.import_store(tmp_path / "a", META | {"percent": 50}, None, ["0", "1"], 1)
+    import_two(tmp_path / "a", flaky := Flaky(EOFError(), 0))
+    assert flaky.calls == ["1"]
 
 
 @pytest.mark.parametrize("name", ["frames.bin", "frames_offsets.npy", "steps.npy", "episodes.npy"])
@@ -625,13 +625,6 @@ def test_the_command(rlu, path, tmp_path):
     assert again.stdout == f"{store} is there already.\n"
 
 
-def damage(file: Path, how: str) -> None:
-    data = file.read_bytes()
-    middle = len(data) // 2
-    changed = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-    file.write_bytes({"truncated": data[:middle], "empty": b"", "changed": changed}[how])
-
-
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -643,7 +636,7 @@ def damage(file: Path, how: str) -> None:
 def test_bad_shard(rlu, make, path, tmp_path, how, message):
     folder = tmp_path / "s/atari_episodes_ordered/Pong"
     shutil.copytree(rlu.shards, folder)
-    damage(folder / "run_1-00001-of-00005", how)
+    helpers.damage(folder / "run_1-00001-of-00005", how)
     with ends_with(message):
         make(rlu_prefix=str(tmp_path / "s"))
     shutil.copy(rlu.shards / "run_1-00001-of-00005", folder)  # the same command goes on
@@ -750,11 +743,11 @@ def test_dqn_replay(make, tmp_path, monkeypatch, padding):
 def test_damaged_dqn_replay(make, tmp_path, how):
     logs = tmp_path / "dqn/Pong/1/replay_logs"
     write_replay(logs, 0, replay_rows(EPISODES[:2]), 59)
-    damage(logs / "$store$_observation_ckpt.0.gz", how)
+    helpers.damage(logs / "$store$_observation_ckpt.0.gz", how)
     with ends_with(r"^ckpt\.0\.gz is damaged|^ckpt\.0\.gz cannot be used"):
         make(dqn_replay=tmp_path / "dqn")
     (logs / "$store$_reward_ckpt.0.gz").unlink()
-    with ends_with(r"^ckpt\.0\.gz is missing"):
+    with ends_with(r"^ckpt\.0\.gz is not where it should be"):
         make(dqn_replay=tmp_path / "dqn")
     write_replay(logs, 2, replay_rows(EPISODES[:2]), 59)
     with ends_with(r"lacks \$store\$_observation_ckpt.1.gz: copy"):
@@ -825,7 +818,7 @@ def test_broken_conversion_goes_on(make, path, tmp_path, monkeypatch):
 
 def test_damaged_old_store(make, tmp_path):
     old = write_old_store(tmp_path / "Pong")
-    damage(old / "frames.bin", "changed")
+    helpers.damage(old / "frames.bin", "changed")
     with ends_with("has a damaged frames.bin"):
         make(old_store=old)
     with ends_with("is no store of format 1"):
@@ -856,7 +849,7 @@ def test_larger_store_serves_a_smaller_percent(make, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["frames.bin", "frames_offsets.npy", "steps.npy", "episodes.npy"])
 def test_damaged_store_is_told(make, path, tmp_path, name):
     shutil.copytree(path, tmp_path / "copy")
-    damage(tmp_path / "copy" / name, "truncated")
+    helpers.damage(tmp_path / "copy" / name, "truncated")
     with ends_with(f"has a damaged {name}; delete it and run again"):
         make(out=tmp_path / "copy")
     (tmp_path / "copy/meta.json").unlink()
@@ -917,7 +910,7 @@ def test_fall_back_says_what_it_is_and_collects(offline, monkeypatch, tmp_path, 
     assert len(commands) == 3
     with ends_with("run again with a connection"):
         offline(out=tmp_path / "out")
-    damage(folder / "Pong-dqn-200k/steps.npy", "truncated")
+    helpers.damage(folder / "Pong-dqn-200k/steps.npy", "truncated")
     with ends_with("has a damaged steps.npy"):
         offline()
 
@@ -964,3 +957,24 @@ def test_unreachable_bucket_is_told_from_an_answer(monkeypatch):
     assert answer(prepare_atari.urllib.error.HTTPError("", 403, "", {}, None))
     assert not answer(prepare_atari.urllib.error.URLError("no route"))
     assert not answer(TimeoutError())
+
+
+def test_an_episode_of_a_single_state_is_left_out():
+    steps = {"observation": [b""], "action": np.zeros(1, int), "reward": np.zeros(1)}
+    steps |= {"is_terminal": np.ones(1, bool)}
+    episode = {"steps": steps, "checkpoint_id": 0, "episode_id": 0}
+    assert list(prepare_atari.rlds(episode)) == []
+
+
+def test_a_preparation_of_tfds_that_is_there_is_taken(rlu, make, path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(rlu.tfds_dir))
+    monkeypatch.setattr(prepare_atari, "can_reach_rlu", lambda: False)
+    assert contents(make() / "Pong-run1-100pct") == contents(path)
+
+
+def test_what_a_kill_left_beside_a_whole_store_goes(make, tmp_path):
+    left = tmp_path / "data/atari/.Pong-run1-80pct.building"
+    write(left.with_name("Pong-run1-80pct"), percent=80)
+    left.mkdir()
+    make(percent=50, rlu_prefix="nowhere")
+    assert not left.exists()

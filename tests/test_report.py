@@ -777,3 +777,13 @@ def test_old_runs_do_not_hide_that_new_ones_differ(tmp_path):
         write_run(tmp_path / "runs" / name, f"{name}_bsuite", [1.0], data=data)
     with pytest.raises(SystemExit, match="differ in content: BC has"):
         make(tmp_path, "table2")
+
+
+def test_moving_averages_stand_at_their_last_evaluation(tmp_path, figures):
+    write_run(tmp_path / "a", "rosmo_bsuite", [1.0])
+    (one,) = run.read_runs((tmp_path,))
+    one = one._replace(updates=np.arange(50), returns=np.arange(50.0).reshape(1, 50, 1))
+    report.draw_run(one)  # over three evaluations
+    line = shown(figures["learning_curve.png"])[0].lines[0]
+    np.testing.assert_array_equal(line.get_xdata(), np.arange(2, 50))
+    np.testing.assert_allclose(line.get_ydata(), np.arange(1, 49))

@@ -22,6 +22,18 @@ to_scalar = jax.jit(rosmo.to_scalar)
 random_params = partial(helpers.make_params, rosmo, NETWORK, scale=0.05)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (16,), (16, 6), (16, 6, 4)])
+def test_values_are_exact_where_the_bins_balance_and_keep_small_differences(shape):
+    """Else rounding decides which actions have an advantage while the network knows little."""
+    assert not to_scalar(jnp.zeros((*shape, 601))).any()
+    rng = np.random.default_rng(0)
+    logits = (1e-3 * rng.normal(size=(*shape, 601))).astype(np.float32)
+    p = np.exp(logits.astype(np.float64))
+    mean = (p * np.arange(-300, 301)).sum(axis=-1) / p.sum(axis=-1)
+    exact = np.sign(mean) * (((np.sqrt(1 + 0.004 * (abs(mean) + 1.001)) - 1) / 0.002) ** 2 - 1)
+    np.testing.assert_allclose(to_scalar(logits), exact, atol=2e-6)
+
+
 def test_network_has_the_shapes_and_sizes_of_appendix_d21():
     network = rosmo.MuZeroNetwork(9, 601, 64, jnp.dtype("float32"))
     shapes = jax.eval_shape(

@@ -5,15 +5,18 @@ the same in five scripts, so that most tests take the quickest one, bc_atari.py.
 """
 
 import importlib
+import itertools
 import json
+import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
+from types import SimpleNamespace
 
 import helpers
+import jax
 import numpy as np
 import pytest
 from helpers import ATARI, checkpoints, metrics
@@ -23,6 +26,8 @@ import bc_atari
 import rosmo_atari
 
 pytestmark = pytest.mark.usefixtures("hurry")
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = itertools.count(20_000 + 200 * WORKER)  # below those that the system gives away
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +104,8 @@ def test_a_signal_stops_the_training_with_a_checkpoint(started, tmp_path):
 def test_a_signal_stops_the_final_evaluation_soon(started, tmp_path):
     """Of games that nothing cuts short."""
     options = ["--run-dir", "run", "--total-updates", 2, "--log-every", 1, "--eval-episodes", 0]
-    process = started("bc_atari", *options, "--final-eval-episodes", 8, wait=False)
+    options += ["--final-eval-episodes", 8, "--eval-max-frames", 108_000]
+    process = started("bc_atari", *options, wait=False)
     for line in process.stdout:
         if line.startswith("update 2:"):
             break
@@ -250,10 +256,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(in_process, monkeypatch, tmp_pat
 
 def two_processes(started, name: str, *each: list, timeout: float = 300, **shared):
     """A run of two processes with two devices each; `each` has the arguments of one."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    shared |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    shared |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{next(PORTS)}", "JAX_NUM_PROCESSES": "2"}
     shared |= {"JAX_NUM_CPU_DEVICES": "2"}
     processes = [
         started(name, *arguments, wait=False, **shared, JAX_PROCESS_ID=str(i))
@@ -309,6 +312,17 @@ def test_the_first_process_leaves_last(started, tmp_path):
     assert [result.returncode for result in results] == [1, 1]
 
 
+def test_several_processes_end_when_one_meets_an_error_that_nobody_foresaw(started, tmp_path):
+    code = "import os\nif os.environ['JAX_PROCESS_ID'] == '1':\n"
+    code += "    import zstandard\n    zstandard.ZstdDecompressor = None\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    options, path = ["--run-dir", "run"], {"PYTHONPATH": str(tmp_path)}
+    first, second = two_processes(started, "bc_atari", *2 * [options], timeout=60, **path)
+    assert first.returncode != 0
+    assert second.returncode == 1
+    assert second.stderr.count("TypeError: 'NoneType' object is not callable") == 1
+
+
 def test_several_processes_end_when_the_first_cannot_write(started, tmp_path):
     """The others, which wait for it, do so in whatever way JAX ends them."""
     (tmp_path / "file").touch()
@@ -323,3 +337,72 @@ def test_a_process_without_its_siblings_says_what_it_lacks(started, number):
     result = started("bc_atari", JAX_NUM_PROCESSES=number)
     assert result.returncode == 1
     assert "needs all of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS" in result.stderr
+
+
+def test_a_seed_has_batches_and_games_of_its_own_and_final_evaluations_sample_first(
+    in_process, monkeypatch, tmp_path
+):
+    games, batches, sample = [], [], bc_atari.sample_batch
+
+    def evaluate(policy, env_id, number, seed, report, frames):
+        greedy = policy(np.zeros((number, 84, 84, 4), np.uint8), jax.random.key(0))
+        games.append((seed, frames, greedy))
+        return [1.0] * number
+
+    def sample_batch(store, seed, *inputs):
+        batches.append(seed)
+        return sample(store, seed, *inputs)
+
+    monkeypatch.setattr(bc_atari, "act", lambda params, x, key, greedy, *_: greedy)
+    monkeypatch.setattr(bc_atari, "evaluate", evaluate)
+    monkeypatch.setattr(bc_atari, "sample_batch", sample_batch)
+    for seed in (0, 1):
+        options = ["--seed", seed, "--eval-greedy"]
+        assert in_process("bc_atari", *options, folder=str(seed)).returncode == 0
+        assert set(batches) == set(range(seed + 1))
+    seeds, frames, greedy = zip(*games, strict=True)
+    assert greedy == (True, True, False, True) * 2
+    assert len(set(seeds)) == 4  # of two seeds at two updates
+    assert set(frames) == {40}
+
+
+@pytest.mark.parametrize("name", ["bc_atari"])
+def test_a_signal_to_another_process_stops_this_one_too(in_process, monkeypatch, tmp_path, name):
+    module, updates = importlib.import_module(name), []
+    update = module.update
+
+    def counted(*inputs):
+        updates.append(None)
+        return update(*inputs)
+
+    def all_processes(value):  # the other one gets the signal in the third update
+        return [value, len(updates) >= 3] if type(value) is bool else [value]
+
+    monkeypatch.setattr(module, "update", counted)
+    monkeypatch.setattr(module, "all_processes", all_processes)
+    result = in_process(name)
+    assert result.returncode == 130
+    assert "Stopped at update 3; the same command goes on." in result.stderr
+    assert checkpoints(tmp_path / "run")[-1].stem == "3"
+
+
+def test_processes_are_joined_by_their_variables_or_by_slurm(monkeypatch):
+    joined, settings = [], {}
+    config = SimpleNamespace(jax_num_cpu_devices=1, update=settings.__setitem__)
+    distributed = SimpleNamespace(initialize=lambda *given: joined.append(given))
+    fake = SimpleNamespace(config=config, distributed=distributed)
+    monkeypatch.setattr(bc_atari, "jax", fake)
+    monkeypatch.setattr(bc_atari, "prepare_jax", lambda: None)
+    monkeypatch.setattr(bc_atari, "all_processes", lambda value: [value])
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    bc_atari.join_processes(bc_atari.Args())
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    bc_atari.join_processes(bc_atari.Args())
+    assert joined == []
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    bc_atari.join_processes(bc_atari.Args())
+    for name, value in zip(names, ("host:1", "2", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    bc_atari.join_processes(bc_atari.Args())
+    assert joined == [(), ("host:1", 2, 1)]
+    assert settings == {"jax_enable_preemption_service": False}  # SIGTERM stays ours

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from time import time
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import helpers
 import numpy as np
 import pytest
 from filelock import FileLock
+from flax import serialization
 from helpers import BSUITE, ROOT, checkpoints, metrics
 
 import bc_bsuite
@@ -216,19 +218,12 @@ def test_neither_evaluations_nor_a_final_one(in_process, tmp_path):
 # Damage
 
 
-def damage(path, how: str) -> None:
-    data = path.read_bytes()
-    middle = len(data) // 2
-    flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-    path.write_bytes({"truncated": data[:middle], "emptied": b"", "flipped": flipped}[how])
-
-
-@pytest.mark.parametrize("how", ["truncated", "emptied", "flipped", "all"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "changed", "all"])
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before(short, whole, in_process, how):
     older, newest = checkpoints(short)
-    damage(newest, "flipped" if how == "all" else how)
+    helpers.damage(newest, "changed" if how == "all" else how)
     if how == "all":
-        damage(older, "flipped")
+        helpers.damage(older, "changed")
     result = in_process("bc_bsuite")
     said = ["60", "40"] if how == "all" else ["60"]
     lines = result.stderr.splitlines()
@@ -239,7 +234,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(short, whole, in_pro
 
 def test_a_checkpoint_stays_beside_damaged_ones_of_later_updates(short, in_process, monkeypatch):
     for path in checkpoints(short):
-        damage(path, "flipped")
+        helpers.damage(path, "changed")
     train = bc_bsuite.train
 
     def interrupted(*arguments):
@@ -252,7 +247,7 @@ def test_a_checkpoint_stays_beside_damaged_ones_of_later_updates(short, in_proce
     assert [path.stem for path in checkpoints(short)] == ["1", "2"]
 
 
-@pytest.mark.parametrize("how", ["halved", "emptied", "deleted"])
+@pytest.mark.parametrize("how", ["halved", "empty", "deleted"])
 def test_metrics_that_were_lost_end_in_one_sentence(short, whole, in_process, how):
     path = short / "metrics.jsonl"
     text = path.read_text()
@@ -488,7 +483,7 @@ def test_bad_input_writes_nothing(in_process, tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("how", ["truncated", "emptied", "flipped", "foreign", "schema", "rewards"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "changed", "foreign", "schema", "rewards"])
 def test_damaged_datasets_give_one_sentence(catch_dataset, tmp_path, how):
     path = tmp_path / "damaged.npz"
     shutil.copy(catch_dataset, path)
@@ -501,7 +496,7 @@ def test_damaged_datasets_give_one_sentence(catch_dataset, tmp_path, how):
     elif how == "rewards":
         np.savez(path, **arrays | {"reward": np.ones_like(arrays["reward"])})
     else:
-        damage(path, how)
+        helpers.damage(path, how)
     with pytest.raises(SystemExit, match="cannot be used as a dataset of catch: ") as end:
         rosmo_bsuite.load_dataset(rosmo_bsuite.Args(dataset=path))
     assert "\n" not in end.value.code
@@ -550,3 +545,67 @@ def test_a_copied_script_names_the_command_that_makes_its_data(tmp_path):
     one_sentence(
         result, "--noise 0.3 --out data/bsuite/mountain_car-noise0.3-seed0.npz, in the repository"
     )
+
+
+def written(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_clock_of_a_run_that_goes_on_counts_on(short, in_process):
+    path = checkpoints(short)[-1]
+    saved = serialization.msgpack_restore(path.read_bytes()[4:]) | {"wall_time": 1000.0}
+    content = serialization.msgpack_serialize(saved)
+    path.write_bytes(zlib.crc32(content).to_bytes(4, "little") + content)
+    assert in_process("bc_bsuite").returncode == 0
+    times = [x["wall_time"] for x in written(short) if x["update"] > 60]
+    assert times == sorted(times)
+    assert 1000 < times[0] < times[-1] < 1300
+
+
+def test_the_seconds_of_the_parts_are_counted_once(whole):
+    lines = written(whole("bc_bsuite"))
+    parts = [{k: v for k, v in x.items() if k.startswith("seconds/")} for x in lines]
+    assert 0 < sum(sum(x.values()) for x in parts) <= lines[-1]["wall_time"]
+    evaluations = [i for i, x in enumerate(lines) if "eval/returns" in x and x["seed"] == 0]
+    assert all("seconds/evaluation" in parts[i] and not parts[i + 1] for i in evaluations)
+
+
+def test_weights_and_biases_get_every_number_but_the_times(in_process, monkeypatch, tmp_path):
+    logged, log = [], lambda values, step: logged.append((step, values))
+    fake = SimpleNamespace(init=lambda **_: SimpleNamespace(log=log), Error=OSError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert in_process("bc_bsuite", *SHORT, "--track").returncode == 0
+    names = ("update", "seed")
+    assert logged == [
+        (x["update"], {f"seed{x['seed']}/{k}": v for k, v in x.items() if k not in names})
+        for x in metrics(tmp_path / "run")
+    ]
+
+
+def test_a_number_that_is_not_finite_is_left_out(in_process, monkeypatch, tmp_path):
+    train = bc_bsuite.train
+
+    def broken(*arguments):
+        states, sums = train(*arguments)
+        return states, sums | {"charts/accuracy": sums["charts/accuracy"] * np.nan}
+
+    monkeypatch.setattr(bc_bsuite, "train", broken)
+    assert in_process("bc_bsuite", *SHORT).returncode == 0
+    lines = [x for x in metrics(tmp_path / "run") if "losses/total" in x]
+    assert len(lines) == 12
+    assert not any("charts/accuracy" in x for x in lines)
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_the_curve_is_the_moving_average_of_the_evaluations(monkeypatch, tmp_path):
+    drawn, save = [], lambda figure, *_, **__: drawn.extend(figure.axes[0].lines)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+    rows = [{"update": u, "seed": s, "eval/return_mean": u + s} for u in range(50) for s in (0, 1)]
+    run = SimpleNamespace(lines=lambda: rows, seeds=[0, 1], dir=tmp_path)
+    run.args, run.config = bc_bsuite.Args(), {"data": {"mean_return": 7.0}}
+    bc_bsuite.Run.plot(run)
+    first, second, mean, data = [line.get_ydata() for line in drawn]
+    for line, more in ((first, 0), (second, 1), (mean, 0.5)):  # over three evaluations
+        np.testing.assert_allclose(line, np.arange(1, 49) + more)
+    assert [*drawn[2].get_xdata()] == [*range(2, 50)]
+    assert set(data) == {7.0}

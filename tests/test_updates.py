@@ -15,6 +15,8 @@ import rosmo_bsuite
 
 pytestmark = pytest.mark.usefixtures("hurry")
 NAMES = [f"{name}_{domain}" for name in helpers.LOSSES for domain in ("atari", "bsuite")]
+LOSSES = helpers.LOSSES | {"combo": "combo_loss"}
+UPDATES = [*NAMES, "combo_atari"]
 DRAWS = [name for name in NAMES if not name.startswith(("bc", "cql"))]  # at random in the loss
 
 
@@ -28,16 +30,17 @@ def simple(request, monkeypatch):
         drawn = jax.random.uniform(keys[0]) if keys else 0.0
         return inputs[-3 - len(keys)] * params["x"].sum() + params["y"].sum(), {"drawn": drawn}
 
-    monkeypatch.setattr(module, helpers.LOSSES[request.param.rsplit("_", 1)[0]], loss)
+    monkeypatch.setattr(module, LOSSES[request.param.rsplit("_", 1)[0]], loss)
     _, args = helpers.script_and_args(request.param, target_update_every=3, learning_rate=0.1)
     params = {"x": jnp.ones((2, 2)), "y": jnp.ones(3)}
     fields = {"params": params, "opt_state": module.make_optimizer(args).init(params)}
     fields |= {"target_params": jax.tree.map(jnp.zeros_like, params), "step": jnp.int32(0)}
+    fields |= {"rollouts": None, "world_model_crc32": jnp.uint32(0)}  # of COMBO
     names = module.TrainState._fields
     return module, args, module.TrainState(**{name: fields[name] for name in names})
 
 
-@pytest.mark.parametrize("simple", NAMES, indirect=True)
+@pytest.mark.parametrize("simple", UPDATES, indirect=True)
 def test_updates_are_counted_and_copied_to_the_target_on_time(simple):
     module, args, state = simple
     before, key = 0, jax.random.key(1)  # the target's first parameters

@@ -11,12 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tyro
+from helpers import metrics
 from scipy.special import softmax
 
 import morel_atari as morel
-import prepare_atari
 
 pytestmark = pytest.mark.usefixtures("hurry")
 SIZES = "--members 2 --deter 16 --hidden 16 --latents 4 --classes 4 --depth 2 --head-units 16"
@@ -27,7 +28,6 @@ NETWORK = morel.make_world_model(6, ARGS)
 OBSERVE = jax.jit(partial(morel.observe, NETWORK))
 IMAGINE = jax.jit(partial(morel.imagine, NETWORK))
 DECODE = jax.jit(partial(NETWORK.apply, method="decode"))
-TIMES = ("wall_time", "seconds")
 NO_LOCK = SimpleNamespace(acquire=lambda blocking: None)  # the runs of a test come one by one
 
 
@@ -48,25 +48,8 @@ def params(first_members):
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    """Every pixel of a frame is 40 (a + 1), a the last action, 0 at first; r_t = a_t / 4."""
-    path, rng = tmp_path_factory.mktemp("store") / "Pong-dqn-toy", np.random.default_rng(0)
-    meta = {"env_id": "Pong", "source": "dqn", "percent": 100.0, "num_actions": 6}
-    meta |= {"steps_per_checkpoint": 100, "rom_sha256": None}
-    episodes = []
-    for i in range(8):
-        action = np.append(rng.integers(0, 6, 24 + i), 0)
-        shade = np.concatenate([[0], 40 * (action[:-1] + 1)]).astype(np.uint8)
-        frames = np.broadcast_to(shade[:, None, None], (len(action), 84, 84))
-        episode = {"frames": frames, "action": action, "reward": action / 4}
-        episodes.append(episode | {"is_terminal": i % 2 == 0})
-    prepare_atari.write_store(path, meta, episodes)
-    return path
-
-
-@pytest.fixture(scope="module")
-def store(path):
-    return morel.open_store(dataclasses.replace(ARGS, dataset=path))
+def store(toy_path):
+    return morel.open_store(dataclasses.replace(ARGS, dataset=toy_path))
 
 
 def random_windows(batch_size: int = 3, length: int = 5, seed: int = 0) -> morel.Windows:
@@ -330,22 +313,17 @@ def test_a_small_model_overfits_real_segments_and_beats_copying_the_last_frame(o
     assert error < copy_error
 
 
-def lines(folder) -> list[dict]:
-    """The metrics of a run without the time that it took."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in x.items() if k.split("/")[0] not in TIMES} for x in rows]
-
-
 @pytest.fixture(scope="module")
-def train(path, store, first_members):
+def train(toy_path, store, first_members):
     """Trains or loads the world model of the run in a folder, in this process.
 
     Every run begins with the same members, whose program would be compiled anew for each.
     """
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
-    def start(run_dir, overwrite=False, between=lambda run: None, draws=False):
-        args = dataclasses.replace(ARGS, dataset=path, run_dir=run_dir, overwrite=overwrite)
+    def start(run_dir, overwrite=False, between=lambda run: None, draws=False, **changes):
+        args = dataclasses.replace(ARGS, dataset=toy_path, run_dir=run_dir, overwrite=overwrite)
+        args = dataclasses.replace(args, **changes)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(signal, "signal", lambda *_: None)
             patch.setattr(morel, "FileLock", lambda path: NO_LOCK)
@@ -371,7 +349,7 @@ def trained(train, tmp_path_factory):
 def test_a_world_model_leaves_its_folder(trained, train):
     model, members = trained
     assert (model / "world_model.png").read_bytes()[:4] == b"\x89PNG"
-    written = lines(model)
+    written = metrics(model)
     assert [x["update"] for x in written if "losses/total" in x] == [2, 4, 6, 8, 10, 12]
     evaluations = [x for x in written if "heldout/total" in x]
     assert [x["update"] for x in evaluations] == [4, 8, 12]
@@ -388,9 +366,11 @@ def test_a_world_model_leaves_its_folder(trained, train):
     assert morel.checksum(loaded) == morel.checksum(members)
 
 
-def test_kill_and_resume_give_the_numbers_of_a_whole_run(trained, train, script, path, tmp_path):
+def test_kill_and_resume_give_the_numbers_of_a_whole_run(
+    trained, train, script, toy_path, tmp_path
+):
     whole, members = trained
-    options = [*TINY.split(), "--dataset", path, "--run-dir", "killed"]
+    options = [*TINY.split(), "--dataset", toy_path, "--run-dir", "killed"]
     process = script("morel_atari.py", *options, wait=False)
     model = tmp_path / "killed-world-model"
     while not (model / "checkpoints" / "4.msgpack").exists():
@@ -401,7 +381,7 @@ def test_kill_and_resume_give_the_numbers_of_a_whole_run(trained, train, script,
     assert not (model / "members.msgpack").exists()
     resumed = train(tmp_path / "killed")
     assert len(json.loads((model / "config.json").read_text())["starts"]) == 2
-    assert lines(model) == lines(whole)
+    assert metrics(model) == metrics(whole)
     jax.tree.map(np.testing.assert_array_equal, resumed, members)
 
 
@@ -413,7 +393,7 @@ def test_a_kill_before_the_members_are_saved_leaves_no_line_twice(trained, train
         for file in [x for x in folder.rglob("*") if x.is_file() and x.name != "members.msgpack"]:
             (tmp_path / name / file.relative_to(folder)).write_bytes(file.read_bytes())
     again = train(tmp_path / "run")
-    assert lines(tmp_path / "run-world-model") == lines(whole)
+    assert metrics(tmp_path / "run-world-model") == metrics(whole)
     jax.tree.map(np.testing.assert_array_equal, again, members)
 
 
@@ -452,7 +432,7 @@ def test_a_signal_stops_training_at_any_update_and_it_goes_on_exactly(
             stops += 1
     assert stops >= 3
     assert "Stopped at update" in capsys.readouterr().err
-    assert lines(tmp_path / "run-world-model") == lines(whole)
+    assert metrics(tmp_path / "run-world-model") == metrics(whole)
     jax.tree.map(np.testing.assert_array_equal, resumed, members)
 
 
@@ -475,9 +455,9 @@ def test_overwrite_empties_both_folders_before_training_begins(trained, train, t
     assert stopped.value.code == 130
     assert not (run_dir / "metrics.jsonl").exists()
     assert not (model / "members.msgpack").exists()
-    assert lines(model) == []
+    assert metrics(model) == []
     train(run_dir)
-    assert lines(model) == lines(trained[0])
+    assert metrics(model) == metrics(trained[0])
 
 
 def as_run(args, data=None):
@@ -533,15 +513,56 @@ def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trai
         morel.load_world_model(as_run(given), tmp_path / "empty")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"members": 0}, "--members is 0; give at least 2"),
-        ({"heldout_percent": 0.0}, "--heldout-percent is 0.0; give more than 0"),
-        ({"kl_balance": 1.5}, "--kl-balance is 1.5; give at least 0 and at most 1"),
-        ({"kl_coef": -0.1}, "--kl-coef is -0.1; give at least 0"),
-    ],
-)
-def test_bad_arguments_give_one_sentence(change, message):
-    with pytest.raises(SystemExit, match=message):
-        morel.check_args(morel.Args(**change), morel.RANGES)
+def test_the_optimizer_clips_each_gradient_and_decays_weights_alone(params):
+    assert params["params"]["decoder"]["background"].ndim == 1  # so that it is not decayed
+    optimizer = morel.model_optimizer(dataclasses.replace(ARGS, model_weight_decay=0.5))
+    weights = {"kernel": jnp.ones((2, 2)), "background": jnp.ones(4)}
+    gradient = {"kernel": jnp.full((2, 2), 300.0), "background": jnp.zeros(4)}
+    delta, state = optimizer.update(gradient, optimizer.init(weights), weights)
+    assert optax.global_norm(optax.tree.get(state, "mu")) == pytest.approx(0.1 * 200)
+    np.testing.assert_allclose(delta["kernel"], -3e-4 * (1 + 0.5), rtol=1e-3)
+    assert not delta["background"].any()
+
+
+def test_training_ends_when_the_heldout_loss_stays_and_keeps_the_best_members(
+    train, store, first_members, tmp_path, monkeypatch
+):
+    """And learns from none of the episodes that are held out."""
+    losses, seen, sample = iter((2.0, 3.0)), {1: set(), 2: set()}, morel.sample_windows
+
+    def sample_windows(part, number, length, num_members, args):
+        seen[num_members] |= {*part.episodes["id"].tolist()}
+        return sample(part, number, length, num_members, args)
+
+    def update_model(state, *_):
+        add = lambda m: m._replace(params=jax.tree.map(lambda x: x + 1, m.params))  # noqa: E731
+        return state._replace(members=[*map(add, state.members)]), {"losses/total": np.ones(2)}
+
+    monkeypatch.setattr(morel, "sample_windows", sample_windows)
+    monkeypatch.setattr(morel, "update_model", update_model)
+    monkeypatch.setattr(morel, "evaluate_model", lambda *_: {"heldout/total": next(losses)})
+    members = train(tmp_path / "run", model_patience=4)
+    final = metrics(tmp_path / "run-world-model")[-1]
+    assert (final["final/updates"], final["final/best_update"]) == (8, 4)
+    for i, first in enumerate(first_members):
+        kernels = [x["params"]["encoder"]["Conv_0"]["kernel"] for x in (members, first)]
+        np.testing.assert_allclose(kernels[0][i], kernels[1] + 4, rtol=1e-5)
+    learned, heldout = morel.split_store(store, 30, ARGS.seed)
+    assert seen == {1: {*heldout.episodes["id"].tolist()}, 2: {*learned.episodes["id"].tolist()}}
+
+
+def test_prediction_errors_are_those_of_frames_after_the_context_in_one_episode(params):
+    """Where every prediction is the same grey."""
+    decoder = jax.tree.map(jnp.zeros_like, params["params"]["decoder"])
+    decoder |= {"background": jnp.full(84 * 84, 0.25)}
+    grey = {"params": params["params"] | {"decoder": decoder}}
+    windows = random_windows(3, 20)
+    windows.is_first[2, 7] = True
+    sums, inside, predicted = morel.evaluate_member(grey, windows, jax.random.key(0), NETWORK, ARGS)
+    assert inside == 2
+    assert (predicted == 191).all()
+    image = windows.frame[:2] / 255 - 0.5
+    for step in (1, 5, 15):
+        for name, other in (("error", 0.25), ("copy_error", image[:, 4])):
+            expected = np.mean((image[:, 4 + step] - other) ** 2, axis=(1, 2)).sum()
+            assert sums[f"heldout/{name}_{step}"] == pytest.approx(expected, rel=1e-4)
