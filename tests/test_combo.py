@@ -451,6 +451,18 @@ def test_both_phases_run_and_stop_in_the_first(run, tmp_path, capsys):
     assert not (tmp_path / "whole" / "run" / "metrics.jsonl").exists()
 
 
+def test_each_update_mixes_other_transitions_of_the_same_rollouts(run, world_model, monkeypatch):
+    drawn, update = [], combo.update
+
+    def note(state, key, batch, *rest):
+        drawn.append(np.array(batch.frames[2:]).tobytes())  # the half that is predicted
+        return update(state, key, batch, *rest)
+
+    monkeypatch.setattr(combo, "update", note)
+    run("run", "--world-model", world_model, "--total-updates", 3)
+    assert len(set(drawn)) == 3
+
+
 def test_q_starts_as_in_cql_atari(run, path, world_model, tmp_path, monkeypatch):
     states = {}
 
