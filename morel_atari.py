@@ -1135,7 +1135,8 @@ def open_store(args) -> Store:
         if plays(args) and make_env(game, 1).single_action_space.n != num_actions:
             raise ValueError(f"it has {num_actions} actions, and the game has another number")
         if meta["percent"] < args.data_percent:
-            raise ValueError(f"it has {meta['percent']:g}% of the data")
+            percent = f"{meta['percent']:g}"
+            raise ValueError(f"it has {percent}% of the data: give --data-percent {percent}")
         # p% of a checkpoint are its episodes from the start until they hold p% of its steps.
         first = np.searchsorted(episodes["checkpoint"], episodes["checkpoint"])
         before = episodes["start"] - episodes["start"][first]
@@ -1354,9 +1355,7 @@ def evaluate(
 # Arguments that change no number of a run, and those that do not name its folder.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every"}
-NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds", "total_updates"}
-NOT_NAMED |= {"log_every", "eval_every", "eval_episodes", "final_eval_episodes", "eval_max_frames"}
-NOT_NAMED |= {"model_updates", "model_eval_every", "world_model"}  # of MOReL and COMBO
+NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds"}
 
 
 class Run:
@@ -1374,8 +1373,8 @@ class Run:
         changed = {k: v for k, v in vars(args).items() if v != defaults[k] and k not in NOT_NAMED}
         named = {k.replace("_", "-"): getattr(v, "name", v) for k, v in changed.items()}
         variant = "".join(f"-{name}={value}" for name, value in named.items())
-        if len(variant) > 120:  # a name has 255 bytes at most
-            variant = f"{variant[:100]}-{zlib.crc32(variant.encode()):08x}"
+        if len(variant) > 160:  # a name has 255 bytes at most
+            variant = f"{variant[:150]}-{zlib.crc32(variant.encode()):08x}"
         if data.get("source") == "dqn" and not args.dataset:  # not the paper's data
             variant += "-dqn"
         name = f"seed{seeds[0]}" if len(seeds) == 1 else f"seeds{seeds[0]}-{seeds[-1]}"
@@ -1383,6 +1382,8 @@ class Run:
         config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "data": data}
         self.config = json.loads(json.dumps(config | {"starts": []}, default=str))
         self.compare(defaults)
+        if self.writes:
+            self.keep()
         lines = [] if args.overwrite else self.lines()
         final = [line["update"] for line in lines if "final/returns" in line]
         if final == [args.total_updates] * len(seeds):
@@ -1423,8 +1424,8 @@ class Run:
             raise SystemExit(f"{message}{advice}.")
         self.config["starts"] = [] if self.args.overwrite else starts
 
-    def open(self) -> None:
-        """Keeps the folder for this process and writes down how the run was started."""
+    def keep(self) -> None:
+        """Keeps the folder for this process."""
         (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock")
         try:
@@ -1432,6 +1433,9 @@ class Run:
         except Timeout:
             message = f"Another process is writing to {self.dir}"
             raise SystemExit(f"{message}; wait for it, or give another --run-dir.") from None
+
+    def open(self) -> None:
+        """Writes down how the run was started; --overwrite deletes the run before it."""
         if self.args.overwrite:
             for path in [self.dir / "metrics.jsonl", *self.checkpoints()]:
                 path.unlink(missing_ok=True)

@@ -82,7 +82,7 @@ class Args:
     seed: int = 0  # first seed of training and evaluation
     num_seeds: int = 5  # number of consecutive seeds, all trained in this process
     total_updates: int = 200_000  # number of updates of every seed
-    log_every: int = 200  # updates over which the logged losses are averaged
+    log_every: int = 1_000  # updates over which the logged losses are averaged
     checkpoint_every: int = 10_000  # updates between two checkpoints; evaluations save, too
     run_dir: Path | None = None
     """folder of the run; None: runs/{script}/{task}[-changes]/seeds{first}-{last}"""
@@ -538,7 +538,7 @@ def load_dataset(args) -> Steps:
             return check_steps(Steps(*(file[name] for name in Steps._fields)), args.env_id)
     except Exception as error:  # a damaged file can raise almost anything
         message = f"{path} cannot be used as a dataset of {args.env_id}: {error}"
-        raise SystemExit(f"{message}. Give another --dataset, or delete it.") from None
+        raise SystemExit(f"{message}. Give another --dataset, or make it again.") from None
 
 
 def check_steps(steps: Steps, env_id: str) -> Steps:
@@ -653,9 +653,7 @@ def evaluate(
 # Arguments that change no number of a run, and those that do not name its folder.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every"}
-NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds", "total_updates"}
-NOT_NAMED |= {"log_every", "eval_every", "eval_episodes", "final_eval_episodes", "eval_max_frames"}
-NOT_NAMED |= {"model_updates", "model_eval_every", "world_model"}  # of MOReL and COMBO
+NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds"}
 
 
 class Run:
@@ -673,8 +671,8 @@ class Run:
         changed = {k: v for k, v in vars(args).items() if v != defaults[k] and k not in NOT_NAMED}
         named = {k.replace("_", "-"): getattr(v, "name", v) for k, v in changed.items()}
         variant = "".join(f"-{name}={value}" for name, value in named.items())
-        if len(variant) > 120:  # a name has 255 bytes at most
-            variant = f"{variant[:100]}-{zlib.crc32(variant.encode()):08x}"
+        if len(variant) > 160:  # a name has 255 bytes at most
+            variant = f"{variant[:150]}-{zlib.crc32(variant.encode()):08x}"
         if data.get("source") == "dqn" and not args.dataset:  # not the paper's data
             variant += "-dqn"
         name = f"seed{seeds[0]}" if len(seeds) == 1 else f"seeds{seeds[0]}-{seeds[-1]}"
@@ -682,6 +680,8 @@ class Run:
         config = {"script": Path(__file__).name, "args": dataclasses.asdict(args), "data": data}
         self.config = json.loads(json.dumps(config | {"starts": []}, default=str))
         self.compare(defaults)
+        if self.writes:
+            self.keep()
         lines = [] if args.overwrite else self.lines()
         final = [line["update"] for line in lines if "final/returns" in line]
         if final == [args.total_updates] * len(seeds):
@@ -722,8 +722,8 @@ class Run:
             raise SystemExit(f"{message}{advice}.")
         self.config["starts"] = [] if self.args.overwrite else starts
 
-    def open(self) -> None:
-        """Keeps the folder for this process and writes down how the run was started."""
+    def keep(self) -> None:
+        """Keeps the folder for this process."""
         (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock")
         try:
@@ -731,6 +731,9 @@ class Run:
         except Timeout:
             message = f"Another process is writing to {self.dir}"
             raise SystemExit(f"{message}; wait for it, or give another --run-dir.") from None
+
+    def open(self) -> None:
+        """Writes down how the run was started; --overwrite deletes the run before it."""
         if self.args.overwrite:
             for path in [self.dir / "metrics.jsonl", *self.checkpoints()]:
                 path.unlink(missing_ok=True)

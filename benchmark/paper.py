@@ -158,10 +158,9 @@ ALGORITHMS = {"BC": "bc", "CRR": "crr", "CQL": "cql"}
 ALGORITHMS |= {"MuZero Unplugged": "muzero_unplugged", "ROSMO": "rosmo"}
 FIVE = {k: (v, {}) for k, v in ALGORITHMS.items()}
 BOTH = {k: (ALGORITHMS[k], {}) for k in ("ROSMO", "MuZero Unplugged")}
-BSUITE = {"seeds": (0, 1, 2, 3, 4), "common": (("log_every", 1000),)}
+BSUITE = {"seeds": (0, 1, 2, 3, 4)}
 ATARI = {"seeds": (0, 1, 2)}
 SHARES = {"argument": "data_percent", "axis": "share of the data, %", "column": "{}% of the data"}
-TENTH = (*BSUITE["common"], ("data_percent", 10.0))
 # Breakout on local data: 176 transitions an update, five minutes of play at most.
 SMALL = (
     ("dataset", Path("data/atari/Breakout-dqn-60k")),
@@ -207,7 +206,8 @@ ITEMS = {
         "aggregate",
         on("bsuite", **BOTH),
         TASKS,
-        **BSUITE | {"common": TENTH},
+        **BSUITE,
+        common=(("data_percent", 10.0),),
         argument="dynamics_hidden",
         values=(32, 128, 256, 512, 1024),
         axis="hidden units of the dynamics function",
@@ -366,7 +366,7 @@ ITEMS = {
         "table",
         on("bsuite", CRR=("crr", {})),
         ("catch",),
-        **BSUITE | {"seeds": (0, 1, 2)},
+        seeds=(0, 1, 2),
         argument="beta",
         values=(0.1, 0.3, 1.0, 3.0),
         axis="temperature β",
@@ -378,7 +378,8 @@ ITEMS = {
         "table",
         on("bsuite", CRR=("crr", {})),
         ("catch",),
-        **BSUITE | {"seeds": (0, 1, 2), "common": (*BSUITE["common"], ("beta", 1.0))},
+        seeds=(0, 1, 2),
+        common=(("beta", 1.0),),
         argument="weight",
         values=("exp", "binary"),
         axis="weight of a logged action",
@@ -396,7 +397,7 @@ ITEMS = {
             },
         ),
         ("catch",),
-        **BSUITE | {"seeds": (0, 1, 2)},
+        seeds=(0, 1, 2),
         argument="cql_alpha",
         values=(0.01, 0.05, 0.1, 0.5, 1.0, 4.0),
         axis="weight α of the penalty",

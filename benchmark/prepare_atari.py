@@ -302,7 +302,7 @@ def write_store(path: Path, meta: dict, episodes: Iterable[dict]) -> None:
 
 
 class Busy(SystemExit):
-    """Another process is building the store at `path`, and holds the lock."""
+    """Another process builds the store at `path` and holds the lock, or has just built it."""
 
     def __init__(self, message: str, path: Path, lock: Path):
         super().__init__(message)
@@ -319,7 +319,7 @@ def building(path: Path) -> Iterator[Path]:
         with filelock.FileLock(lock, timeout=0):
             try:
                 if path.exists():
-                    raise SystemExit(f"{path} exists already: delete it or choose another path.")
+                    raise Busy(f"{path} exists already: choose another path.", path, lock)
                 folder.mkdir(exist_ok=True)
                 yield folder
             finally:
@@ -566,7 +566,7 @@ def import_store(
     limit = limit if meta["percent"] < 100 else float("inf")
     with building(path) as folder:
         plan = json.dumps({"meta": meta, "shards": shards})
-        if not any(folder.glob("part-*")):
+        if not any(part.suffix == "" for part in folder.glob("part-*")):  # finished ones
             (folder / "plan.json").write_text(plan)
         elif (folder / "plan.json").read_text() != plan:
             message = f"{folder} holds parts of an import with other arguments"
@@ -666,6 +666,9 @@ def find_source(args: Args) -> tuple[Callable, list[str]] | None:
         if int(total) not in SHARDS and not args.out:  # as collect_atari.py writes them
             message = f"{folder} has {int(total)} shards, RL Unplugged 50: this is other data"
             raise SystemExit(f"{message}; give its store a path of its own with --out.")
+        if int(total) not in SHARDS and args.percent < 100:
+            message = f"{folder} is not RL Unplugged's"
+            raise SystemExit(f"{message}: import all of it, without --percent.")
         name = f"run_{run}-{{:0{len(total)}d}}-of-{total}"
         check_complete(folder, names, range(int(total)), name)
         return partial(read_rlu, prefix, env_id, run), [names[i] for i in sorted(names)]
@@ -784,7 +787,7 @@ def main(args: Args) -> None:
         meta = {"env_id": args.env_id, "source": source, "percent": args.percent}
         meta |= {"num_actions": num_actions, "steps_per_checkpoint": STEPS_PER_CHECKPOINT}
         import_store(path, meta | {"rom_sha256": None}, *found, args.workers)
-    elif args.out:
+    elif args.out or path.with_name(f".{path.name}.building").exists():
         raise SystemExit("RL Unplugged cannot be reached: run again with a connection.")
     else:
         fall_back(args)
@@ -793,7 +796,8 @@ def main(args: Args) -> None:
 def run(main: Callable, args: Any) -> None:
     """main(args) as a program: a signal or a fault of the disk ends it in one sentence."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if parent := os.environ.pop("ROSMO_PARENT", None):  # set by what starts this program
+    parent = os.environ.pop("ROSMO_PARENT", None)  # set by what starts this program
+    if parent and os.name == "posix":
         end_with(int(parent))
     try:
         while True:

@@ -110,7 +110,7 @@ def data_facts(data: dict | str) -> dict:
         if not match:
             return {}
         return {"episodes": int(match[1]), "steps": int(match[2]), "mean": match[3]}
-    facts = {k: data[k] for k in ("source", "rom") if k in data}
+    facts = {"source": data.get("source")}
     facts["episodes"] = data.get("episodes", data.get("num_episodes"))
     facts["steps"] = data.get("transitions", data.get("steps", data.get("num_steps")))
     facts["rom"] = data.get("rom", data.get("rom_sha256"))
@@ -169,7 +169,7 @@ def conflicts(item: Item, cells: dict[tuple, Result | None]) -> list[str]:
 
 
 def left_out(item: Item, cells: dict, runs: list, wanted: dict) -> list[str]:
-    """Finished runs that lack a cell's evaluation or dataset alone, and what differs."""
+    """Finished runs that differ from an empty cell in evaluation or data alone, and in what."""
     lines = []
     for key, result in cells.items():
         for one in runs if result is None else []:
@@ -615,9 +615,8 @@ def level_table(item: Item, curves: dict, with_time: bool) -> list[str]:
     return table(head, rows)
 
 
-def statistics(item: Item, cells: dict, tasks: tuple, estimates: dict) -> list[str]:
+def statistics(item: Item, scores: dict, tasks: tuple, estimates: dict) -> list[str]:
     """Aggregate metrics, and probabilities that one method's seed is better than another's."""
-    scores = score_matrices(item, cells, tasks)
     if not any(x.size > 1 for x in scores.values()):
         return []
     rows = []
@@ -650,7 +649,7 @@ def statistics(item: Item, cells: dict, tasks: tuple, estimates: dict) -> list[s
 
 def time_table(item: Item, cells: dict) -> list[str]:
     """Hours of a run by the part of the work, where the runs tell."""
-    rows = []
+    rows, several = [], len({task for _, _, task in cells}) > 1
     for method in item.methods:
         for value in item.values:
             runs = [x for k, r in cells.items() if r and k[:2] == (method, value) for x in r.runs]
@@ -658,17 +657,20 @@ def time_table(item: Item, cells: dict) -> list[str]:
             if runs:
                 mean = [np.mean([x.seconds[part] for x in runs]) / 3600 for part in run.PARTS]
                 label = swept(item, item.label(value))
+                label += [", ".join({x.config["args"]["env_id"]: 0 for x in runs})] * several
                 rows.append([method, *label, *(f"{x:.3f}" for x in mean)])
-    head = ["hours of a run", *swept(item, item.axis)]
+    head = ["hours of a run", *swept(item, item.axis), *["mean over"] * several]
     head += ["compilation", "data wait", "update", "evaluation"]
     return ["## Time", "", *table(head, rows)] if rows else []
 
 
 def caption(item: Item, found: list[Result], estimates: dict) -> str:
     """What the tables of a page hold."""
-    counts = sorted({r.final_returns.shape[1] for r in found})
+    counts = sorted({r.final_returns.shape[1] for r in found} - {0})
     episodes = f"{' or '.join(map(str, counts))} episodes"
-    if all(len(r.seeds) == 1 for r in found):
+    if not counts:
+        text = "No run has a final evaluation."
+    elif all(len(r.seeds) == 1 for r in found):
         what = "IQM of the final returns" if item.average == "IQM" else "Final mean return"
         text = f"{what}, {episodes}. One seed in each cell: there is no interval, and "
         text += "a difference may be chance."
@@ -744,7 +746,7 @@ def runs_table(item: Item, cells: dict) -> list[str]:
 
 
 def write_csv(item: Item, cells: dict, path: Path) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         names = ("task", "seed", "return", "normalized_score")
         writer.writerow(("method", item.argument or "value", *names))
@@ -766,12 +768,11 @@ def write_page(
     scores = score_matrices(item, cells, tasks)
     devices = {s["device"] for r in found for x in r.runs for s in x.config["starts"]}
     told = {any(x.seconds.values()) for r in found for x in r.runs}  # what evaluation took
-    unknown = any(np.isnan(r.hours).any() for r in found)
-    with_time = len(devices) == len(told) == 1 and not unknown
+    with_time = len(devices) == len(told) == 1
     curves, extra, note = {}, [], figure_note(item, cells)
     has_curves = any(len(r.updates) for r in found) and "curves" in item.form
     images = {"": item.title}
-    if item.form == "aggregate" and any(aggregates(item, cells, (t,)) for t in tasks):
+    if item.form == "aggregate" and any(score_matrices(item, cells, (t,)) for t in tasks):
         draw_aggregate(item, cells, tasks, out / f"{name}.png", note)
     elif item.form == "pooled curves" and (curves := pooled_curves(item, cells, tasks)):
         draw_pooled(item, curves, out / f"{name}.png", with_time, note)
@@ -820,7 +821,7 @@ def write_page(
         hours = "are those of training, without" if True in told else "of these runs include"
         lines += [f"Hours {hours} evaluation.", ""]
     if has_curves and not with_time:
-        why = "not all runs tell what evaluation took" if len(told) > 1 else "a run lacks its times"
+        why = "not all runs tell what evaluation took"
         why = f"the devices differ ({', '.join(sorted(devices))})" if len(devices) > 1 else why
         lines += [f"No curves against wall-clock: {why}.", ""]
     done, few = len(found), sum(len(r.seeds) < len(item.seeds) for r in found)
@@ -834,10 +835,10 @@ def write_page(
     if item.claim and not item.numbers and name != "atari_small":
         lines += ["The paper has these numbers in a picture alone, not in its text.", ""]
     lines += reference_table(cells)
-    lines += statistics(item, cells, tasks, estimates) if summary else []
+    lines += statistics(item, scores, tasks, estimates) if summary else []
     lines += time_table(item, cells) + runs_table(item, cells)
     lines += [f"Made by `{shlex.join(words)}`."]
-    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_csv(item, cells, out / f"{name}.csv")
 
 
@@ -876,7 +877,7 @@ def write_html(out: Path) -> None:
         return f'style="min-width:{width}px" src="{source}"'
 
     for path in pages:
-        text, _, runs = path.read_text().partition("## Runs\n")
+        text, _, runs = path.read_text(encoding="utf-8").partition("## Runs\n")
         html = markdown.render(text)
         html += f"<details><summary>Runs</summary>{markdown.render(runs)}</details>"
         html = re.sub(r'src="([^"]+\.png)"', embed, html)
@@ -889,7 +890,7 @@ def write_html(out: Path) -> None:
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     page = f"<!doctype html><html lang=en><head>{head}<title>ROSMO suite: results</title>"
     page += f"<style>{STYLE}</style></head><body><nav>{''.join(links)}</nav>"
-    (out / "report.html").write_text(f"{page}{''.join(parts)}</body></html>\n")
+    (out / "report.html").write_text(f"{page}{''.join(parts)}</body></html>\n", encoding="utf-8")
 
 
 # Commands

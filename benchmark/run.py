@@ -166,21 +166,21 @@ def is_fall_back(run: Run) -> bool:
 
 
 def find_runs(runs: list[Run], args: Any, seeds: tuple[int, ...] | None = None) -> list[Run]:
-    """Runs with these arguments of a script, each with one of `seeds` that those before it lack."""
-    script, found = f"{type(args).__module__}.py", []
+    """Runs with these arguments of a script, each with one of `seeds` that those before it lack.
+
+    Runs on local data count as long as there is no store of RL Unplugged.
+    """
+    script, found = importlib.import_module(type(args).__module__), []
+    has_store = hasattr(script, "find_store") and script.find_store(args)
     for run in sorted(runs, key=is_fall_back):
-        if run.config["script"] != script or different(run, args):
+        if run.config["script"] != f"{script.__name__}.py" or different(run, args):
+            continue
+        if has_store and is_fall_back(run):
             continue
         wanted = set(run.seeds) & set(run.seeds if seeds is None else seeds)
         if wanted - {seed for other in found for seed in other.seeds}:
             found.append(run)
     return found
-
-
-def different_length(run: Run, args: Any) -> bool:
-    """Whether a run below runs/ would have these arguments, had it another number of updates."""
-    mine = run.config["script"] == f"{type(args).__module__}.py" and run.folder.parts[0] == "runs"
-    return mine and different(run, args).keys() == {"total_updates"}
 
 
 # Cells
@@ -326,16 +326,16 @@ def missing_jobs(
     names = [option for name, option in split_options(further) if name not in NOT_COMPARED]
     variant = [word.strip("-") for option in names for word in option]
 
-    def folder_of(script: str, task: str, seed: int) -> Path:
+    def folder_of(arguments, seed: int) -> Path:
         """The folder of a run that another run must know."""
-        return Path("runs", script, slug(task, *variant), f"seed{seed}")
+        updates, default = arguments.total_updates, type(arguments).total_updates
+        length = () if updates == default else ("total-updates", updates)
+        name = slug(arguments.env_id, *variant, *length)
+        return Path("runs", type(arguments).__module__, name, f"seed{seed}")
 
     for cell, cell_arguments in cell_args(item, args, further):
-        found, script = find_runs(runs, cell_arguments, seeds), importlib.import_module(cell.script)
-        if hasattr(script, "find_store") and script.find_store(cell_arguments):
-            found = [run for run in found if not is_fall_back(run)]
+        found = find_runs(runs, cell_arguments, seeds)
         done = {int(seed) for run in found for seed in run.seeds}
-        lengths = [run for run in runs if different_length(run, cell_arguments)]
         together = "num_seeds" in type(cell_arguments).__dataclass_fields__
         groups = stretches if together else (lambda seeds: [(seed, 1) for seed in seeds])
         total += len(groups([s for s in seeds if s in done]))
@@ -344,26 +344,24 @@ def missing_jobs(
             label = f"{item.argument}={cell.value}".replace("_", "-") if item.argument else None
             last = f"-{first + count - 1}" if count > 1 else ""
             name = slug(cell.method, cell.task, label, f"seed{'s' * (count > 1)}{first}{last}")
-            same = [run.folder for run in lengths if [*run.seeds] == [*range(first, first + count)]]
-            if cell.method not in needed and same:  # whose end would be overwritten
-                folder = min(same, key=lambda folder: len(folder.name))
-                updates = cell_arguments.total_updates
-                more["run_dir"] = folder.with_name(f"{folder.name}-total-updates={updates}")
             if cell.method in needed:
-                more["run_dir"] = folder_of(cell.script, cell.task, first)
+                more["run_dir"] = folder_of(cell_arguments, first)
                 made = Path(f"{more['run_dir']}-world-model")
                 folders[cell.method, cell.task, first] = (name, made)
             method, argument = item.needs.get(cell.method, (None, None))
             if method and getattr(cell_arguments, argument) is None:
                 after, made = folders.get((method, cell.task, first), (None, None))
                 if made is None:  # of a finished run
-                    found = [
-                        Path(run.config["args"].get(argument) or f"{run.folder}-world-model")
+                    theirs = next(
+                        other_args
                         for other, other_args in cell_args(whole, args, further)
                         if (other.method, other.task) == (method, cell.task)
-                        for run in find_runs(runs, other_args, (first,))
+                    )
+                    found = [
+                        Path(run.config["args"].get(argument) or f"{run.folder}-world-model")
+                        for run in find_runs(runs, theirs, (first,))
                     ]
-                    trained = f"{folder_of(whole.methods[method][0], cell.task, first)}-world-model"
+                    trained = f"{folder_of(theirs, first)}-world-model"
                     found += [Path(trained)] * Path(trained, "members.msgpack").exists()
                     made = next(iter(found), None)
                 more |= {argument: made} if made else {}

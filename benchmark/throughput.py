@@ -124,8 +124,7 @@ def atari_step(script, args: Args, mesh) -> Step:
     by_device, length = NamedSharding(mesh, P("data")), script.window_length(settings)
     shape, num_actions = (settings.batch_size, length), 9
     if args.store:
-        env_id = game_of(args.store)
-        store = script.open_store(dataclasses.replace(settings, env_id=env_id, dataset=args.store))
+        store = open_store(script, args.store, settings)
         num_actions = store.meta["num_actions"]
 
         def load(step: int):
@@ -166,11 +165,15 @@ def atari_step(script, args: Args, mesh) -> Step:
     return Step(run, *facts, parameters)
 
 
-def game_of(store: Path) -> str:
+def open_store(script, path: Path, settings):
+    """The whole store at `path`, of whatever game and percent."""
     try:
-        return json.loads((store / "meta.json").read_text())["env_id"]
+        meta = json.loads((path / "meta.json").read_text())
+        whole = {"env_id": meta["env_id"], "data_percent": meta["percent"], "dataset": path}
     except (OSError, ValueError, KeyError, TypeError):
-        raise SystemExit(f"There is no store {store}.") from None
+        raise SystemExit(f"There is no store {path}.") from None
+    whole |= {"eval_episodes": 0, "final_eval_episodes": 0}  # nothing is played
+    return script.open_store(dataclasses.replace(settings, **whole))
 
 
 def matrix_peak(seconds: float = 2.0) -> float:
@@ -200,18 +203,19 @@ def machine() -> str:
 
 def write_section(path: Path, title: str, text: str) -> None:
     """Puts a section into a Markdown page, in the place of the one with the same title."""
-    page = path.read_text() if path.exists() else "# Throughput\n"
+    page = path.read_text(encoding="utf-8") if path.exists() else "# Throughput\n"
     sections = re.split(r"(?m)^(?=## )", page)
     sections = [part for part in sections if part.partition("\n")[0] != title]
-    path.write_text("\n".join(part.rstrip() + "\n" for part in [*sections, f"{title}\n\n{text}"]))
+    parts = [*sections, f"{title}\n\n{text}"]
+    path.write_text("\n".join(part.rstrip() + "\n" for part in parts), encoding="utf-8")
 
 
 def main(args: Args) -> None:
     for name, value in vars(args).items():
         if type(value) is int and value < 1:
             raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least 1.")
-    if args.store:
-        game_of(args.store)  # or the program ends
+    if args.store and not (args.store / "meta.json").exists():
+        raise SystemExit(f"There is no store {args.store}.")
     names = args.scripts or tuple(f"{method}_{args.domain}" for method in METHODS)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     make_step = {"atari": atari_step, "bsuite": bsuite_step}[args.domain]

@@ -22,7 +22,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rosmo_atari as script
-from throughput import game_of
+from throughput import open_store
 
 
 @dataclass
@@ -81,7 +81,7 @@ def tfdata_pipeline(store: script.Store, args: Args) -> Iterable:
 def main(args: Args) -> None:
     args = script.check_args(args, {"seconds": (0.1, 1e6)})
     before, start = peak_mb(), time.perf_counter()
-    store = script.open_store(script.Args(env_id=game_of(args.store), dataset=args.store))
+    store = open_store(script, args.store, script.Args())
     opened = time.perf_counter() - start
     size = sum(file.stat().st_size for file in args.store.iterdir())
     print(

@@ -53,13 +53,13 @@ def load_agent(run: Path) -> tuple[ModuleType, str, Callable]:
         if not config["script"].endswith("_atari.py"):
             raise SystemExit(f"{run} is a run of {config['script']}; only Atari has pictures.")
         paths = [x for x in run.glob("checkpoints/*.msgpack") if x.stem.isdecimal()]
-        saved = {int(path.stem): path.read_bytes() for path in paths}
-        whole = {
-            n: x[4:] for n, x in saved.items() if zlib.crc32(x[4:]).to_bytes(4, "little") == x[:4]
-        }
-        if not whole:
+        content, arguments = None, dict(config["args"])
+        for path in sorted(paths, key=lambda path: int(path.stem)):  # the run may delete the first
+            data = path.read_bytes() if path.exists() else b""
+            if data and zlib.crc32(data[4:]).to_bytes(4, "little") == data[:4]:
+                content = data[4:]
+        if content is None:
             raise ValueError("it has none" if not paths else "they are damaged")
-        content, arguments = whole[max(whole)], dict(config["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{run} is no run with a whole checkpoint ({error}).") from None
     name = config["script"].removesuffix(".py")

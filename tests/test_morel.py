@@ -67,6 +67,11 @@ def env(members):
     for b, t in np.ndindex(4, 4):
         expected = windows.frame[b, t + 1] * (b != 3 or t >= 2)
         np.testing.assert_array_equal(env.frames[b, ..., t], expected)
+    for i in range(3):  # every member has filtered all of the frames
+        state = morel.observe(NETWORK, member_of(members, i), windows)[0]
+        last = jax.tree.map(lambda x: x[:, -1], state)
+        np.testing.assert_allclose(env.state.deter[:, i], last.deter, atol=1e-5)
+        np.testing.assert_array_equal(env.state.latent[:, i], last.latent)
     return env
 
 

@@ -149,9 +149,16 @@ def test_mpo_target_against_brute_force_where_actions_were_not_visited():
     assert some_unvisited
 
 
-def test_noise_at_the_root_changes_the_search():
-    nodes = np.arange(100)
-    assert (search(nodes, noise=0.25)[0] != search(nodes)[0]).any()
+def test_the_prior_of_the_root_is_mixed_with_noise():
+    """One simulation visits the action of the highest mixed prior."""
+    table = Table()
+    table.policy_logits[:] = np.log([0.5, 0.3, 0.2])
+    policy, _ = search(np.zeros(30_000), noise=0.25, num_simulations=1, table=table)
+    noise = np.random.default_rng(0).dirichlet(np.full(3, 0.3), 30_000)
+    mixed = 0.75 * np.array([0.5, 0.3, 0.2]) + 0.25 * noise
+    expected = np.bincount(mixed.argmax(axis=1)) / 30_000
+    assert 0.05 < expected[1] < 0.5
+    np.testing.assert_allclose(policy.mean(axis=0), expected, atol=0.01)
 
 
 def test_a_prior_of_noise_alone_is_drawn_for_each_root():

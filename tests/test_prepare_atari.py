@@ -298,6 +298,25 @@ def test_a_script_s_second_build_waits_for_the_first(tmp_path, monkeypatch, caps
     assert [p.name for p in tmp_path.iterdir()] == ["Pong"]
 
 
+def test_a_script_takes_the_store_that_was_built_while_it_looked_for_its_source(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ROSMO_PARENT", str(os.getpid()))
+    monkeypatch.setattr(prepare_atari, "end_with", lambda parent: None)
+    monkeypatch.setattr(prepare_atari.signal, "signal", lambda *_: None)
+    write(tmp_path / "Pong")
+    calls = []
+
+    def main(args):
+        calls.append(args)
+        if len(calls) == 1:  # it was not there when it looked
+            write(tmp_path / "Pong")
+
+    prepare_atari.run(main, None)
+    assert len(calls) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["Pong"]
+
+
 def test_full_disk_and_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with ends_with(r"Pong was not built: .*(exists|Not a directory)"):
@@ -522,6 +541,13 @@ def test_a_broken_import_is_kept_from_one_with_other_arguments(tmp_path):
     assert flaky.calls == ["1"]
 
 
+@pytest.mark.usefixtures("in_process")
+def test_an_import_without_a_finished_part_gives_way_to_one_with_other_arguments(tmp_path):
+    (tmp_path / ".a.building" / "part-00000.unfinished").mkdir(parents=True)
+    (tmp_path / ".a.building" / "plan.json").write_text("of other arguments")
+    import_two(tmp_path / "a", Flaky(EOFError(), 0))
+
+
 @pytest.mark.parametrize("name", ["frames.bin", "frames_offsets.npy", "steps.npy", "episodes.npy"])
 @pytest.mark.usefixtures("in_process")
 def test_a_part_that_a_crash_has_emptied_is_made_again(tmp_path, name):
@@ -664,6 +690,8 @@ def test_shards_of_local_play_are_not_taken_for_the_papers(rlu, make, path, tmp_
         make(rlu_prefix=str(rlu.folder))
     make(rlu_prefix=str(rlu.folder), out=tmp_path / "out")
     assert contents(tmp_path / "out") == contents(path)
+    with ends_with("is not RL Unplugged's: import all of it, without --percent"):
+        make(rlu_prefix=str(rlu.folder), out=tmp_path / "half", percent=50)
 
 
 def test_shard_of_another_game_or_size(rlu, make, tmp_path, monkeypatch):
@@ -910,6 +938,11 @@ def test_fall_back_says_what_it_is_and_collects(offline, monkeypatch, tmp_path, 
     assert len(commands) == 3
     with ends_with("run again with a connection"):
         offline(out=tmp_path / "out")
+    begun = folder / ".Pong-run1-100pct.building"  # of an import that lost its connection
+    begun.mkdir()
+    with ends_with("run again with a connection"):
+        offline()
+    begun.rmdir()
     helpers.damage(folder / "Pong-dqn-200k/steps.npy", "truncated")
     with ends_with("has a damaged steps.npy"):
         offline()

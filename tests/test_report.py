@@ -6,11 +6,13 @@ import dataclasses
 import importlib
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import tyro
@@ -18,6 +20,7 @@ from conftest import ROOT
 from scipy.stats import trim_mean
 
 import paper
+import prepare_atari
 import report
 import run
 import throughput
@@ -558,7 +561,18 @@ def test_runs_without_a_final_evaluation_have_curves_alone(tmp_path):
     page = (make(tmp_path, "figure9", further=further) / "figure9.md").read_text()
     assert "1 of 8 cells are finished, " in page
     assert rows(page, "catch")["ROSMO"] == [""] * 4
+    assert "No run has a final evaluation." in page
     assert (tmp_path / "out" / "figure9.png").exists()
+
+
+def test_pages_are_written_where_the_terminal_knows_ascii_alone(tmp_path):
+    write_run(tmp_path / "a", "rosmo_bsuite", [1.0, 0.0])
+    words = [sys.executable, str(ROOT / "benchmark" / "report.py"), "compare", "A=a"]
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    options = {"capture_output": True, "text": True, "env": os.environ | ascii_alone}
+    result = subprocess.run(words, cwd=tmp_path, **options)
+    assert result.returncode == 0, result.stderr
+    assert "0.500 ± 0.500" in (tmp_path / "runs/report/compare.md").read_text("utf-8")
 
 
 def test_one_file_holds_all_pages_with_their_images(tmp_path):
@@ -699,6 +713,16 @@ def test_throughput_replaces_the_section_of_its_title_alone(tmp_path):
         throughput.write_section(path, title, "text")
     assert path.read_text().count("## bsuite --num-seeds 5\n") == 1
     assert path.read_text().count("## bsuite\n") == 1
+
+
+def test_a_store_of_any_game_and_percent_is_measured(tmp_path):
+    episode = helpers.random_episode(np.random.default_rng(0), 20, 3, is_terminal=True)
+    meta = {"env_id": "Square", "source": "mine", "percent": 10.0, "num_actions": 3}
+    meta |= {"steps_per_checkpoint": 100, "rom_sha256": None}
+    prepare_atari.write_store(tmp_path / "store", meta, [episode])
+    script = throughput_loader.script
+    store = throughput.open_store(script, tmp_path / "store", script.Args())
+    assert len(store.index) == 20
 
 
 @pytest.mark.parametrize(

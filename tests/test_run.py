@@ -306,35 +306,25 @@ def test_runs_on_local_data_give_way_to_rl_unplugged(tmp_path, monkeypatch, caps
     words = ["table8", "--methods", "BC", "--env-ids", "Pong", "--seeds", 0]
     words += ["--total-updates", 2000]
     assert commands_of(capsys, *words) == []  # all that can be had
+    args = run.importlib.import_module("bc_atari").Args(env_id="Pong", total_updates=2000)
+    assert len(run.find_runs(run.read_runs((tmp_path / "runs",)), args)) == 1
     (tmp_path / "data/atari/Pong-run1-100pct").mkdir(parents=True)
     assert len(commands_of(capsys, *words)) == 1
+    assert run.find_runs(run.read_runs((tmp_path / "runs",)), args) == []
     theirs = local | {"source": "run1"}
     write_run(tmp_path / "runs" / "b", "bc_atari", [2.0], env_id="Pong", data=theirs)
     assert commands_of(capsys, *words) == []
-    args = run.importlib.import_module("bc_atari").Args(env_id="Pong", total_updates=2000)
     (found,) = run.find_runs(run.read_runs((tmp_path / "runs",)), args)
     assert found.final == [2.0]
-
-
-def test_a_run_of_another_length_keeps_its_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_run(tmp_path / "runs/bc_bsuite/catch/seeds0-4", "bc_bsuite", [1.0] * 5)
-    words = ["table2", "--methods", "BC", "--env-ids", "catch", "--total-updates"]
-    assert commands_of(capsys, *words, 2000) == []
-    for updates in (1000, 3000):
-        (line,) = commands_of(capsys, *words, updates)
-        assert line.endswith(f"--run-dir runs/bc_bsuite/catch/seeds0-4-total-updates={updates}")
-    (line,) = commands_of(capsys, *words, 3000, "--seeds", 5, 6)
-    assert "--run-dir" not in line
 
 
 def test_a_method_s_own_number_of_updates_is_the_most(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["table7", "--methods", "MOReL", "--seeds", 0, "--total-updates"]
-    for given, updates in ((50_000, None), (7, 7)):
+    for given, updates, folder in ((50_000, None, ""), (7, 7, "-total-updates-7")):
         (line,) = commands_of(capsys, *words, given, "--loader-threads", 8)
         assert (f"--total-updates {updates}" in line) == (updates is not None)
-        assert "--run-dir runs/morel_atari/MsPacman/seed0 " in f"{line} "
+        assert f"--run-dir runs/morel_atari/MsPacman{folder}/seed0 " in f"{line} "
 
 
 def test_combo_alone_takes_the_world_model_that_is_there(tmp_path, monkeypatch, capsys):
@@ -368,7 +358,7 @@ def test_combo_waits_for_morel_and_takes_its_world_model(stand_in, tmp_path, cap
     words = ["table7", "--methods", "COMBO", "MOReL", "--seeds", 0, "--total-updates", 7]
     start(*words, "--workers", 2)
     first, second = (tmp_path / "commands").read_text().splitlines()
-    folder = "runs/morel_atari/MsPacman/seed0"
+    folder = "runs/morel_atari/MsPacman-total-updates-7/seed0"
     assert "morel_atari.py" in first
     assert f"--run-dir {folder}" in first
     assert "combo_atari.py" in second

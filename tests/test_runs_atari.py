@@ -270,18 +270,35 @@ def two_processes(started, name: str, *each: list, timeout: float = 300, **share
     ]
 
 
-def test_several_devices_and_several_processes_give_the_numbers_of_one(whole, started, tmp_path):
-    options = ["--eval-episodes", 0, "--final-eval-episodes", 0, "--run-dir"]
-    flags = {"JAX_NUM_CPU_DEVICES": "4"}
-    result = started("rosmo_atari", *options, "four", **flags)
+NOT_PLAYED = ["--eval-episodes", 0, "--final-eval-episodes", 0]
+
+
+def assert_same_losses(one, other, devices: int):
+    """`one` was evaluated and the other was not."""
+    config = json.loads((other / "config.json").read_text())
+    assert config["starts"][0]["device"].startswith(f"{devices} x")
+    losses = [[x for x in metrics(folder) if "losses/total" in x] for folder in (one, other)]
+    assert losses[0]
+    helpers.assert_close(*losses)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"), [("rosmo_atari", 4), ("morel_atari", 2), ("combo_atari", 2)]
+)
+def test_several_devices_give_the_numbers_of_one(whole, started, tmp_path, name, devices):
+    flags = {"JAX_NUM_CPU_DEVICES": str(devices)}
+    result = started(name, *NOT_PLAYED, "--run-dir", "several", **flags)
     assert result.returncode == 0, result.stderr
-    results = two_processes(started, "bc_atari", *2 * [[*options, "two"]])
+    assert_same_losses(whole(name), tmp_path / "several", devices)
+    if name in ("morel_atari", "combo_atari"):
+        model = whole(name).with_name(f"{whole(name).name}-world-model")
+        assert_same_losses(model, tmp_path / "several-world-model", devices)
+
+
+def test_several_processes_give_the_numbers_of_one(whole, started, tmp_path):
+    results = two_processes(started, "bc_atari", *2 * [[*NOT_PLAYED, "--run-dir", "two"]])
     assert [x.returncode for x in results] == [0, 0], results
-    for name, folder in (("rosmo_atari", "four"), ("bc_atari", "two")):
-        config = json.loads((tmp_path / folder / "config.json").read_text())
-        assert config["starts"][0]["device"].startswith("4 x")
-        losses = [x for x in metrics(whole(name)) if "losses/total" in x]
-        helpers.assert_close(losses, metrics(tmp_path / folder)[:-1])
+    assert_same_losses(whole("bc_atari"), tmp_path / "two", 4)
 
 
 @pytest.mark.parametrize(

@@ -355,6 +355,24 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(short, in_process
             assert len(checkpoints(short)) == 2
 
 
+def test_what_another_process_ends_with_before_it_lets_go_of_the_folder_stays(
+    short, in_process, monkeypatch, tmp_path
+):
+    whole = shutil.copytree(short, tmp_path / "whole")
+    checkpoints(short)[-1].unlink()
+    lines = (short / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (short / "metrics.jsonl").write_text("".join(lines[:-1]))
+    keep = bc_bsuite.Run.keep
+
+    def wait_and_keep(run):
+        shutil.copytree(whole, short, dirs_exist_ok=True)
+        keep(run)
+
+    monkeypatch.setattr(bc_bsuite.Run, "keep", wait_and_keep)
+    assert "This run is finished" in in_process("bc_bsuite", *SHORT).stdout
+    assert metrics(short) == metrics(whole)
+
+
 def test_a_folder_with_something_else_is_never_deleted(in_process, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -399,10 +417,12 @@ def test_the_folder_is_named_after_what_changes_the_run(in_process, tmp_path):
     assert folder(learning_rate=0.1, dataset=tmp_path / "x.npz", eval_greedy=True) == (
         "runs/bc_bsuite/catch-dataset=x.npz-learning-rate=0.1-eval-greedy=True/seeds0-1"
     )
-    for changes in ({"log_every": 3}, {"total_updates": 7}, {"data_dir": tmp_path}):
+    for changes in ({"checkpoint_every": 3}, {"data_dir": tmp_path}):
         assert folder(**changes, overwrite=True) == "runs/bc_bsuite/catch/seeds0-1"
+    changes = {"total_updates": 7, "eval_episodes": 3}  # a run of any other number has its own
+    assert folder(**changes) == "runs/bc_bsuite/catch-total-updates=7-eval-episodes=3/seeds0-1"
     long = folder(dataset=tmp_path / ("x" * 200))
-    assert max(map(len, long.split("/"))) < 140
+    assert max(map(len, long.split("/"))) < 180
     assert long != folder(dataset=tmp_path / ("x" * 199 + "y"))
 
 
