@@ -167,6 +167,17 @@ SMALL = (
     *(("channels", 16), ("batch_size", 176), ("eval_episodes", 5), ("final_eval_episodes", 20)),
     ("eval_max_frames", 18_000),
 )
+# A world model that two hours of two cores can train.
+SMALL_MODEL = {"members": 2, "deter": 128, "hidden": 128, "latents": 16, "classes": 16}
+SMALL_MODEL |= {"depth": 12, "head_units": 64, "model_batch_size": 8, "model_length": 12}
+SMALL_MODEL |= {"model_learning_rate": 1e-3, "model_updates": 14_000}
+# MOReL's policy imitates the data as BC does, and then learns from 51,200 imagined steps.
+SMALL_MOREL = SMALL_MODEL | {"bc_updates": 5_000, "bc_batch_size": 176, "batch_size": 16}
+SMALL_MOREL |= {"rollout_length": 32, "starts": 1, "epochs": 2, "halt_batches": 8}
+SMALL_MOREL |= {"anneal_updates": 100, "total_updates": 100, "eval_every": 10}
+# An update of next to nothing.
+CLONE = SMALL_MOREL | {"total_updates": 1, "learning_rate": 1e-12}
+SMALL_COMBO = SMALL_MODEL | {"rollout_starts": 64, "rollout_epsilon": 1.0}
 SWEEP = {"tasks": ("Breakout",), "seeds": (0,), "common": SMALL, "total_updates": 5_000}
 
 ITEMS = {
@@ -360,6 +371,24 @@ ITEMS = {
         claim="On Breakout at the paper's size: ROSMO 441, CQL 418, MuZero Unplugged 390, "
         "CRR 219, BC 85 (Table 8).",
         total_updates=5_000,
+    ),
+    "table7_small": Item(
+        "Table 7 in miniature: model-based methods on Breakout, small",
+        "table",
+        on(
+            "atari",
+            MOReL=("morel", SMALL_MOREL),
+            **{"MOReL's clone alone": ("morel", CLONE)},
+            COMBO=("combo", SMALL_COMBO),
+            **{k: (ALGORITHMS[k], {"batch_size": 16}) for k in ("MuZero Unplugged", "ROSMO")},
+        ),
+        ("Breakout",),
+        (0,),
+        common=SMALL,
+        claim="On MsPacman at the paper's size: ROSMO 5020, MuZero Unplugged 4539, COMBO 1538, "
+        "MOReL 1476 (Table 7).",
+        total_updates=5_000,
+        needs={k: ("MOReL", "world_model") for k in ("MOReL's clone alone", "COMBO")},
     ),
     "sweep_crr": Item(
         "CRR's β on catch",

@@ -832,7 +832,7 @@ def write_page(
     for note in notes:
         lines += [note, ""]
     lines += paper_table(item, cells, estimates)
-    if item.claim and not item.numbers and name != "atari_small":
+    if item.claim and not item.numbers and not name.endswith("_small"):
         lines += ["The paper has these numbers in a picture alone, not in its text.", ""]
     lines += reference_table(cells)
     lines += statistics(item, scores, tasks, estimates) if summary else []
@@ -936,7 +936,7 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
         data_facts(x.config["data"]).get("source") for r in cells.values() if r for x in r.runs
     }
     other += ["data of a local online DQN, not of RL Unplugged"] if "dqn" in sources else []
-    if other and not name.startswith(("atari_small", "sweep")):
+    if other and not name.endswith("_small") and not name.startswith("sweep"):
         notes.append(f"Not the paper's setting: {'; '.join(other)}.")
     if item.form == "curves" and not set(tasks) <= REFERENCE_RETURNS.keys():
         item = item._replace(unit="return")  # for want of the references
