@@ -101,6 +101,9 @@ def read_run(folder: Path) -> Run | None:
     config = json.loads((folder / "config.json").read_text())
     if missing := {"args", "data", "script", "starts"} - config.keys():
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
+    words = [config["script"], config["args"]["env_id"], *(x["device"] for x in config["starts"])]
+    if not all(isinstance(x, str) for x in words) or not isinstance(config["data"], str | dict):
+        raise ValueError("config.json is damaged")
     text = (folder / "metrics.jsonl").read_text()
     lines = [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]  # whole ones
     final = {x["seed"]: x for x in lines if "final/returns" in x}
@@ -114,17 +117,21 @@ def read_run(folder: Path) -> Run | None:
         line["hours"] = (line.get("wall_time", np.nan) - seconds["evaluation"]) / 3600
     curves = [[x for x in lines if x["seed"] == s and "eval/return_mean" in x] for s in seeds]
     returns = [[x.get("eval/returns", [x["eval/return_mean"]]) for x in curve] for curve in curves]
-    return Run(
+    run = Run(
         folder,
         config,
         np.array(seeds),
-        np.array([final[s].get("final/return_mean", np.nan) for s in seeds]),
-        np.array([final[s]["final/returns"] for s in seeds]),
-        np.array([x["update"] for x in curves[0]]),
+        np.array([final[s].get("final/return_mean", np.nan) for s in seeds], float),
+        np.array([final[s]["final/returns"] for s in seeds], float).reshape(count, -1),
+        np.array([x["update"] for x in curves[0]], int),
         np.array(returns, float).reshape(count, len(curves[0]), -1 if curves[0] else 0),
-        np.array([[x["hours"] for x in curve] for curve in curves]),
+        np.array([[x["hours"] for x in curve] for curve in curves], float),
         seconds,
     )
+    numbers = (run.final_returns, run.updates, run.returns, run.hours)
+    if not all(np.isfinite(x).all() for x in numbers):
+        raise ValueError("metrics.jsonl is damaged")
+    return run
 
 
 def read_runs(folders: tuple[Path, ...]) -> list[Run]:
@@ -138,7 +145,7 @@ def read_runs(folders: tuple[Path, ...]) -> list[Run]:
         if (path / "metrics.jsonl").exists():
             try:
                 runs.append(read_run(path))
-            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            except Exception as error:  # whatever is in these files
                 print(f"{path} cannot be read as a run: {error!r}", file=sys.stderr)
     return sorted((run for run in runs if run), key=lambda run: -len(run.final))
 
@@ -397,6 +404,13 @@ class Command:
         if self.cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.cores)
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        held = {signal.SIGTERM, signal.SIGUSR2}  # until it is known whom they are for
+
+        def release() -> None:
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 self.words,
@@ -406,9 +420,10 @@ class Command:
                 env=environment,
                 cwd=self.folder,
                 start_new_session=True,  # a Ctrl-C on the terminal is not for it
-                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+                preexec_fn=release,
             )
         self.pid = process.pid
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
         if self.stopped:  # before there was a script
             self.stop()
         while process.poll() is None:

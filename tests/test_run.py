@@ -241,6 +241,30 @@ def test_a_folder_that_is_no_run_stops_nothing(tmp_path, capsys):
     assert capsys.readouterr().err.count("cannot be read as a run") == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", {"data": None}),
+        ("config.json", {"starts": [{"commit": "a"}]}),
+        ("config.json", {"starts": [{"commit": "a", "device": None}]}),
+        ("config.json", {"script": 3}),
+        ("metrics.jsonl", {"final/return_mean": "x"}),
+        ("metrics.jsonl", {"final/returns": [None]}),
+        ("metrics.jsonl", {"final/returns": [10**400]}),
+        ("metrics.jsonl", {"final/returns": "x"}),
+    ],
+)
+def test_a_damaged_run_is_named_and_left_out(tmp_path, capsys, name, change):
+    write_run(tmp_path / "a", "bc_bsuite", [1.0])
+    *before, last = (tmp_path / "a" / name).read_text().splitlines()
+    if name == "config.json":
+        before, last = [], "".join([*before, last])
+    text = "\n".join([*before, json.dumps(json.loads(last) | change)]) + "\n"
+    (tmp_path / "a" / name).write_text(text)
+    assert run.read_runs((tmp_path,)) == []
+    assert "a cannot be read as a run" in capsys.readouterr().err
+
+
 def test_further_arguments_reach_the_scripts_that_have_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = ["table8", "--dry-run", "--runs", tmp_path, "--env-ids", "Pong", "--seeds", 0]
@@ -449,6 +473,29 @@ def test_a_preempted_job_saves_and_goes_on(stand_in, slurm, tmp_path, number):
     assert slurm(0).wait(30) == 0
     first, second = (tmp_path / "commands").read_text().splitlines()
     assert first == second
+
+
+def test_a_job_that_is_preempted_while_it_starts_its_script_stops_it(
+    stand_in, tmp_path, monkeypatch
+):
+    (tmp_path / "wait").touch()
+    job = run.Command([str(stand_in), "x"], tmp_path / "log")
+    popen = subprocess.Popen
+
+    def preempted(*words, **options):
+        process = popen(*words, **options)
+        wait_for(tmp_path / "commands")
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return process
+
+    monkeypatch.setattr(run.subprocess, "Popen", preempted)
+    before = signal.signal(signal.SIGUSR2, lambda *_: exit(job.checkpoint() is None))
+    try:
+        with pytest.raises(SystemExit):
+            job()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert (tmp_path / "saved").read_text() == "saved\n"
 
 
 def test_slurm_starts_what_needs_another_after_it(stand_in, slurm, tmp_path, capsys):
