@@ -404,13 +404,8 @@ class Command:
         if self.cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.cores)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        held = {signal.SIGTERM, signal.SIGUSR2}  # until it is known whom they are for
-
-        def release() -> None:
-            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
-
-        signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        early = []  # SIGUSR2 from SLURM before the script's number is known
+        preempt = signal.signal(signal.SIGUSR2, lambda number, _: early.append(number))
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 self.words,
@@ -420,10 +415,12 @@ class Command:
                 env=environment,
                 cwd=self.folder,
                 start_new_session=True,  # a Ctrl-C on the terminal is not for it
-                preexec_fn=release,
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
             )
         self.pid = process.pid
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+        signal.signal(signal.SIGUSR2, preempt)
+        for number in early:
+            os.kill(os.getpid(), number)
         if self.stopped:  # before there was a script
             self.stop()
         while process.poll() is None:
