@@ -195,7 +195,7 @@ def init_state(key, network: BCNetwork, observation, args: Args) -> TrainState:
 def update(state: TrainState, key, batch: Steps, network: BCNetwork, args: Args):
     """One update of a seed on steps [B, 1] -> (state, metrics), without use for the key."""
     gradient, metrics = jax.grad(bc_loss, has_aux=True)(state.params, batch, network, args)
-    metrics["charts/grad_norm"] = optax.global_norm(gradient)
+    metrics["charts/grad_norm"] = optax.tree.norm(gradient)
     delta, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, delta)
     return TrainState(params, opt_state, state.step + 1), metrics
@@ -495,7 +495,7 @@ class Run:
             options["project"] = os.environ.get("WANDB_PROJECT", "rosmo-suite")
             try:
                 self.wandb = wandb.init(dir=self.dir, config=self.config, **options)
-            except wandb.Error as error:
+            except (wandb.Error, ValueError) as error:
                 advice = "log in with 'wandb login', or set WANDB_MODE=offline"
                 raise SystemExit(f"Weights & Biases: {error}; {advice}.") from None
 
@@ -535,7 +535,14 @@ class Run:
         """
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
-            state = serialization.from_state_dict(state, saved["state"])
+            before, changed = jax.tree.map(np.shape, state), False
+            try:
+                state = serialization.from_state_dict(state, saved["state"])
+            except ValueError:  # it has other layers
+                changed = True
+            if changed or jax.tree.map(np.shape, state) != before:
+                message = f"{self.dir} has checkpoints of another network; give another --run-dir"
+                raise SystemExit(f"{message}, or --overwrite to delete the run in it.")
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
         self.started -= saved["wall_time"]
         if self.writes:
@@ -772,7 +779,8 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     status: Any = 130
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
-    for stream in (sys.stdout, sys.stderr):
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # those that are open
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
         head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines

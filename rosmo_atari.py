@@ -546,7 +546,7 @@ def update(state: TrainState, key, batch: Batch, network: MuZeroNetwork, args: A
     gradient, metrics = jax.grad(rosmo_loss, has_aux=True)(
         state.params, state.target_params, batch, key, network, args
     )
-    metrics["charts/grad_norm"] = optax.global_norm(gradient)
+    metrics["charts/grad_norm"] = optax.tree.norm(gradient)
     delta, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.params)
     params, step = optax.apply_updates(state.params, delta), state.step + 1
     target_params = optax.periodic_update(
@@ -658,7 +658,7 @@ def open_store(args) -> Store:
         selected = (before < limit) | (args.data_percent == 100)
         store = Store(meta, blob, offsets, steps, episodes, np.arange(0))
         return select_episodes(store, selected)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged file can raise almost anything
         message = f"{path} cannot be used as a store of {args.env_id}: {error!r}"
         raise SystemExit(f"{message}. Give another --dataset, or make it again.") from None
 
@@ -904,7 +904,7 @@ class Run:
             options["project"] = os.environ.get("WANDB_PROJECT", "rosmo-suite")
             try:
                 self.wandb = wandb.init(dir=self.dir, config=self.config, **options)
-            except wandb.Error as error:
+            except (wandb.Error, ValueError) as error:
                 advice = "log in with 'wandb login', or set WANDB_MODE=offline"
                 raise SystemExit(f"Weights & Biases: {error}; {advice}.") from None
 
@@ -944,7 +944,14 @@ class Run:
         """
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
-            state = serialization.from_state_dict(state, saved["state"])
+            before, changed = jax.tree.map(np.shape, state), False
+            try:
+                state = serialization.from_state_dict(state, saved["state"])
+            except ValueError:  # it has other layers
+                changed = True
+            if changed or jax.tree.map(np.shape, state) != before:
+                message = f"{self.dir} has checkpoints of another network; give another --run-dir"
+                raise SystemExit(f"{message}, or --overwrite to delete the run in it.")
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
         self.started -= saved["wall_time"]
         if self.writes:
@@ -1106,9 +1113,9 @@ def join_processes(args, *shared: int) -> None:
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = given = [os.environ.get(name, "") for name in names]
     joins = number.isdecimal() and index.isdecimal() and int(index) < int(number)
-    if any(given) and not (address and joins):
+    if any(given) and not (":" in address and joins):
         message = f"A run of several processes needs all of {', '.join(names)}"
-        raise SystemExit(f"{message}; the last counts from 0.")
+        raise SystemExit(f"{message}; the first is HOST:PORT, the last counts from 0.")
     if jax.config.jax_num_cpu_devices < 0:  # not set by JAX's own JAX_NUM_CPU_DEVICES
         sizes = [value for name, value in vars(args).items() if name.endswith("batch_size")]
         share, cores = math.gcd(*sizes, *shared) // int(number or 1), os.cpu_count() or 1
@@ -1219,7 +1226,8 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     status: Any = 130
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
-    for stream in (sys.stdout, sys.stderr):
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # those that are open
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
         head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines

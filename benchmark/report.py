@@ -21,6 +21,7 @@ import csv
 import importlib
 import itertools
 import json
+import os
 import re
 import shlex
 import sys
@@ -32,6 +33,8 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 from markdown_it import MarkdownIt
+
+os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from rliable import library, metrics

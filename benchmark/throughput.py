@@ -214,6 +214,8 @@ def main(args: Args) -> None:
     for name, value in vars(args).items():
         if type(value) is int and value < 1:
             raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least 1.")
+    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
+        raise SystemExit(f"--out {args.out} is no page that can be written.")
     if args.store and not (args.store / "meta.json").exists():
         raise SystemExit(f"There is no store {args.store}.")
     names = args.scripts or tuple(f"{method}_{args.domain}" for method in METHODS)

@@ -456,8 +456,8 @@ def test_the_learning_rate_falls_to_zero():
     state, sizes, moments = optimizer.init(params), [], []
     for _ in range(2):
         delta, state = optimizer.update({"x": jnp.array([3.0, -4.0])}, state, params)
-        sizes.append(float(optax.global_norm(delta)))
-        moments.append(float(optax.global_norm(optax.tree.get(state, "mu"))))
+        sizes.append(float(optax.tree.norm(delta)))
+        moments.append(float(optax.tree.norm(optax.tree.get(state, "mu"))))
         state = optax.tree.set(state, count=jnp.int32(ARGS.anneal_updates * 2 * 2))
     assert sizes[0] == pytest.approx(2.5e-4 * np.sqrt(2), rel=1e-2)
     assert sizes[1] == 0

@@ -349,9 +349,16 @@ def test_several_processes_end_when_the_first_cannot_write(started, tmp_path):
     assert second.returncode != 0
 
 
-@pytest.mark.parametrize("number", ["2", "0", "two"])
-def test_a_process_without_its_siblings_says_what_it_lacks(started, number):
-    result = started("bc_atari", JAX_NUM_PROCESSES=number)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"JAX_NUM_PROCESSES": "2"},
+        {"JAX_NUM_PROCESSES": "two"},
+        {"JAX_COORDINATOR_ADDRESS": "host", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
+    ],
+)
+def test_a_process_without_its_siblings_says_what_it_lacks(started, given):
+    result = started("bc_atari", **given)
     assert result.returncode == 1
     assert "needs all of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS" in result.stderr
 

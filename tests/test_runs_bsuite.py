@@ -15,6 +15,7 @@ import zlib
 from time import time
 from types import SimpleNamespace
 
+import flax.linen as nn
 import helpers
 import numpy as np
 import pytest
@@ -300,6 +301,26 @@ def test_an_argument_that_came_later_counts_as_its_default(short, in_process):
     assert "something else (batch_size 128 -> 16); give another --run-dir" in result.stderr
 
 
+class Linear(nn.Module):
+    """A network with layers of its own."""
+
+    @nn.compact
+    def __call__(self, observation):
+        return nn.Dense(3)(observation.reshape(*observation.shape[:-2], -1))
+
+
+@pytest.mark.parametrize("network", [bc_bsuite.BCNetwork(4, "float32"), Linear()])
+def test_a_copied_script_with_another_network_does_not_go_on(
+    short, in_process, monkeypatch, network
+):
+    before = metrics(short)
+    monkeypatch.setattr(bc_bsuite, "make_network", lambda *_: network)
+    result = in_process("bc_bsuite")
+    assert result.returncode == 1
+    assert "run has checkpoints of another network; give another --run-dir" in result.stderr
+    assert metrics(short) == before
+
+
 # Other arguments, other data, other processes
 
 
@@ -535,6 +556,13 @@ def test_several_devices_give_the_numbers_of_one(whole, started, tmp_path):
     one = [x for x in metrics(whole("bc_bsuite")) if x["update"] <= 20]
     four = [x for x in metrics(tmp_path / "four") if "final/returns" not in x]
     helpers.assert_close(one, four)
+
+
+def test_pictures_are_drawn_from_a_notebook_and_with_a_closed_stdout(started, tmp_path):
+    backend = {"MPLBACKEND": "module://not_installed_here"}
+    result = started("bc_bsuite", "--run-dir", "run", shell="exec >&-", **backend)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "learning_curve.png").exists()
 
 
 def test_wandb_mirror_works_offline(started, tmp_path):

@@ -137,7 +137,7 @@ def test_the_optimizer_clips_decays_and_changes_its_rate_as_the_authors(name, mo
     assert options["weight_decay"] == 1e-4
     large = {"x": jnp.full(4, 50.0)}
     clipped, _ = optimizer.update(large, optimizer.init(large))
-    assert optax.global_norm(clipped) == pytest.approx(5)
+    assert optax.tree.norm(clipped) == pytest.approx(5)
     # The decay spares scales and offsets.
     args = dataclasses.replace(module.Args(), weight_decay=0.5)
     optimizer = module.make_optimizer(args)
