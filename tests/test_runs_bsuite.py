@@ -302,14 +302,18 @@ def test_an_argument_that_came_later_counts_as_its_default(short, in_process):
 
 
 class Linear(nn.Module):
-    """A network with layers of its own."""
+    """A network of one layer."""
+
+    layer: str
 
     @nn.compact
     def __call__(self, observation):
-        return nn.Dense(3)(observation.reshape(*observation.shape[:-2], -1))
+        return nn.Dense(3, name=self.layer)(observation.reshape(*observation.shape[:-2], -1))
 
 
-@pytest.mark.parametrize("network", [bc_bsuite.BCNetwork(4, "float32"), Linear()])
+@pytest.mark.parametrize(
+    "network", [bc_bsuite.BCNetwork(4, "float32"), Linear("Dense_0"), Linear("new")]
+)
 def test_a_copied_script_with_another_network_does_not_go_on(
     short, in_process, monkeypatch, network
 ):
@@ -559,7 +563,7 @@ def test_several_devices_give_the_numbers_of_one(whole, started, tmp_path):
 
 
 def test_pictures_are_drawn_from_a_notebook_and_with_a_closed_stdout(started, tmp_path):
-    backend = {"MPLBACKEND": "module://not_installed_here"}
+    backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # not installed here
     result = started("bc_bsuite", "--run-dir", "run", shell="exec >&-", **backend)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "learning_curve.png").exists()
