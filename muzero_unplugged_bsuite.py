@@ -796,12 +796,13 @@ class Run:
         """
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
-            before, changed = jax.tree.map(np.shape, state), False
+            shapes = jax.tree.map(np.shape, state)
             try:
                 state = serialization.from_state_dict(state, saved["state"])
+                fits = jax.tree.map(np.shape, state) == shapes
             except ValueError:  # it has other layers
-                changed = True
-            if changed or jax.tree.map(np.shape, state) != before:
+                fits = False
+            if not fits:
                 message = f"{self.dir} has checkpoints of another network; give another --run-dir"
                 raise SystemExit(f"{message}, or --overwrite to delete the run in it.")
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)

@@ -944,12 +944,13 @@ class Run:
         """
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
-            before, changed = jax.tree.map(np.shape, state), False
+            shapes = jax.tree.map(np.shape, state)
             try:
                 state = serialization.from_state_dict(state, saved["state"])
+                fits = jax.tree.map(np.shape, state) == shapes
             except ValueError:  # it has other layers
-                changed = True
-            if changed or jax.tree.map(np.shape, state) != before:
+                fits = False
+            if not fits:
                 message = f"{self.dir} has checkpoints of another network; give another --run-dir"
                 raise SystemExit(f"{message}, or --overwrite to delete the run in it.")
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
@@ -1124,10 +1125,10 @@ def join_processes(args, *shared: int) -> None:
         numbers = [n for n in range(1, cores + 1) if share % n == 0]
         jax.config.update("jax_num_cpu_devices", max(numbers))
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM for itself
-    if address:
-        jax.distributed.initialize(address, int(number), int(index))
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        jax.distributed.initialize()
+    if address or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        for one in (signal.SIGINT, signal.SIGTERM):  # no handler is heard while it waits
+            signal.signal(one, signal.SIG_DFL)
+        jax.distributed.initialize(*((address, int(number), int(index)) if address else ()))
     prepare_jax()
     if len({*all_processes(zlib.crc32(repr(args).encode()))}) > 1:
         raise SystemExit("The processes of this run have different arguments: give all the same.")

@@ -39,6 +39,7 @@ Where it differs from Dopamine's DQN:
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -407,6 +408,8 @@ def check_args(args: Args) -> None:
 
 def main(args: Args) -> None:
     check_args(args)
+    if args.format == "rlu" and importlib.util.find_spec("tensorflow") is None:
+        raise SystemExit("--format rlu needs the package tensorflow.")
     path = Path(args.out or f"{args.data_dir}/atari/{args.env_id}-dqn-{args.num_steps // 1000}k")
     path = path.expanduser()
     if fault := path.exists() and find_fault(path, args.env_id, "dqn", 100):

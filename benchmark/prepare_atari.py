@@ -413,6 +413,9 @@ def import_tfds() -> Any:
         import tensorflow_datasets as tfds
 
         tf.config.set_visible_devices([], "GPU")
+    except ImportError as error:
+        message = "RL Unplugged's files need the packages tensorflow and tensorflow-datasets"
+        raise SystemExit(f"{message}: {error}.") from None
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)

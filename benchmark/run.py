@@ -12,8 +12,8 @@ end. Ctrl-C lets all runs write their checkpoints.
 """
 
 import dataclasses
-import glob
 import importlib
+import itertools
 import json
 import os
 import re
@@ -32,6 +32,7 @@ import numpy as np
 import submitit
 import tyro
 from filelock import FileLock, Timeout
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,17 +137,18 @@ def read_run(folder: Path) -> Run | None:
 
 def read_runs(folders: tuple[Path, ...]) -> list[Run]:
     """All finished runs below the folders, also behind links, those of the most seeds first."""
-    options, paths, runs = {"recursive": True, "include_hidden": True}, {}, []
-    for folder in folders:  # pathlib does not follow links to folders
-        found = glob.glob("**/config.json", root_dir=folder, **options)
-        for path in sorted((folder / name).parent for name in found):
-            paths.setdefault(path.resolve(), path)
-    for path in paths.values():
-        if (path / "metrics.jsonl").exists():
-            try:
-                runs.append(read_run(path))
-            except Exception as error:  # whatever is in these files
-                print(f"{path} cannot be read as a run: {error!r}", file=sys.stderr)
+    seen, runs = set(), []
+    for folder in folders:
+        for path, inner, files in os.walk(folder, followlinks=True):
+            inner.sort()
+            if (real := os.path.realpath(path)) in seen:  # by another link, maybe to what is above
+                inner.clear()
+            elif {"config.json", "metrics.jsonl"} <= set(files):
+                try:
+                    runs.append(read_run(Path(path)))
+                except Exception as error:  # whatever is in these files
+                    print(f"{path} cannot be read as a run: {error!r}", file=sys.stderr)
+            seen.add(real)
     return sorted((run for run in runs if run), key=lambda run: -len(run.final))
 
 
@@ -243,9 +245,19 @@ def script_args(item: Item, further: list[str]) -> dict[str, Any]:
     return parsed
 
 
+def check_env_id(script: Any, env_id: str) -> None:
+    if hasattr(script, "game_name"):
+        script.game_name(env_id)  # ends the program if there is no such game
+    elif env_id not in script.ENVIRONMENTS:
+        tasks = ", ".join(script.ENVIRONMENTS)
+        raise SystemExit(f"There is no task {env_id!r}; the tasks are {tasks}.")
+
+
 def cell_args(item: Item, args: Args, further: list[str]) -> Iterator[tuple]:
     """Yields each cell and the arguments of its script, those of the first seed."""
     parsed = script_args(item, further)
+    for script, env_id in itertools.product(parsed, args.env_ids or ()):
+        check_env_id(importlib.import_module(script), env_id)
     given = {name for name, _ in split_options(further)}
     for cell in item.cells(args.env_ids):
         arguments = {k: v for k, v in cell.arguments.items() if k not in given}
@@ -594,19 +606,23 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str) -> None:
     extra = {k: options.pop(k) for k in list(options) if k not in known} | {"requeue": True}
     options |= {"array_parallelism": args.workers} if args.workers else {}
     options |= {"signal_delay_s": 120, "stderr_to_stdout": True}
-    executor.update_parameters(**options, additional_parameters=extra)
     before = None
     for wave in ([job for job in jobs if not job.after], [job for job in jobs if job.after]):
         if not wave:
             continue
         if before:  # a script says so itself if what it needs is not there
-            executor.update_parameters(dependency=f"afterany:{before}")
-        with executor.batch():
-            tasks = [
-                executor.submit(Command([PYTHON, *job.command], logs / f"{job.name}.log"))
-                for job in wave
-            ]
-        before = tasks[0].job_id.partition("_")[0]
+            options["dependency"] = f"afterany:{before}"
+        try:
+            executor.update_parameters(**options, additional_parameters=extra)
+            with executor.batch():
+                tasks = [
+                    executor.submit(Command([PYTHON, *job.command], logs / f"{job.name}.log"))
+                    for job in wave
+                ]
+            before = tasks[0].job_id.partition("_")[0]
+        except (FailedJobError, FailedSubmissionError, TypeError, IndexError) as error:
+            text = " ".join(str(error).split()) or "sbatch was killed"
+            raise SystemExit(f"The job was not submitted: {text}; see --slurm.") from None
         print(f"Submitted job {before} of {len(wave)} run(s): squeue -j {before}, logs in {logs}.")
 
 

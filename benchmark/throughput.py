@@ -72,7 +72,7 @@ def settings_of(script, args: Args):
     names = ("batch_size", "channels", "dtype", "num_seeds")
     fields = {field.name for field in dataclasses.fields(script.Args)} & set(names)
     changed = {name: value for name in fields if (value := getattr(args, name)) is not None}
-    return dataclasses.replace(script.Args(), **changed)
+    return script.check_args(dataclasses.replace(script.Args(), **changed), script.RANGES)
 
 
 def compiled(function, *inputs, **static):
@@ -214,6 +214,10 @@ def main(args: Args) -> None:
     for name, value in vars(args).items():
         if type(value) is int and value < 1:
             raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least 1.")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"There is no device to measure: {error}") from None
     if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
         raise SystemExit(f"--out {args.out} is no page that can be written.")
     if args.store and not (args.store / "meta.json").exists():
@@ -276,4 +280,9 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
+    try:
+        main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except OSError as error:
+        raise SystemExit(f"{error}.") from None

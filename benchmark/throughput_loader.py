@@ -106,4 +106,9 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
+    try:
+        main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except OSError as error:
+        raise SystemExit(f"{error}.") from None

@@ -66,6 +66,7 @@ def load_agent(run: Path) -> tuple[ModuleType, str, Callable]:
     if importlib.util.find_spec(name) is None:
         raise SystemExit(f"{run} is a run of {name}.py: put that script beside benchmark/.")
     script = importlib.import_module(name)
+    script.prepare_jax()
     known = {field.name for field in fields(script.Args)} & set(arguments)
     args = script.Args(**{name: arguments[name] for name in known})
     num_actions = int(script.make_env(args.env_id, 1).single_action_space.n)
@@ -86,20 +87,28 @@ def record(
     twin = make_env(env_id, 1, grayscale=False, img_height=210, img_width=160)
     key = jax.random.key(seed)
     (observations, _), (screen, _) = env.reset(seed=seed), twin.reset(seed=seed)
-    video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"vp09"), 15, (320, 420))
+    part = path.with_name(f".{path.name}")  # a name that ends in .mp4, as OpenCV asks
+    video = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"vp09"), 15, (320, 420))
     if not video.isOpened():
         raise SystemExit(f"{path} cannot be written; give another --out.")
-    total, running = 0.0, True
-    while running:
-        picture = cv2.resize(screen[0, -1], (320, 420), interpolation=cv2.INTER_NEAREST)
-        video.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-        act_key, key = jax.random.split(key)
-        stack = np.ascontiguousarray(observations.transpose(0, 2, 3, 1))
-        actions = np.asarray(act(stack, act_key, greedy=greedy), np.int32)
-        observations, rewards, terminated, truncated, _ = env.step(actions)
-        screen, *_ = twin.step(actions)
-        total, running = total + float(rewards[0]), not (terminated[0] or truncated[0])
-    video.release()
+    total, num_frames, running = 0.0, 0, True
+    try:
+        while running:
+            picture = cv2.resize(screen[0, -1], (320, 420), interpolation=cv2.INTER_NEAREST)
+            video.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            act_key, key = jax.random.split(key)
+            stack = np.ascontiguousarray(observations.transpose(0, 2, 3, 1))
+            actions = np.asarray(act(stack, act_key, greedy=greedy), np.int32)
+            observations, rewards, terminated, truncated, _ = env.step(actions)
+            screen, *_ = twin.step(actions)
+            total, num_frames = total + float(rewards[0]), num_frames + 1
+            running = not (terminated[0] or truncated[0])
+        video.release()
+        if cv2.VideoCapture(str(part)).get(cv2.CAP_PROP_FRAME_COUNT) != num_frames:
+            raise SystemExit(f"{path} was not written whole: is the disk full?")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return total
 
 
@@ -120,5 +129,7 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
     except KeyboardInterrupt:
-        print("Stopped; the video is not whole.", file=sys.stderr)
+        print("Stopped; there is no video of it.", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as error:  # a full disk, a folder that cannot be written
+        raise SystemExit(f"{error}.") from None

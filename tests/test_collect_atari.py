@@ -166,6 +166,16 @@ def test_bad_arguments_give_one_sentence(tmp_path, change, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_package_is_named_before_anything_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    args = collect_atari.Args(out=str(tmp_path / "Pong-dqn"), format="rlu", num_steps=400)
+    with pytest.raises(SystemExit, match="--format rlu needs the package tensorflow"):
+        collect_atari.main(args)
+    with pytest.raises(SystemExit, match="need the packages tensorflow and tensorflow-datasets"):
+        prepare_atari.import_tfds()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_number_has_limits():
     numbers = {k for k, v in vars(collect_atari.Args()).items() if isinstance(v, int | float)}
     assert set(collect_atari.LIMITS) == numbers

@@ -3,6 +3,7 @@
 import importlib
 import json
 import signal
+from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -79,6 +80,13 @@ def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
     watch.main(watch.Args(run, seed=3, greedy=True, max_frames=40))
     assert (run / "video.mp4").stat().st_size > 1_000
     assert "an episode of Asterix, return " in capsys.readouterr().out
+    video = (run / "video.mp4").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(watch.cv2, "VideoCapture", lambda _: SimpleNamespace(get=lambda _: 1.0))
+        with pytest.raises(SystemExit, match="was not written whole: is the disk full"):
+            watch.main(watch.Args(run, max_frames=40))
+    assert (run / "video.mp4").read_bytes() == video  # the one before is kept
+    assert not list(run.glob(".video*"))
     with pytest.raises(SystemExit, match="is no run with a whole checkpoint"):
         watch.load_agent(tmp_path)
     newest = max(run.glob("checkpoints/*.msgpack"), key=lambda path: int(path.stem))

@@ -730,6 +730,7 @@ def test_a_store_of_any_game_and_percent_is_measured(tmp_path):
     [
         (throughput, {"domain": "bsuite", "windows": 0}, "--windows is 0; give at least 1"),
         (throughput, {"domain": "atari", "store": Path("no")}, "There is no store no"),
+        (throughput, {"domain": "atari", "channels": 1}, "--channels is 1; give at least 2"),
         (throughput_loader, {"store": Path("no"), "threads": 0}, "--threads is 0; give at least 1"),
         (throughput_loader, {"store": Path("no")}, "There is no store no"),
     ],

@@ -514,10 +514,52 @@ def test_slurm_s_own_form_of_a_time_is_refused(stand_in, slurm, tmp_path):
     assert not (tmp_path / "script").exists()
 
 
+@pytest.mark.parametrize(
+    ("sbatch", "options", "message"),
+    [
+        (
+            "echo 'sbatch: error: no such partition' >&2; exit 1",
+            ["partition=x"],
+            "no such partition",
+        ),
+        ("echo nothing", ["partition=x"], "Could not make sense of sbatch output"),
+        ("kill -9 $$", ["partition=x"], "sbatch was killed"),
+        (SLURM["sbatch"], ["setup=module load"], "can only concatenate list"),
+    ],
+)
+def test_a_job_that_is_refused_ends_in_one_sentence(
+    stand_in, slurm, tmp_path, sbatch, options, message
+):
+    (tmp_path / "bin/sbatch").write_text(f"#!/bin/bash\n{sbatch.format(tmp_path)}\n")
+    with pytest.raises(SystemExit, match=f"^The job was not submitted: .*{message}.*--slurm"):
+        start("table2", "--methods", "BC", "--launcher", "slurm", "--slurm", *options)
+
+
+@pytest.mark.parametrize(
+    ("item", "env_id", "message"),
+    [
+        ("table8", "pong", "There is no game 'pong'; the nearest names: Pong"),
+        ("table2", "Catch", "There is no task 'Catch'; the tasks are catch, cartpole, mountain"),
+    ],
+)
+def test_a_task_that_there_is_not_ends_before_any_run(stand_in, tmp_path, item, env_id, message):
+    for option in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit, match=message):
+            start(item, "--env-ids", env_id, *option)
+    assert not (tmp_path / "commands").exists()
+
+
 def test_without_slurm_it_says_so(stand_in, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SystemExit, match="--launcher slurm needs sbatch"):
         start("table2", "--launcher", "slurm")
+
+
+def test_links_that_go_in_circles_are_followed_once(tmp_path):
+    write_run(tmp_path / "runs/a", "rosmo_bsuite", [0.5])
+    for name in ("above", "again"):
+        (tmp_path / "runs/a" / name).symlink_to(tmp_path / "runs")
+    assert len(run.read_runs((tmp_path / "runs", tmp_path / "runs/a"))) == 1
 
 
 def test_a_run_that_is_being_written_is_not_finished(tmp_path):

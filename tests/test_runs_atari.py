@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from types import SimpleNamespace
@@ -363,6 +364,22 @@ def test_a_process_without_its_siblings_says_what_it_lacks(started, given):
     assert "needs all of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS" in result.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_process_that_waits_for_its_siblings(started, number):
+    port = next(PORTS)
+    names = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    process = started("bc_atari", wait=False, JAX_PROCESS_ID="0", **names)
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)) == 0:
+                break
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(number)
+    process.communicate(timeout=10)
+    assert process.returncode == -number
+
+
 def test_a_seed_has_batches_and_games_of_its_own_and_final_evaluations_sample_first(
     in_process, monkeypatch, tmp_path
 ):
@@ -418,6 +435,7 @@ def test_processes_are_joined_by_their_variables_or_by_slurm(monkeypatch):
     monkeypatch.setattr(bc_atari, "jax", fake)
     monkeypatch.setattr(bc_atari, "prepare_jax", lambda: None)
     monkeypatch.setattr(bc_atari, "all_processes", lambda value: [value])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     bc_atari.join_processes(bc_atari.Args())
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
