@@ -44,6 +44,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import zipfile
 from collections import deque
@@ -52,6 +53,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+if __name__ == "__main__":  # until the packages are imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
 
 import cv2
 import flax.linen as nn

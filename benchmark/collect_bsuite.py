@@ -43,6 +43,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
+if __name__ == "__main__":  # until the packages are imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -50,6 +50,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # until the packages are imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
+
 try:
     import cv2
     import filelock
@@ -798,7 +801,8 @@ def main(args: Args) -> None:
 
 def run(main: Callable, args: Any) -> None:
     """main(args) as a program: a signal or a fault of the disk ends it in one sentence."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     parent = os.environ.pop("ROSMO_PARENT", None)  # set by what starts this program
     if parent and os.name == "posix":
         end_with(int(parent))

@@ -24,11 +24,15 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # until the packages are imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
 
 import numpy as np
 import tyro
@@ -1039,6 +1043,7 @@ def main(args: Args, further: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     own, further = run.split_arguments(sys.argv[1:], Args)
     try:
         main(tyro.cli(Args, args=own, description=__doc__.replace("\n", "\n ")), further)

@@ -27,6 +27,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+if __name__ == "__main__":  # until the packages are imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
+
 import cloudpickle
 import numpy as np
 import submitit
@@ -38,7 +41,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from paper import ITEMS, Item  # noqa: E402
+from paper import ITEMS, Item
 
 PYTHON = sys.executable
 
@@ -655,6 +658,7 @@ def main(args: Args, further: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     own, further = split_arguments(sys.argv[1:], Args)
     try:
         main(tyro.cli(Args, args=own, description=__doc__.replace("\n", "\n ")), further)

@@ -22,12 +22,16 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
+
+if __name__ == "__main__":  # until the packages are imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
 
 import jax
 import jax.numpy as jnp
@@ -280,6 +284,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
     except KeyboardInterrupt:

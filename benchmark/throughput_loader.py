@@ -9,12 +9,17 @@ windows with shift 1, trajectories of 11 states, a shuffle buffer, batches of
 512.
 """
 
+import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # until the packages are imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
 
 import cv2
 import numpy as np
@@ -106,6 +111,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ python benchmark/watch.py runs/rosmo_atari/MsPacman/seed0 --greedy --seed 3
 import importlib.util
 import json
 import os
+import signal
 import sys
 import zlib
 from collections.abc import Callable
@@ -23,6 +24,9 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
+
+if __name__ == "__main__":  # until the packages are imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # one frame at a time is no work for an accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -126,6 +130,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
     except KeyboardInterrupt:

@@ -9,6 +9,8 @@ import helpers
 import pytest
 
 pytestmark = pytest.mark.usefixtures("hurry")
+TOOLS = sorted(path.stem for path in (helpers.ROOT / "benchmark").glob("*.py"))
+TOOLS.remove("paper")  # it is no program
 by_script = pytest.mark.parametrize("name", helpers.SCRIPTS)
 
 
@@ -18,11 +20,17 @@ def assert_one_sentence(stderr: str) -> None:
     assert len(lines) == 1, stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("name", ["rosmo_bsuite", "rosmo_atari"])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("rosmo_bsuite.py", signal.SIGINT),
+        ("rosmo_atari.py", signal.SIGTERM),
+        *((f"benchmark/{name}.py", signal.SIGINT) for name in TOOLS),
+    ],
+)
 def test_a_signal_while_packages_are_imported(script, name, number):
-    process = script(f"{name}.py", wait=False, PYTHONPROFILEIMPORTTIME="1")
-    while "jax" not in process.stderr.readline():  # its import has begun
+    process = script(name, wait=False, PYTHONPROFILEIMPORTTIME="1")
+    while "numpy" not in process.stderr.readline():  # its import has begun
         assert process.poll() is None
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
