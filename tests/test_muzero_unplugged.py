@@ -175,6 +175,9 @@ def test_ties_are_broken_at_random():
     table.policy_logits[:] = 0
     policy, _ = search(np.zeros(30_000), num_simulations=1, table=table)
     np.testing.assert_allclose(policy.mean(axis=0), 1 / 3, atol=0.03)
+    table.policy_logits[:, 1] = 1e-4  # no tie: what breaks ties is smaller
+    policy, _ = search(np.zeros(30_000), num_simulations=1, table=table)
+    assert (policy.argmax(axis=1) == 1).all()
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.3, 0.9])
