@@ -341,9 +341,8 @@ def open_store(args) -> Store:
     path = args.dataset or find_store(args)
     if path is None:
         tool = Path(__file__).resolve().parent / "benchmark" / "prepare_atari.py"
-        options = {"--env-id": args.env_id, "--rlu-run": args.rlu_run}
-        options |= {"--percent": args.data_percent, "--data-dir": args.data_dir}
-        command = [str(tool), *(str(x) for option in options.items() for x in option)]
+        command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
+        command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
         if jax.process_count() > 1 or not tool.exists():
             where = "" if tool.exists() else ", in the repository that this script comes from"
             message = f"The data are missing; make them first: python {shlex.join(command)}"
@@ -523,7 +522,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that change no number of a run, and those that do not name its folder.
+# Arguments that a later start may change (data count by their content), and those not in its name.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every"}
 NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds"}
@@ -653,7 +652,8 @@ class Run:
     def load(self) -> tuple[int, dict]:
         """Updates done and content of the newest whole checkpoint, or of the start."""
         for path in [] if self.args.overwrite else self.checkpoints()[::-1]:
-            crc32, content = (data := path.read_bytes())[:4], data[4:]
+            data = path.read_bytes()
+            crc32, content = data[:4], data[4:]
             if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
                 return int(path.stem), serialization.msgpack_restore(content)
             print(f"{path} is damaged: it is not used.", file=sys.stderr)
@@ -785,7 +785,7 @@ class Run:
 # --- end run folder ---
 
 
-# Least and most of the numbers; other integers are at least 1, other floats at least 0.
+# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9)}
@@ -800,7 +800,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     for name, value in vars(args).items():
         flag = name.replace("_", "-")
         if type(value) in (int, float):
-            least, most = ranges.get(name, (type(value) is int, 1e9))
+            least, most = ranges.get(name, (1 if type(value) is int else 0, 1e9))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
@@ -887,7 +887,7 @@ def main(args: Args) -> None:
     def play(num_episodes: int, greedy: bool) -> list[float] | None:
         if run.stopping:
             return None
-        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))
+        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: not a batch's
         params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
 
         def policy(observation, key):

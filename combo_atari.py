@@ -564,15 +564,15 @@ def evaluate_member(params, windows: Windows, key, network: WorldModel, args: Ar
     """Held-out losses and prediction errors of a member on windows [B, T].
 
     Returns:
-      The mean losses; sums over the windows inside one episode (and their number) of the mean
-      squared error of a pixel, for predictions and for copies of the last frame; the predictions,
-      uint8 [B, AHEAD, 84, 84].
+      A dictionary to log: the mean losses and, as sums over the windows inside one episode, the
+      mean squared error of a pixel, for predictions and for copies of the last frame; the number
+      of these windows; the predictions, uint8 [B, AHEAD, 84, 84].
     """
     _, losses = world_model_loss(params, windows, key, network, args)
     predicted = predict_frames(network, params, windows)
     image = to_image(windows.frame[:, : CONTEXT + AHEAD])
     inside = ~jnp.any(windows.is_first[:, 1 : CONTEXT + AHEAD], axis=1)  # [B]
-    error = jnp.mean((predicted - image[:, CONTEXT:]) ** 2, axis=(2, 3))  # [B, H]
+    error = jnp.mean((predicted - image[:, CONTEXT:]) ** 2, axis=(2, 3))  # [B, AHEAD]
     copy_error = jnp.mean((image[:, CONTEXT - 1, None] - image[:, CONTEXT:]) ** 2, axis=(2, 3))
     sums = {f"heldout/{k}": x for k, x in losses.items()}
     for name, errors in (("error", error), ("copy_error", copy_error)):
@@ -774,7 +774,7 @@ def combo_loss(params, target_params, batch: Batch, network: CQLNetwork, args: A
     reward = jnp.clip(batch.reward, -1, 1) if args.clip_rewards else batch.reward
     next_q = jnp.max(to_scalar(network.apply(target_params, next_observation)), axis=-1)
     bootstrap = jnp.where(is_terminal[:, 1], 0.0, next_q)
-    y = jax.lax.stop_gradient(reward[:, 0] + args.discount * bootstrap)  # [B]
+    y = reward[:, 0] + args.discount * bootstrap  # [B]
 
     logits = network.apply(params, observation)  # [B, actions, bins]
     logits_logged = jnp.take_along_axis(logits, action[:, None, None], axis=1)[:, 0]
@@ -1009,9 +1009,8 @@ def open_store(args) -> Store:
     path = args.dataset or find_store(args)
     if path is None:
         tool = Path(__file__).resolve().parent / "benchmark" / "prepare_atari.py"
-        options = {"--env-id": args.env_id, "--rlu-run": args.rlu_run}
-        options |= {"--percent": args.data_percent, "--data-dir": args.data_dir}
-        command = [str(tool), *(str(x) for option in options.items() for x in option)]
+        command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
+        command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
         if jax.process_count() > 1 or not tool.exists():
             where = "" if tool.exists() else ", in the repository that this script comes from"
             message = f"The data are missing; make them first: python {shlex.join(command)}"
@@ -1240,7 +1239,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that change no number of a run, and those that do not name its folder.
+# Arguments that a later start may change (data count by their content), and those not in its name.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every"}
 NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds"}
@@ -1370,7 +1369,8 @@ class Run:
     def load(self) -> tuple[int, dict]:
         """Updates done and content of the newest whole checkpoint, or of the start."""
         for path in [] if self.args.overwrite else self.checkpoints()[::-1]:
-            crc32, content = (data := path.read_bytes())[:4], data[4:]
+            data = path.read_bytes()
+            crc32, content = data[:4], data[4:]
             if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
                 return int(path.stem), serialization.msgpack_restore(content)
             print(f"{path} is damaged: it is not used.", file=sys.stderr)
@@ -1590,7 +1590,7 @@ def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, 
     """Returns of episodes in the game, or None once a signal came."""
     if run.stopping:
         return None
-    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))
+    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: not a batch's
     params = jax.tree.map(lambda x: x.addressable_data(0), params)
 
     def policy(observation, key):
@@ -1666,17 +1666,18 @@ def load_world_model(run: Run, folder: Path) -> list:
     args = run.args
     try:
         config = json.loads((folder / "config.json").read_text())
-        theirs = config["args"] | {"data": config.get("data")}
+        theirs = config["args"] | {"data of CRC-32": config["data"]["crc32"]}
         content = (folder / "members.msgpack").read_bytes()
         env_id = theirs["env_id"]
     except (OSError, ValueError, KeyError, TypeError):
         raise SystemExit(f"There is no trained world model in {folder}.") from None
     if env_id != args.env_id:
         raise SystemExit(f"{folder} is a world model of {env_id}, not of {args.env_id}.")
-    ours, names = run.config["args"] | {"data": run.config["data"]}, MODEL_SIZES
+    ours = run.config["args"] | {"data of CRC-32": run.config["data"]["crc32"]}
+    names = [*MODEL_SIZES, "data of CRC-32"]
     if not args.world_model:  # the run's own, of an earlier start
         names = [name for name in ours if name not in (*NOT_COMPARED, *MODEL_RUN)]
-    pairs = [(name, theirs.get(name, ours[name]), ours[name]) for name in names]
+    pairs = [(name, theirs.get(name, getattr(Args, name, None)), ours[name]) for name in names]
     if changes := ", ".join(f"{name} {a}" for name, a, b in pairs if a != b):
         message = f"{folder} is a world model with {changes}"
         raise SystemExit(f"{message}: give the same, or another --run-dir.")
@@ -1803,7 +1804,7 @@ def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path) -> Non
 # --- end world model training ---
 
 
-# Least and most of the numbers; other integers are at least 1, other floats at least 0.
+# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "heldout_percent": (TINY, 99)}
 RANGES |= {"model_learning_rate": (TINY, 1), "kl_balance": (0, 1), "rlu_run": (1, 5)}
@@ -1821,7 +1822,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     for name, value in vars(args).items():
         flag = name.replace("_", "-")
         if type(value) in (int, float):
-            least, most = ranges.get(name, (type(value) is int, 1e9))
+            least, most = ranges.get(name, (1 if type(value) is int else 0, 1e9))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")

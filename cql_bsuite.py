@@ -20,7 +20,8 @@ Where ROSMO's paper only refers to the official code, this file does the followi
    a terminal one is not bootstrapped, a truncated one is (--truncation-as-termination: it is not).
 2. The loss of Q is the cross entropy with the two-hot target, for which the official code has a sum
    of quantile losses. A cross entropy is flatter, so that the official α need not suit it.
-3. The target network is copied every 2,000 updates and γ is 0.99 (official code).
+3. The target network is copied every 2,000 updates and γ is 0.99 (official code). Targets stop at
+   ±9 of h-space, ±97 in units of reward: cartpole's and mountain_car's reach ±100 at this γ.
 4. The final evaluation's two policies are ε-greedy with ε = 0.001 (official code) and greedy.
 5. The optimiser is ROSMO's (official code: Adam at 5e-5): AdamW, a warm-up of 1,000 updates, a
    tenth of the learning rate every 100,000 updates, weight decay on weight matrices only.
@@ -213,7 +214,7 @@ def cql_loss(params, target_params, batch: Steps, network: CQLNetwork, args: Arg
     observation, next_observation = jnp.moveaxis(batch.observation, 1, 0)
     next_q = jnp.max(to_scalar(network.apply(target_params, next_observation)), axis=-1)
     bootstrap = jnp.where(is_terminal[:, 1], 0.0, next_q)
-    y = jax.lax.stop_gradient(batch.reward[:, 0] + args.discount * bootstrap)  # [B]
+    y = batch.reward[:, 0] + args.discount * bootstrap  # [B]
 
     logits = network.apply(params, observation)  # [B, actions, bins]
     logits_logged = jnp.take_along_axis(logits, action[:, None, None], axis=1)[:, 0]
@@ -475,7 +476,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that change no number of a run, and those that do not name its folder.
+# Arguments that a later start may change (data count by their content), and those not in its name.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every"}
 NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds"}
@@ -605,7 +606,8 @@ class Run:
     def load(self) -> tuple[int, dict]:
         """Updates done and content of the newest whole checkpoint, or of the start."""
         for path in [] if self.args.overwrite else self.checkpoints()[::-1]:
-            crc32, content = (data := path.read_bytes())[:4], data[4:]
+            data = path.read_bytes()
+            crc32, content = data[:4], data[4:]
             if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
                 return int(path.stem), serialization.msgpack_restore(content)
             print(f"{path} is damaged: it is not used.", file=sys.stderr)
@@ -737,7 +739,7 @@ class Run:
 # --- end run folder ---
 
 
-# Least and most of the numbers; other integers are at least 1, other floats at least 0.
+# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
@@ -752,7 +754,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     for name, value in vars(args).items():
         flag = name.replace("_", "-")
         if type(value) in (int, float):
-            least, most = ranges.get(name, (type(value) is int, 1e9))
+            least, most = ranges.get(name, (1 if type(value) is int else 0, 1e9))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")

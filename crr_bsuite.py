@@ -22,7 +22,8 @@ Where ROSMO's paper only refers to acme, this file does the following.
 2. V is the exact mean of Q under π (acme: the mean of samples, --num-action-samples 4).
 3. The advantage comes from the network that is trained, the bootstrap from a copy of its policy and
    critic, made every 100 updates (acme).
-4. γ is acme's 0.99, not ROSMO's; β is 0.3, from a sweep on catch (acme: 1).
+4. γ is acme's 0.99, not ROSMO's; β is 0.3, from a sweep on catch (acme: 1). Targets stop at ±9
+   of h-space, ±97 in units of reward: cartpole's and mountain_car's reach ±100 at this γ.
 5. The optimiser is ROSMO's (acme: Adam at 3e-4): AdamW, a warm-up of 1,000 updates, a tenth of the
    learning rate every 100,000 updates, weight decay on weight matrices only.
 """
@@ -235,11 +236,11 @@ def crr_loss(params, target_params, batch: Steps, key, network: CRRNetwork, args
     logged = action[:, None]
 
     # y = r + γ Σ π'(a'|s') Q'(s', a'), with the target network's policy and critic.
-    state = network.apply(target_params, next_observation, method="representation")
-    policy = jax.nn.softmax(network.apply(target_params, state, method="policy_logits"))
-    q = to_scalar(network.apply(target_params, state, method="q_logits"))
-    bootstrap = jnp.where(is_terminal[:, 1], 0.0, jnp.sum(policy * q, axis=-1))
-    y = jax.lax.stop_gradient(batch.reward[:, 0] + args.discount * bootstrap)  # [B]
+    next_state = network.apply(target_params, next_observation, method="representation")
+    next_policy = jax.nn.softmax(network.apply(target_params, next_state, method="policy_logits"))
+    next_q = to_scalar(network.apply(target_params, next_state, method="q_logits"))
+    bootstrap = jnp.where(is_terminal[:, 1], 0.0, jnp.sum(next_policy * next_q, axis=-1))
+    y = batch.reward[:, 0] + args.discount * bootstrap  # [B]
 
     state = network.apply(params, observation, method="representation")
     q_logits = network.apply(params, state, method="q_logits")  # [B, actions, bins]
@@ -514,7 +515,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that change no number of a run, and those that do not name its folder.
+# Arguments that a later start may change (data count by their content), and those not in its name.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every"}
 NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds"}
@@ -644,7 +645,8 @@ class Run:
     def load(self) -> tuple[int, dict]:
         """Updates done and content of the newest whole checkpoint, or of the start."""
         for path in [] if self.args.overwrite else self.checkpoints()[::-1]:
-            crc32, content = (data := path.read_bytes())[:4], data[4:]
+            data = path.read_bytes()
+            crc32, content = data[:4], data[4:]
             if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
                 return int(path.stem), serialization.msgpack_restore(content)
             print(f"{path} is damaged: it is not used.", file=sys.stderr)
@@ -776,7 +778,7 @@ class Run:
 # --- end run folder ---
 
 
-# Least and most of the numbers; other integers are at least 1, other floats at least 0.
+# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
@@ -791,7 +793,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     for name, value in vars(args).items():
         flag = name.replace("_", "-")
         if type(value) in (int, float):
-            least, most = ranges.get(name, (type(value) is int, 1e9))
+            least, most = ranges.get(name, (1 if type(value) is int else 0, 1e9))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")

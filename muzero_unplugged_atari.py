@@ -371,11 +371,6 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
     return z
 
 
-def cross_entropy(target, logits):
-    """-Σ target log softmax(logits) over the last axis (Eq. 12-14)."""
-    return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
-
-
 # --- end windows ---
 
 
@@ -396,11 +391,12 @@ def log_gamma(key, alpha: float, shape: tuple[int, ...]):
     return math.log(d) + log_v[accepted].reshape(shape) + log_u / alpha
 
 
-def search(network, params, state, prediction, key, noise: float, args):
+def search(params, state, prediction, key, noise: float, network, args):
     """Searches the tree below latent states [...] with N simulations (Eq. 2).
 
     Returns:
-      The policy [..., actions] and the value [...] of Eq. 3, with T = 1 or with π exp(Q/τ).
+      The policy [..., actions], visits (Eq. 3, T = 1) or π exp(Q/τ), and the mean of Q over the
+      visits [...], with which Eq. 3 bootstraps.
     """
 
     def model(params, _, action, state):
@@ -416,12 +412,9 @@ def search(network, params, state, prediction, key, noise: float, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2; n counts the node itself, and Q is scaled to [0, 1] at the node, as in mctx."""
-        n, value = tree.node_visits[node], tree.node_values[node]
-        visits = tree.children_visits[node]
-        q = jnp.where(visits > 0, tree.qvalues(node), value)
-        low, high = jnp.minimum(q.min(), value), jnp.maximum(q.max(), value)
-        q = jnp.where(visits > 0, q - low, 0.0) / jnp.maximum(high - low, 1e-8)
+        """Eq. 2; n counts the node itself, and Q is scaled to [0, 1] over it and its children."""
+        n, visits = tree.node_visits[node], tree.children_visits[node]
+        q = mctx.qtransform_by_parent_and_siblings(tree, node)
         c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)
         bonus = c * jnp.exp(tree.children_prior_logits[node]) * jnp.sqrt(n) / (1 + visits)
         return jnp.argmax(q + bonus + tree.extra_data)
@@ -434,7 +427,7 @@ def search(network, params, state, prediction, key, noise: float, args):
     noise_key, tie_key, key = jax.random.split(key, 3)
     dirichlet = jax.nn.softmax(log_gamma(noise_key, 0.3, log_prior.shape))
     noisy = jnp.log((1 - noise) * jnp.exp(log_prior) + noise * dirichlet)
-    tree = mctx.search(
+    summary = mctx.search(
         params,
         key,
         root=mctx.RootFnOutput(prior_logits=noisy, value=value, embedding=state),
@@ -445,9 +438,10 @@ def search(network, params, state, prediction, key, noise: float, args):
         max_depth=args.max_depth,
         extra_data=1e-6 * jax.random.uniform(tie_key, noisy.shape),  # breaks ties
     ).summary()
-    policy, root_value = tree.visit_probs, jnp.sum(tree.visit_probs * tree.qvalues, axis=-1)
+    policy = summary.visit_probs
+    root_value = jnp.sum(policy * summary.qvalues, axis=-1)
     if args.policy_target == "mpo":
-        q = jnp.where(tree.visit_counts > 0, tree.qvalues, value[:, None])
+        q = jnp.where(summary.visit_counts > 0, summary.qvalues, value[:, None])
         policy = jax.nn.softmax(log_prior + q / args.mpo_temperature)
     return policy.reshape(*shape, -1), root_value.reshape(shape)
 
@@ -483,20 +477,21 @@ def muzero_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork
     target_state = network.apply(target_params, observation, method="representation")
     target = network.apply(target_params, target_state, method="prediction")
     value = to_scalar(target.value_logits)  # [B, K+1+n]
-    # Search the K + 1 states of the policy targets, and those that bootstrap whole n-step returns.
+    # Search the K + 1 states of the policy targets, first, and those that bootstrap n-step returns.
     searched = np.union1d(np.arange(K + 1), np.arange(K + 1) + args.td_steps)
     roots = jax.tree.map(lambda x: x[:, searched], (target_state, target))
-    p, root_value = search(network, target_params, *roots, tree_key, args.dirichlet_fraction, args)
+    p, root_value = search(target_params, *roots, tree_key, args.dirichlet_fraction, network, args)
     value = value.at[:, searched].set(root_value)
     z = value_target(batch.reward, value, moving, absorbing, args.discount, args.td_steps)
-    moving, absorbing, known = (x[:, : K + 1] for x in (moving, absorbing, known))
+    moving, absorbing, known = (x[:, : K + 1] for x in (moving, absorbing, known))  # [B, K+1]
     p = jnp.where(absorbing[..., None], 1 / num_actions, p[:, : K + 1])
 
-    # Eq. 12-14, averaged over the unrolled steps; a reward belongs to the action before it.
+    # Eq. 12-14: means over K + 1 steps, of the reward over the K behind an action (authors' code).
     reward = jnp.where(moving[:, :K], batch.reward[:, :K], 0.0)
-    reward_loss = cross_entropy(two_hot(reward, args.num_bins), prediction.reward_logits[:, 1:])
-    value_loss = cross_entropy(two_hot(z, args.num_bins), prediction.value_logits)
-    policy_loss = cross_entropy(p, prediction.policy_logits)  # Eq. 4
+    reward_bins, z_bins = (two_hot(x, args.num_bins) for x in (reward, z))
+    reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward_bins)
+    value_loss = optax.softmax_cross_entropy(prediction.value_logits, z_bins)
+    policy_loss = optax.softmax_cross_entropy(prediction.policy_logits, p)  # Eq. 4
 
     losses = {
         "losses/reward": jnp.mean(reward_loss * known[:, 1:]),
@@ -510,7 +505,7 @@ def muzero_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork
         "charts/value": jnp.mean(to_scalar(prediction.value_logits)),
         "charts/value_target": jnp.mean(z),
         "charts/target_entropy": jnp.mean(jax.scipy.special.entr(p).sum(axis=-1)),
-        "charts/policy_entropy": jnp.mean(cross_entropy(policy, prediction.policy_logits)),
+        "charts/policy_entropy": jnp.mean(jax.scipy.special.entr(policy).sum(axis=-1)),
     }
     return total, metrics
 
@@ -570,7 +565,7 @@ def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Ar
     state = network.apply(params, observation, method="representation")
     prediction = network.apply(params, state, method="prediction")
     tree_key, key = jax.random.split(key)
-    p, _ = search(network, params, state, prediction, tree_key, args.eval_dirichlet_fraction, args)
+    p, _ = search(params, state, prediction, tree_key, args.eval_dirichlet_fraction, network, args)
     return jnp.argmax(p, axis=-1) if greedy else jax.random.categorical(key, jnp.log(p))
 
 
@@ -621,9 +616,8 @@ def open_store(args) -> Store:
     path = args.dataset or find_store(args)
     if path is None:
         tool = Path(__file__).resolve().parent / "benchmark" / "prepare_atari.py"
-        options = {"--env-id": args.env_id, "--rlu-run": args.rlu_run}
-        options |= {"--percent": args.data_percent, "--data-dir": args.data_dir}
-        command = [str(tool), *(str(x) for option in options.items() for x in option)]
+        command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
+        command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
         if jax.process_count() > 1 or not tool.exists():
             where = "" if tool.exists() else ", in the repository that this script comes from"
             message = f"The data are missing; make them first: python {shlex.join(command)}"
@@ -803,7 +797,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that change no number of a run, and those that do not name its folder.
+# Arguments that a later start may change (data count by their content), and those not in its name.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every"}
 NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds"}
@@ -933,7 +927,8 @@ class Run:
     def load(self) -> tuple[int, dict]:
         """Updates done and content of the newest whole checkpoint, or of the start."""
         for path in [] if self.args.overwrite else self.checkpoints()[::-1]:
-            crc32, content = (data := path.read_bytes())[:4], data[4:]
+            data = path.read_bytes()
+            crc32, content = data[:4], data[4:]
             if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
                 return int(path.stem), serialization.msgpack_restore(content)
             print(f"{path} is damaged: it is not used.", file=sys.stderr)
@@ -1065,7 +1060,7 @@ class Run:
 # --- end run folder ---
 
 
-# Least and most of the numbers; other integers are at least 1, other floats at least 0.
+# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
@@ -1082,7 +1077,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     for name, value in vars(args).items():
         flag = name.replace("_", "-")
         if type(value) in (int, float):
-            least, most = ranges.get(name, (type(value) is int, 1e9))
+            least, most = ranges.get(name, (1 if type(value) is int else 0, 1e9))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
@@ -1169,7 +1164,7 @@ def main(args: Args) -> None:
     def play(num_episodes: int, greedy: bool) -> list[float] | None:
         if run.stopping:
             return None
-        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))
+        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: not a batch's
         params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
 
         def policy(observation, key):

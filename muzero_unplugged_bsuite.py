@@ -26,8 +26,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
 4. MZU-Q fills in the Q of actions that were not visited with the value of the state.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state (authors' code).
-6. The 20 bins are the integers -9 to 10, and targets stop at 9; initial weights and LayerNorm's ε
-   (authors' code).
+6. Batch, K and dynamics are Table 4's (authors' code: 512, 3 and [32, 32]). The 20 bins are the
+   integers -9 to 10, and targets stop at 9; initial weights (authors' code).
 7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
    [0, 1] over a node and its children, as for targets (authors' code; --eval-dirichlet-fraction 0:
    no noise); the final evaluation reports the greedy policy beside it. Ties are broken at random,
@@ -175,9 +175,9 @@ class MuZeroNetwork(nn.Module):
         self.g = MLP((32, self.dynamics_hidden, 32), self.dtype)
         self.f = MLP((32,), self.dtype)
         head = partial(nn.Dense, kernel_init=nn.initializers.zeros, dtype=jnp.float32)
-        self.policy, self.value, self.reward = map(
-            head, (self.num_actions, self.num_bins, self.num_bins)
-        )
+        self.policy = head(self.num_actions)
+        self.value = head(self.num_bins)
+        self.reward = head(self.num_bins)
 
     def representation(self, observation):
         """h: observations [..., rows, columns] -> states [..., 32]."""
@@ -274,11 +274,6 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
     return z
 
 
-def cross_entropy(target, logits):
-    """-Σ target log softmax(logits) over the last axis (Eq. 12-14)."""
-    return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
-
-
 # --- end windows ---
 
 
@@ -299,11 +294,12 @@ def log_gamma(key, alpha: float, shape: tuple[int, ...]):
     return math.log(d) + log_v[accepted].reshape(shape) + log_u / alpha
 
 
-def search(network, params, state, prediction, key, noise: float, args):
+def search(params, state, prediction, key, noise: float, network, args):
     """Searches the tree below latent states [...] with N simulations (Eq. 2).
 
     Returns:
-      The policy [..., actions] and the value [...] of Eq. 3, with T = 1 or with π exp(Q/τ).
+      The policy [..., actions], visits (Eq. 3, T = 1) or π exp(Q/τ), and the mean of Q over the
+      visits [...], with which Eq. 3 bootstraps.
     """
 
     def model(params, _, action, state):
@@ -319,12 +315,9 @@ def search(network, params, state, prediction, key, noise: float, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2; n counts the node itself, and Q is scaled to [0, 1] at the node, as in mctx."""
-        n, value = tree.node_visits[node], tree.node_values[node]
-        visits = tree.children_visits[node]
-        q = jnp.where(visits > 0, tree.qvalues(node), value)
-        low, high = jnp.minimum(q.min(), value), jnp.maximum(q.max(), value)
-        q = jnp.where(visits > 0, q - low, 0.0) / jnp.maximum(high - low, 1e-8)
+        """Eq. 2; n counts the node itself, and Q is scaled to [0, 1] over it and its children."""
+        n, visits = tree.node_visits[node], tree.children_visits[node]
+        q = mctx.qtransform_by_parent_and_siblings(tree, node)
         c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)
         bonus = c * jnp.exp(tree.children_prior_logits[node]) * jnp.sqrt(n) / (1 + visits)
         return jnp.argmax(q + bonus + tree.extra_data)
@@ -337,7 +330,7 @@ def search(network, params, state, prediction, key, noise: float, args):
     noise_key, tie_key, key = jax.random.split(key, 3)
     dirichlet = jax.nn.softmax(log_gamma(noise_key, 0.3, log_prior.shape))
     noisy = jnp.log((1 - noise) * jnp.exp(log_prior) + noise * dirichlet)
-    tree = mctx.search(
+    summary = mctx.search(
         params,
         key,
         root=mctx.RootFnOutput(prior_logits=noisy, value=value, embedding=state),
@@ -348,9 +341,10 @@ def search(network, params, state, prediction, key, noise: float, args):
         max_depth=args.max_depth,
         extra_data=1e-6 * jax.random.uniform(tie_key, noisy.shape),  # breaks ties
     ).summary()
-    policy, root_value = tree.visit_probs, jnp.sum(tree.visit_probs * tree.qvalues, axis=-1)
+    policy = summary.visit_probs
+    root_value = jnp.sum(policy * summary.qvalues, axis=-1)
     if args.policy_target == "mpo":
-        q = jnp.where(tree.visit_counts > 0, tree.qvalues, value[:, None])
+        q = jnp.where(summary.visit_counts > 0, summary.qvalues, value[:, None])
         policy = jax.nn.softmax(log_prior + q / args.mpo_temperature)
     return policy.reshape(*shape, -1), root_value.reshape(shape)
 
@@ -383,20 +377,21 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
     target_state = network.apply(target_params, batch.observation, method="representation")
     target = network.apply(target_params, target_state, method="prediction")
     value = to_scalar(target.value_logits)  # [B, K+1+n]
-    # Search the K + 1 states of the policy targets, and those that bootstrap whole n-step returns.
+    # Search the K + 1 states of the policy targets, first, and those that bootstrap n-step returns.
     searched = np.union1d(np.arange(K + 1), np.arange(K + 1) + args.td_steps)
     roots = jax.tree.map(lambda x: x[:, searched], (target_state, target))
-    p, root_value = search(network, target_params, *roots, tree_key, args.dirichlet_fraction, args)
+    p, root_value = search(target_params, *roots, tree_key, args.dirichlet_fraction, network, args)
     value = value.at[:, searched].set(root_value)
     z = value_target(batch.reward, value, moving, absorbing, args.discount, args.td_steps)
-    moving, absorbing, known = (x[:, : K + 1] for x in (moving, absorbing, known))
+    moving, absorbing, known = (x[:, : K + 1] for x in (moving, absorbing, known))  # [B, K+1]
     p = jnp.where(absorbing[..., None], 1 / num_actions, p[:, : K + 1])
 
-    # Eq. 12-14, averaged over the unrolled steps; a reward belongs to the action before it.
+    # Eq. 12-14: means over K + 1 steps, of the reward over the K behind an action (authors' code).
     reward = jnp.where(moving[:, :K], batch.reward[:, :K], 0.0)
-    reward_loss = cross_entropy(two_hot(reward, args.num_bins), prediction.reward_logits[:, 1:])
-    value_loss = cross_entropy(two_hot(z, args.num_bins), prediction.value_logits)
-    policy_loss = cross_entropy(p, prediction.policy_logits)  # Eq. 4
+    reward_bins, z_bins = (two_hot(x, args.num_bins) for x in (reward, z))
+    reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward_bins)
+    value_loss = optax.softmax_cross_entropy(prediction.value_logits, z_bins)
+    policy_loss = optax.softmax_cross_entropy(prediction.policy_logits, p)  # Eq. 4
 
     losses = {
         "losses/reward": jnp.mean(reward_loss * known[:, 1:]),
@@ -410,7 +405,7 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
         "charts/value": jnp.mean(to_scalar(prediction.value_logits)),
         "charts/value_target": jnp.mean(z),
         "charts/target_entropy": jnp.mean(jax.scipy.special.entr(p).sum(axis=-1)),
-        "charts/policy_entropy": jnp.mean(cross_entropy(policy, prediction.policy_logits)),
+        "charts/policy_entropy": jnp.mean(jax.scipy.special.entr(policy).sum(axis=-1)),
     }
     return total, metrics
 
@@ -465,7 +460,7 @@ def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Ar
     state = network.apply(params, observation, method="representation")
     prediction = network.apply(params, state, method="prediction")
     tree_key, key = jax.random.split(key)
-    p, _ = search(network, params, state, prediction, tree_key, args.eval_dirichlet_fraction, args)
+    p, _ = search(params, state, prediction, tree_key, args.eval_dirichlet_fraction, network, args)
     return jnp.argmax(p, axis=-1) if greedy else jax.random.categorical(key, jnp.log(p))
 
 
@@ -653,7 +648,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that change no number of a run, and those that do not name its folder.
+# Arguments that a later start may change (data count by their content), and those not in its name.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every"}
 NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds"}
@@ -783,7 +778,8 @@ class Run:
     def load(self) -> tuple[int, dict]:
         """Updates done and content of the newest whole checkpoint, or of the start."""
         for path in [] if self.args.overwrite else self.checkpoints()[::-1]:
-            crc32, content = (data := path.read_bytes())[:4], data[4:]
+            data = path.read_bytes()
+            crc32, content = data[:4], data[4:]
             if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
                 return int(path.stem), serialization.msgpack_restore(content)
             print(f"{path} is damaged: it is not used.", file=sys.stderr)
@@ -915,7 +911,7 @@ class Run:
 # --- end run folder ---
 
 
-# Least and most of the numbers; other integers are at least 1, other floats at least 0.
+# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
@@ -931,7 +927,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     for name, value in vars(args).items():
         flag = name.replace("_", "-")
         if type(value) in (int, float):
-            least, most = ranges.get(name, (type(value) is int, 1e9))
+            least, most = ranges.get(name, (1 if type(value) is int else 0, 1e9))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")

@@ -369,15 +369,10 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
     return z
 
 
-def cross_entropy(target, logits):
-    """-Σ target log softmax(logits) over the last axis (Eq. 12-14)."""
-    return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
-
-
 # --- end windows ---
 
 
-def look_ahead(network: MuZeroNetwork, params, state, action, discount: float):
+def look_ahead(params, state, action, network: MuZeroNetwork, discount: float):
     """q_g(s, a) = r_g + γ v(s'_g) (Eq. 7): states [..., 6, 6, C], actions [..., M] -> [..., M]."""
     state = jnp.broadcast_to(state[..., None, :, :, :], (*action.shape, *state.shape[-3:]))
     next_state = network.apply(params, state, action, method="dynamics")
@@ -409,7 +404,7 @@ def sampled_policy_target(advantage, action, num_actions: int):
     return jnp.einsum("...n,...na->...a", weight, jax.nn.one_hot(action, num_actions)) / num_samples
 
 
-def improve(network, params, state, prediction, logged_action, key, args):
+def improve(params, state, prediction, logged_action, key, network, args):
     """Improves the policy at latent states by looking one step ahead with the model.
 
     Args:
@@ -425,14 +420,14 @@ def improve(network, params, state, prediction, logged_action, key, args):
     if args.num_samples is None:
         actions = jnp.broadcast_to(jnp.arange(network.num_actions), prior_logits.shape)
         # adv_g(s, a) = q_g(s, a) - v(s), of every action
-        advantage = look_ahead(network, params, state, actions, args.discount) - value
+        advantage = look_ahead(params, state, actions, network, args.discount) - value
         p = policy_target(prior_logits, advantage)  # Eq. 6
         adv_logged = jnp.take_along_axis(advantage, logged_action[..., None], axis=-1)
     else:
         shape = (args.num_samples, *logged_action.shape)
         samples = jnp.moveaxis(jax.random.categorical(key, prior_logits, shape=shape), 0, -1)
         actions = jnp.concatenate([samples, logged_action[..., None]], axis=-1)
-        advantage = look_ahead(network, params, state, actions, args.discount) - value
+        advantage = look_ahead(params, state, actions, network, args.discount) - value
         advantage, adv_logged = advantage[..., :-1], advantage[..., -1:]
         p = sampled_policy_target(advantage, samples, network.num_actions)  # Eq. 9-10
     return p, advantage, adv_logged[..., 0]
@@ -470,22 +465,23 @@ def rosmo_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork,
     target = network.apply(target_params, target_state, method="prediction")
     value = to_scalar(target.value_logits)  # [B, K+1+n]
     z = value_target(batch.reward, value, moving, absorbing, args.discount, args.td_steps)
-    moving, absorbing, known = (x[:, : K + 1] for x in (moving, absorbing, known))
+    moving, absorbing, known = (x[:, : K + 1] for x in (moving, absorbing, known))  # [B, K+1]
     roots = jax.tree.map(lambda x: x[:, : K + 1], (target_state, target))
-    p, advantage, adv_logged = improve(network, target_params, *roots, action, sample_key, args)
+    p, advantage, adv_logged = improve(target_params, *roots, action, sample_key, network, args)
     if args.behavior_advantage == "next-observation":
         next_reward = to_scalar(target.reward_logits)[:, 1 : K + 2]
         adv_logged = next_reward + args.discount * value[:, 1 : K + 2] - value[:, : K + 1]
     p = jnp.where(absorbing[..., None], 1 / num_actions, p)
 
-    # Eq. 12-14, averaged over the unrolled steps; a reward belongs to the action before it.
+    # Eq. 12-14: means over K + 1 steps, of the reward over the K behind an action (authors' code).
     reward = jnp.where(moving[:, :K], batch.reward[:, :K], 0.0)
-    reward_loss = cross_entropy(two_hot(reward, args.num_bins), prediction.reward_logits[:, 1:])
-    value_loss = cross_entropy(two_hot(z, args.num_bins), prediction.value_logits)
-    policy_loss = cross_entropy(p, prediction.policy_logits)  # Eq. 5
+    reward_bins, z_bins = (two_hot(x, args.num_bins) for x in (reward, z))
+    reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward_bins)
+    value_loss = optax.softmax_cross_entropy(prediction.value_logits, z_bins)
+    policy_loss = optax.softmax_cross_entropy(prediction.policy_logits, p)  # Eq. 5
     # Eq. 11: imitate the logged action where its advantage is positive.
     logged, imitated = jax.nn.one_hot(action, num_actions), (adv_logged > 0) & moving
-    behavior_loss = cross_entropy(logged, prediction.policy_logits) * imitated
+    behavior_loss = optax.softmax_cross_entropy(prediction.policy_logits, logged) * imitated
 
     losses = {
         "losses/reward": jnp.mean(reward_loss * known[:, 1:]),
@@ -501,7 +497,7 @@ def rosmo_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork,
         "charts/value_target": jnp.mean(z),
         "charts/advantage_std": jnp.std(advantage),
         "charts/imitated": jnp.mean(imitated),
-        "charts/policy_entropy": jnp.mean(cross_entropy(policy, prediction.policy_logits)),
+        "charts/policy_entropy": jnp.mean(jax.scipy.special.entr(policy).sum(axis=-1)),
     }
     return total, metrics
 
@@ -558,13 +554,13 @@ def update(state: TrainState, key, batch: Batch, network: MuZeroNetwork, args: A
 # --- act (identical in rosmo_*.py) ---
 @partial(jax.jit, static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Args):
-    """Actions [E] for observations [E, ...], from the improved policy or, if sampled, from π."""
+    """Actions [E] for observations [E, ...], of the improved policy or, with num_samples, of π."""
     state = network.apply(params, observation, method="representation")
     prediction = network.apply(params, state, method="prediction")
     logits = prediction.policy_logits
     if args.num_samples is None:  # Eq. 6
         actions = jnp.broadcast_to(jnp.arange(network.num_actions), logits.shape)
-        q = look_ahead(network, params, state, actions, args.discount)
+        q = look_ahead(params, state, actions, network, args.discount)
         logits += q - to_scalar(prediction.value_logits)[:, None]
     return jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(key, logits)
 
@@ -619,9 +615,8 @@ def open_store(args) -> Store:
     path = args.dataset or find_store(args)
     if path is None:
         tool = Path(__file__).resolve().parent / "benchmark" / "prepare_atari.py"
-        options = {"--env-id": args.env_id, "--rlu-run": args.rlu_run}
-        options |= {"--percent": args.data_percent, "--data-dir": args.data_dir}
-        command = [str(tool), *(str(x) for option in options.items() for x in option)]
+        command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
+        command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
         if jax.process_count() > 1 or not tool.exists():
             where = "" if tool.exists() else ", in the repository that this script comes from"
             message = f"The data are missing; make them first: python {shlex.join(command)}"
@@ -801,7 +796,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that change no number of a run, and those that do not name its folder.
+# Arguments that a later start may change (data count by their content), and those not in its name.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every"}
 NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds"}
@@ -931,7 +926,8 @@ class Run:
     def load(self) -> tuple[int, dict]:
         """Updates done and content of the newest whole checkpoint, or of the start."""
         for path in [] if self.args.overwrite else self.checkpoints()[::-1]:
-            crc32, content = (data := path.read_bytes())[:4], data[4:]
+            data = path.read_bytes()
+            crc32, content = data[:4], data[4:]
             if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
                 return int(path.stem), serialization.msgpack_restore(content)
             print(f"{path} is damaged: it is not used.", file=sys.stderr)
@@ -1063,7 +1059,7 @@ class Run:
 # --- end run folder ---
 
 
-# Least and most of the numbers; other integers are at least 1, other floats at least 0.
+# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
@@ -1078,7 +1074,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
     for name, value in vars(args).items():
         flag = name.replace("_", "-")
         if type(value) in (int, float):
-            least, most = ranges.get(name, (type(value) is int, 1e9))
+            least, most = ranges.get(name, (1 if type(value) is int else 0, 1e9))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
                 raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
@@ -1165,7 +1161,7 @@ def main(args: Args) -> None:
     def play(num_episodes: int, greedy: bool) -> list[float] | None:
         if run.stopping:
             return None
-        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))
+        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: not a batch's
         params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
 
         def policy(observation, key):

@@ -33,16 +33,16 @@ VARIANTS = {
 }
 
 
-def quick_search(network, params, state, prediction, key, noise, args):
+def quick_search(params, state, prediction, key, noise, network, args):
     """In place of MuZero's, which is the same in both scripts: depends on all that it is given."""
     value = rosmo_atari.to_scalar(prediction.value_logits) + state.mean(axis=(-3, -2, -1))
     logits = prediction.policy_logits
     return jax.nn.softmax(logits + noise * jax.random.normal(key, logits.shape)), value
 
 
-def uneven(look_ahead, network, params, state, action, discount):
+def uneven(look_ahead, params, state, action, network, discount):
     """With what makes the sign of an advantage depend on the action."""
-    return look_ahead(network, params, state, action, discount) + 2 * jnp.cos(2.0 * action)
+    return look_ahead(params, state, action, network, discount) + 2 * jnp.cos(2.0 * action)
 
 
 @pytest.fixture(scope="module", params=helpers.LOSSES)

@@ -103,7 +103,7 @@ def search(nodes, noise: float = 0.0, table: Table | None = None, **change):
     @jax.jit
     def run(state):
         prediction = table.apply(None, state, method="prediction")
-        return muzero.search(table, None, state, prediction, jax.random.key(0), noise, args)
+        return muzero.search(None, state, prediction, jax.random.key(0), noise, table, args)
 
     return run(jnp.array(nodes, jnp.float32)[..., None])
 
@@ -221,10 +221,10 @@ def random_batch(args) -> muzero.Steps:
 
 
 def test_with_the_operator_of_rosmo_the_losses_are_those_of_rosmo(monkeypatch):
-    def look_ahead(network, params, state, prediction, key, noise, args):
+    def look_ahead(params, state, prediction, key, noise, network, args):
         candidates = jnp.broadcast_to(jnp.arange(3), prediction.policy_logits.shape)
         value = muzero.to_scalar(prediction.value_logits)
-        q = rosmo.look_ahead(network, params, state, candidates, args.discount)
+        q = rosmo.look_ahead(params, state, candidates, network, args.discount)
         return rosmo.policy_target(prediction.policy_logits, q - value[..., None]), value
 
     monkeypatch.setattr(muzero, "search", look_ahead)
@@ -247,9 +247,9 @@ def test_only_roots_that_a_target_needs_are_searched(monkeypatch, unroll_steps, 
     args = dataclasses.replace(ARGS, unroll_steps=unroll_steps, td_steps=td_steps)
     searched, original = [], muzero.search
 
-    def spy(network, params, state, *_):
+    def spy(params, state, *more):
         searched.append(state.shape)
-        return original(network, params, state, *_)
+        return original(params, state, *more)
 
     monkeypatch.setattr(muzero, "search", spy)
     loss = partial(muzero.muzero_loss, network=NETWORK, args=args)
@@ -263,7 +263,7 @@ def test_the_loss_follows_the_visits_and_the_searched_values(monkeypatch):
     args = dataclasses.replace(ARGS, unroll_steps=1, td_steps=1, discount=0.5)
     p, noises = jnp.array([0.2, 0.3, 0.5]), []
 
-    def constant(network, params, state, prediction, key, noise, args):
+    def constant(params, state, prediction, key, noise, network, args):
         noises.append(noise)
         shape = state.shape[:-1]
         return jnp.broadcast_to(p, (*shape, 3)), jnp.full(shape, 8.0)
@@ -296,7 +296,7 @@ def test_acting_samples_the_policy_of_the_search_or_takes_its_most_probable_acti
     policy = jnp.array([0.1, 0.0, 0.9])
     seen = []
 
-    def constant(network, params, state, prediction, key, noise, args):
+    def constant(params, state, prediction, key, noise, network, args):
         seen.append(noise)
         return jnp.broadcast_to(policy, (len(state), 3)), None
 

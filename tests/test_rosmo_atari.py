@@ -144,7 +144,7 @@ def test_dynamics_depends_on_the_action_everywhere():
 def test_look_ahead_is_the_reward_and_the_discounted_value_of_each_action():
     params, state = random_params(0), np.random.default_rng(0).normal(size=(2, 3, 6, 6, 4))
     candidates = np.random.default_rng(1).integers(0, 4, (2, 3, 5))
-    q = jax.jit(partial(rosmo.look_ahead, NETWORK, discount=0.9))(params, state, candidates)
+    q = jax.jit(partial(rosmo.look_ahead, network=NETWORK, discount=0.9))(params, state, candidates)
     for i in range(5):
         after = apply_network(params, state, candidates[..., i], method="dynamics")
         after = apply_network(params, after, method="prediction")

@@ -12,6 +12,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import muzero_unplugged_bsuite as muzero
@@ -174,9 +175,9 @@ def test_sampled_gradient_approaches_the_exact_one():
     logits = jnp.array([0.1, 0.2, -0.3])
     action = jax.random.categorical(jax.random.key(0), jnp.log(prior), shape=(2000, 64))
     target = rosmo.sampled_policy_target(advantage[action], action, 3).mean(axis=0)
-    sampled = jax.grad(lambda x: rosmo.cross_entropy(target, x))(logits)
+    sampled = jax.grad(lambda x: optax.softmax_cross_entropy(x, target))(logits)
     exact = jax.grad(
-        lambda x: rosmo.cross_entropy(rosmo.policy_target(jnp.log(prior), advantage), x)
+        lambda x: optax.softmax_cross_entropy(x, rosmo.policy_target(jnp.log(prior), advantage))
     )(logits)
     np.testing.assert_allclose(sampled, exact, atol=0.015)
 
@@ -187,7 +188,7 @@ def candidates(target_params, observation, num_samples, key, args=ARGS):
     state = apply_network(target_params, observation, method="representation")
     prediction = apply_network(target_params, state, method="prediction")
     logged = np.random.default_rng(5).integers(0, 3, observation.shape[:2]).astype(np.int32)
-    improve = jax.jit(partial(rosmo.improve, NETWORK, args=args))
+    improve = jax.jit(partial(rosmo.improve, network=NETWORK, args=args))
     answers = improve(target_params, state, prediction, logged, key)
     adv = np.zeros((*logged.shape, 3))
     for a in range(3):
@@ -474,7 +475,7 @@ def test_acting_follows_the_improved_policy():
     prediction = apply_network(params, state, method="prediction")
     q = np.stack(
         [
-            rosmo.look_ahead(NETWORK, params, state, jnp.full((64, 1), a), ARGS.discount)[:, 0]
+            rosmo.look_ahead(params, state, jnp.full((64, 1), a), NETWORK, ARGS.discount)[:, 0]
             for a in range(3)
         ],
         axis=1,
