@@ -49,7 +49,6 @@ import sys
 import zipfile
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -71,55 +70,37 @@ from tqdm import tqdm
 from prepare_atari import find_fault, make_env, rom_digest, run, write_store
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     # data
-    env_id: str = "Pong"
-    """game, by RL Unplugged's name"""
-    num_steps: int = 200_000
-    """agent steps (of 4 frames) to record; the last episode may exceed it"""
+    env_id: str = "Pong"  # game, by RL Unplugged's name
+    num_steps: int = 200_000  # agent steps (of 4 frames) to record; the last episode may exceed it
     num_checkpoints: int = 10
     """parts of the data, of each of which --data-percent takes the first episodes"""
-    seed: int = 0
-    """seed of the network, the exploration, the sampling and the games"""
-    data_dir: str = "data"
-    """the store is {data_dir}/atari/{env_id}-dqn-{thousands of steps}k"""
-    out: str = ""
-    """path of the store, instead"""
+    seed: int = 0  # seed of the network, the exploration, the sampling and the games
+    data_dir: str = "data"  # the store is {data_dir}/atari/{env_id}-dqn-{thousands of steps}k
+    out: str = ""  # path of the store, instead
     format: Literal["store", "rlu"] = "store"
     """rlu: also write {store}-rlu/atari_episodes_ordered/{env_id}/run_1-*, RL Unplugged's shards"""
     save_every: int = 10_000
     """steps between two saves of the learner, from which a killed collection goes on"""
 
     # environment
-    num_envs: int = 8
-    """environments side by side"""
-    max_frames: int = 108_000
-    """frames after which an episode is cut off"""
+    num_envs: int = 8  # environments side by side
+    max_frames: int = 108_000  # frames after which an episode is cut off
 
     # DQN
-    width: float = 0.5
-    """width of the Nature network, 1 for the original"""
-    learning_rate: float = 2.5e-4
-    """Adam's learning rate; Dopamine has 6.25e-5"""
-    batch_size: int = 32
-    """transitions in an update"""
-    discount: float = 0.99
-    """discount per step"""
-    n_step: int = 3
-    """rewards in a target before the bootstrap; Dopamine's DQN has 1"""
-    train_every: int = 4
-    """steps per update"""
-    target_every: int = 2_000
-    """steps between two copies to the target network; Dopamine has 8000"""
-    replay_size: int = 200_000
-    """steps in the replay memory, 7 kB each"""
-    replay_start: int = 5_000
-    """steps before the first update"""
-    epsilon_steps: int = 50_000
-    """steps over which epsilon falls linearly from 1"""
-    epsilon: float = 0.01
-    """final exploration"""
+    width: float = 0.5  # width of the Nature network, 1 for the original
+    learning_rate: float = 2.5e-4  # Adam's learning rate; Dopamine has 6.25e-5
+    batch_size: int = 32  # transitions in an update
+    discount: float = 0.99  # discount per step
+    n_step: int = 3  # rewards in a target before the bootstrap; Dopamine's DQN has 1
+    train_every: int = 4  # steps per update
+    target_every: int = 2_000  # steps between two copies to the target network; Dopamine has 8000
+    replay_size: int = 200_000  # steps in the replay memory, 7 kB each
+    replay_start: int = 5_000  # steps before the first update
+    epsilon_steps: int = 50_000  # steps over which epsilon falls linearly from 1
+    epsilon: float = 0.01  # final exploration
 
 
 NOT_COMPARED = {"data_dir", "out", "format", "save_every"}  # they change no number of a store
@@ -220,8 +201,8 @@ class Replay:
         """Transitions over n steps, or fewer at the end of an episode."""
         size = len(self.action)
         oldest, filled = max(0, self.added - size), min(self.added, size)
-        # The last n steps lack a next state. The first 3 of a full ring lack their stack, and those
-        # in an empty one are an episode's beginning, so that little is lost.
+        # The last n steps are not drawn. The first 3 of a full ring lack their stack, and those in
+        # an empty one are an episode's beginning, so that little is lost.
         at = (oldest + rng.integers(3, filled - n, size=4 * batch_size)) % size
         at = at[self.left[at] > 0][:batch_size]  # nothing follows a last step
         k = np.arange(n)
@@ -349,7 +330,7 @@ def collect(args: Args, recorder: Recorder) -> None:
                 playing[i] = []
         over = terminated | truncated
         before, step = step, step + args.num_envs
-        if replay.added >= max(args.replay_start, 4 * args.n_step):
+        if replay.added >= max(args.replay_start, args.n_step + 32):
             for _ in range(before // args.train_every, step // args.train_every):
                 batch = replay.sample(rng, args.batch_size, args.n_step, args.discount)
                 learner = update(network, tx, learner, batch)
@@ -408,6 +389,9 @@ def check_args(args: Args) -> None:
         if not least <= (value := getattr(args, name)) <= greatest:
             flag = name.replace("_", "-")
             raise SystemExit(f"--{flag} is {value}; give {least} to {greatest}.")
+    if args.replay_size < (least := args.n_step + 32):
+        message = f"--replay-size {args.replay_size} holds no --n-step {args.n_step}"
+        raise SystemExit(f"{message}: give at least {least}.")
 
 
 def main(args: Args) -> None:

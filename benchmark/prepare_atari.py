@@ -782,8 +782,8 @@ def main(args: Args) -> None:
         if store.exists():  # the first part of a larger one is the same data
             fault = find_fault(store, args.env_id, source, args.percent)
             if not fault:
-                building = store.with_name(f".{store.name}.building")
-                shutil.rmtree(building, ignore_errors=True)  # a kill may have left its parts
+                parts = store.with_name(f".{store.name}.building")
+                shutil.rmtree(parts, ignore_errors=True)  # a kill may have left them
                 print(f"{store} is there already.")
                 return
             if store == path:

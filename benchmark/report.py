@@ -18,6 +18,7 @@ named, with lines of random play and of the online DQN.
 
 import base64
 import csv
+import dataclasses
 import importlib
 import itertools
 import json
@@ -50,10 +51,10 @@ from run import Args
 
 BOOTSTRAPS = 2000
 CURVE_BOOTSTRAPS = 200
-# Arguments that say how a run is evaluated, or on what it learns.
-PROTOCOL = {"eval_episodes", "final_eval_episodes", "eval_max_frames"}
-PROTOCOL |= {"eval_greedy", "eval_noise", "eval_epsilon"}
-PROTOCOL |= {"eval_dirichlet_fraction", "dataset", "rlu_run"}
+# Arguments that say how a run is evaluated; these, and those that say on what it learns.
+EVALUATION = {"eval_episodes", "final_eval_episodes", "eval_max_frames", "eval_greedy"}
+EVALUATION |= {"eval_noise", "eval_epsilon", "eval_dirichlet_fraction"}
+PROTOCOL = EVALUATION | {"dataset", "rlu_run"}
 
 
 class Result(NamedTuple):
@@ -151,7 +152,7 @@ def conflicts(item: Item, cells: dict[tuple, Result | None]) -> list[str]:
             text = describe(one.config["data"])
             groups.setdefault(key, []).append((name, facts, text))
             sources.setdefault(facts.get("source", "?"), []).append(f"{name} on {task}")
-            protocol = {k: args[k] for k in sorted(PROTOCOL & args.keys()) if k[:2] in ("ev", "fi")}
+            protocol = {k: args[k] for k in sorted(EVALUATION & args.keys())}
             for k, v in protocol.items():
                 protocols.setdefault(k, {}).setdefault(str(v), []).append(f"{name} on {task}")
     for (task, *_), members in groups.items():
@@ -243,12 +244,13 @@ def pooled_iqm(episodes: np.ndarray) -> np.ndarray:
 
 
 def curve(returns: np.ndarray) -> np.ndarray:
-    """IQM [3, evaluations] of values [seeds, tasks, evaluations, episodes], and its interval."""
+    """Smoothed IQM of values [seeds, tasks, evaluations, episodes] and its interval, [3, ...]."""
     num_seeds, num_tasks, length, _ = returns.shape
 
     def pick(index):
         values = returns[index, np.arange(num_tasks)]  # [seeds, tasks, evaluations, episodes]
-        return trim_mean(np.moveaxis(values, 2, -1).reshape(-1, length), 0.25, axis=0)
+        values = np.moveaxis(values, 2, -1).reshape(-1, length)
+        return smooth(trim_mean(values, 0.25, axis=0))
 
     index = np.repeat(np.arange(num_seeds)[:, None], num_tasks, axis=1)
     return intervals({"": index}, pick, CURVE_BOOTSTRAPS)[""]
@@ -272,7 +274,7 @@ def cell_curve(item: Item, task: str, result: Result) -> np.ndarray:
     """Middle, low and high of a cell's learning curve, [3, evaluations less the average's]."""
     scale = (lambda x: normalized_score(task, x)) if item.unit != "return" else (lambda x: x)
     if item.average == "IQM":
-        values = smooth(curve(scale(result.returns[:, None])))
+        values = curve(scale(result.returns[:, None]))
     else:
         values = scale(smooth(result.returns.mean(axis=2)))
         mean, std = values.mean(axis=0), values.std(axis=0)
@@ -419,13 +421,8 @@ def draw_run(one: run.Run) -> None:
     finish(figure, drawn, note, one.folder / "learning_curve.png")
 
 
-def by(cells: dict, position: int, value) -> list[tuple]:
-    """The cells of a method (0), a value (1) or a task (2)."""
-    return [key for key in cells if key[position] == value]
-
-
 def pooled_curves(item: Item, cells: dict, tasks: tuple[str, ...]) -> dict[str, tuple]:
-    """(updates, hours, IQM [3, ...]) of the score over all tasks, by method with all of them."""
+    """(updates, hours, IQM [3, ...] over all tasks, seeds), by method that has all tasks."""
     curves = {}
     for method in item.methods:
         row = [cells[method, None, task] for task in tasks]
@@ -438,7 +435,7 @@ def pooled_curves(item: Item, cells: dict, tasks: tuple[str, ...]) -> dict[str, 
             ]
             n = window(len(row[0].updates))
             hours = np.mean([x.hours[:count] for x in row], axis=(0, 1))[n - 1 :]
-            line = smooth(curve(np.stack(scores, axis=1)))
+            line = curve(np.stack(scores, axis=1))
             curves[method] = (row[0].updates[n - 1 :], hours, line, count)
     return curves
 
@@ -466,7 +463,8 @@ def draw_pooled(item: Item, curves: dict, path: Path, with_time: bool, note: str
 
 def draw_aggregate(item: Item, cells: dict, tasks: tuple[str, ...], path: Path, note: str) -> None:
     """One panel for all tasks, where they have been run, and one for each; values with a run."""
-    groups = {"all tasks": tasks} | {task: (task,) for task in tasks}
+    groups = {"all tasks": tasks} if len(tasks) > 1 else {}
+    groups |= {task: (task,) for task in tasks}
     shown = {name: aggregates(item, cells, group) for name, group in groups.items()}
     shown = {name: estimates for name, estimates in shown.items() if estimates}
     finished = {value for estimates in shown.values() for _, value in estimates}
@@ -501,18 +499,14 @@ def draw_profiles(item: Item, scores: dict, path: Path) -> None:
     values = [v for v in item.values if any(key[1] == v for key in scores)]
     every = np.concatenate([x.ravel() for x in scores.values()])
     tau = np.linspace(min(0.0, every.min()), max(1.0, every.max()), 61)
-    above = lambda x, tau: (x[..., None] > tau).mean(axis=(0, 1))  # noqa: E731
-    np.random.seed(0)  # noqa: NPY002
-    profiles, bounds = library.create_performance_profile(
-        scores, tau, custom_profile_func=above, reps=min(BOOTSTRAPS, 500)
-    )
+    above = lambda x: (x[..., None] > tau).mean(axis=(0, 1))  # noqa: E731
+    profiles = intervals(scores, above, min(BOOTSTRAPS, 500))
     figure, grid = panels(len(values))
     drawn = {}
     for axes, value in zip(grid, values, strict=True):
         for method in item.methods:
             if (method, value) in scores:
-                line = np.stack([profiles[method, value], *bounds[method, value]])
-                several = len(scores[method, value]) > 1
+                line, several = profiles[method, value], len(scores[method, value]) > 1
                 drawn[method] = draw_line(axes, tau, line, color(item, method), several)
         axes.set_title(item.label(value), fontsize="medium")
     figure.supxlabel("normalised score τ", fontsize="medium")
@@ -561,7 +555,7 @@ def result_tables(item: Item, cells: dict, tasks: tuple[str, ...]) -> list[str]:
         return table(["task", *item.methods], rows)
     lines = []
     for task in tasks:
-        if not any(cells[key] for key in by(cells, 2, task)):
+        if not any(result for key, result in cells.items() if key[2] == task):
             continue
         rows = [[m, *(text[m, v, task] for v in item.values)] for m in item.methods]
         lines += table([task, *map(item.label, item.values)], rows)
@@ -827,6 +821,8 @@ def write_page(
     if has_curves and with_time:
         hours = "are those of training, without" if True in told else "of these runs include"
         lines += [f"Hours {hours} evaluation.", ""]
+    if any("model_updates" in settings(x) for r in found for x in r.runs):
+        lines += ["The hours of MOReL and COMBO are without those of the world model.", ""]
     if has_curves and not with_time:
         why = "not all runs tell what evaluation took"
         why = f"the devices differ ({', '.join(sorted(devices))})" if len(devices) > 1 else why
@@ -836,8 +832,8 @@ def write_page(
     lines += [f"{done} of {len(cells)} cells are finished{with_few}.", ""]
     if done < len(cells):
         lines[-2] += f" Not run: {not_run(item, cells)}."
-    for note in notes:
-        lines += [note, ""]
+    for text in notes:
+        lines += [text, ""]
     lines += paper_table(item, cells, estimates)
     if item.claim and not item.numbers and not name.endswith("_small"):
         lines += ["The paper has these numbers in a picture alone, not in its text.", ""]
@@ -955,9 +951,9 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
     if args.runs != run.Args.runs:
         words += ["--runs", *map(str, args.runs)]
     words += ["--mix"] * args.mix + further
-    write_page(name, item, cells, tasks, notes, words, args.out or Path("benchmark/results"))
+    write_page(name, item, cells, tasks, notes, words, args.out)
     done = sum(result is not None for result in cells.values())
-    print(f"{name}: {done} of {len(cells)} cells, see {args.out or 'benchmark/results'}/{name}.md.")
+    print(f"{name}: {done} of {len(cells)} cells, see {args.out}/{name}.md.")
     return True
 
 
@@ -999,8 +995,7 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
             lines.append(f"{name}: {words}")
     notes += [f"Arguments that differ: {'; '.join(lines)}."] if lines else []
     words = ["python", "benchmark/report.py", "compare", *pairs] + ["--mix"] * args.mix
-    out = args.out or Path("runs/report")
-    write_page("compare", item, cells, tuple(tasks), notes, words, out)
+    write_page("compare", item, cells, tuple(tasks), notes, words, args.out)
 
 
 def main(args: Args, further: list[str]) -> None:
@@ -1020,6 +1015,7 @@ def main(args: Args, further: list[str]) -> None:
             print(f"See {one.folder / 'learning_curve.png'}.")
         return
     out = args.out or Path("runs/report" if is_compare else "benchmark/results")
+    args = dataclasses.replace(args, out=out)
     out.mkdir(parents=True, exist_ok=True)
     if is_compare:
         compare(args.items[1:], args)

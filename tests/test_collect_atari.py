@@ -156,6 +156,7 @@ def test_finished_collection_is_not_overwritten(killed_and_resumed, tmp_path, ca
         ({"discount": 7.0}, "--discount is 7.0; give 0 to 1"),
         ({"replay_size": 1}, "--replay-size is 1; give 100 to"),
         ({"n_step": 100_000}, "--n-step is 100000; give 1 to 100"),
+        ({"n_step": 100, "replay_size": 100}, "100 holds no --n-step 100: give at least 132"),
         ({"seed": -1}, "--seed is -1; give 0 to"),
         ({"num_steps": 10**12}, "--num-steps is 1000000000000; give 1 to 1000000000"),
     ],
@@ -180,6 +181,15 @@ def test_every_number_has_limits():
     numbers = {k for k, v in vars(collect_atari.Args()).items() if isinstance(v, int | float)}
     assert set(collect_atari.LIMITS) == numbers
     collect_atari.check_args(collect_atari.Args())
+
+
+def test_a_memory_learns_as_soon_as_it_can(tmp_path):
+    """Of episodes of two states, one of them the last."""
+    options = {"num_steps": 200, "num_envs": 2, "max_frames": 4, "width": 0.1, "n_step": 1}
+    args = collect_atari.Args(**options, replay_size=100, replay_start=1)
+    recorder = collect_atari.Recorder(tmp_path / "r", args)
+    collect_atari.collect(args, recorder)
+    assert sum(recorder.lengths) >= 200
 
 
 @pytest.mark.parametrize("seed", [2147, 2148, 2**31, 2**63, 2**64])

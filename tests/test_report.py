@@ -419,6 +419,18 @@ def test_curves_are_iqms_at_every_evaluation():
     assert np.all((low <= middle) & (middle <= high))
     alone = report.curve(returns[:1])
     assert alone[1:] == pytest.approx(np.stack([alone[0]] * 2))  # one seed has no interval
+    # The band is that of the moving average, in which what alternates cancels out.
+    up_and_down = np.resize([1.0, -1.0], 50)
+    _, low, high = report.curve(np.stack([up_and_down, -up_and_down])[:, None, :, None])
+    assert report.window(50) == 3
+    assert low == pytest.approx(-1 / 3)
+    assert high == pytest.approx(1 / 3)
+
+
+def test_hours_of_a_world_model_are_not_those_of_its_policy(tmp_path):
+    write_run(tmp_path / "runs", "morel_atari", [1.0], data=ATARI_DATA, total_updates=1250)
+    page = (make(tmp_path, "table7") / "table7.md").read_text()
+    assert "The hours of MOReL and COMBO are without those of the world model." in page
 
 
 def test_bands_do_not_pass_the_best_seed():
