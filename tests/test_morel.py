@@ -392,11 +392,13 @@ def test_imagined_steps_halt_above_the_threshold_of_the_state_in_worlds_of_all_m
     terminated = []
     for threshold in (-1.0, np.inf):
         copy = jax.tree.map(jnp.copy, state._replace(threshold=jnp.float32(threshold)))
-        after, steps, *_ = morel.collect(copy, *inputs)
+        after, steps, advantage, _, metrics = morel.collect(copy, *inputs)
         terminated.append(float(steps.terminated.mean()))
         assert len(set(after.env.member.tolist())) > 1
     assert terminated[0] == 1
     assert terminated[1] < 1
+    explained = 1 - jnp.var(advantage) / jnp.var(steps.value + advantage)
+    assert metrics["charts/explained_variance"] == pytest.approx(float(explained), abs=1e-4)
     actions = []
     for step in (1, 2, 1):  # an update draws anew, one that is repeated the same
         copy = jax.tree.map(jnp.copy, state._replace(step=jnp.int32(step)))
