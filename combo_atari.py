@@ -14,7 +14,7 @@ states, and up on those taken. The world model is MOReL's, an ensemble of
 recurrent state-space models with categorical latents (DreamerV2: Hafner et
 al., 2021); the rest is cql_atari.py, from which only the mix differs.
 
-    python combo_atari.py --env-id MsPacman     # the paper's setting
+    python combo_atari.py --env-id MsPacman     # world model, then Q
     python combo_atari.py --world-model FOLDER  # of another run, or of MOReL's
     python combo_atari.py --push-up real        # Q up on logged actions only
 

@@ -14,7 +14,7 @@ penalty, so that a policy that PPO trains inside it is kept on known ground. A
 member is a recurrent state-space model with categorical latents (DreamerV2:
 Hafner et al., 2021).
 
-    python morel_atari.py --env-id MsPacman     # the paper's setting
+    python morel_atari.py --env-id MsPacman     # world model, then policy
     python morel_atari.py --world-model FOLDER  # of another run
 
 The world model is a run of its own in {run folder}-world-model: config.json,
