@@ -172,9 +172,10 @@ class InProcess:
             except SystemExit as end:  # the interpreter writes a text to stderr and returns 1
                 is_text = isinstance(end.code, str)
                 status, message = (1, end.code) if is_text else (end.code or 0, "")
-        self.handlers.clear()
-        gc.collect()  # of the run, whose lock goes with it
-        gc.unfreeze()
+            finally:
+                self.handlers.clear()
+                gc.collect()  # of the run, whose lock goes with it
+                gc.unfreeze()
         return subprocess.CompletedProcess(
             options, status, out.getvalue(), err.getvalue() + message
         )
@@ -215,14 +216,43 @@ module.main(tyro.cli(module.Args))
 """
 
 
+class Killed(BaseException):
+    pass
+
+
 @pytest.fixture
-def killed(cache_dir, tmp_path, catch_dataset, asterix_store):
+def killed(in_process, cache_dir, tmp_path, catch_dataset, asterix_store):
     """Runs a script until it kills itself when it has logged update `last`: killed(name, last).
 
-    Its folder is tmp_path/{folder}/run, as in `in_process`.
+    Its folder is tmp_path/{folder}/run, as in `in_process`. Only one script of each domain is
+    killed as a process; the others, which have the same run folder, are left in this one.
     """
 
+    def leave(name: str, last: int, *arguments, folder: str = "killed") -> Path:
+        module = importlib.import_module(name)
+        log = module.Run.log
+
+        def log_and_leave(run, done, seed, values):
+            log(run, done, seed, values)
+            if done >= last:
+                with (run.dir / "metrics.jsonl").open("a") as file:
+                    file.write('{"update": 1')  # a line that is cut short
+                raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module.Run, "log", log_and_leave)
+            try:
+                in_process(name, *arguments, folder=folder)
+            except Killed:
+                pass  # without a name, which would keep the lock of the run
+            else:
+                pytest.fail(f"{name} has not logged update {last}")
+        gc.collect()
+        return tmp_path / folder / "run"
+
     def run(name: str, last: int, *arguments, folder: str = "killed") -> Path:
+        if name not in ("bc_atari", "bc_bsuite"):
+            return leave(name, last, *arguments, folder=folder)
         (tmp_path / folder).mkdir()
         dataset = catch_dataset if name.endswith("_bsuite") else asterix_store
         options = [*helpers.tiny(name), "--dataset", dataset, "--run-dir", "run", *arguments]

@@ -21,10 +21,11 @@ LOSSES |= {name: f"{name}_loss" for name in BASELINES}
 # ----
 # The episodes of Asterix are the shortest of all games.
 TINY_ATARI = "--env-id Asterix --channels 4 --batch-size 4 --log-every 2 --eval-every 4 "
-TINY_ATARI += "--checkpoint-every 4 --total-updates 8 --eval-episodes 1 --final-eval-episodes 1"
+TINY_ATARI += "--checkpoint-every 5 --total-updates 8 --eval-episodes 1 --final-eval-episodes 1"
 TINY_ATARI += " --eval-max-frames 40"
 TINY_BSUITE = "--env-id catch --num-seeds 2 --batch-size 16 --log-every 10 --eval-every 20 "
-TINY_BSUITE += "--checkpoint-every 40 --total-updates 120 --final-eval-episodes 3"
+TINY_BSUITE += "--checkpoint-every 65 --total-updates 120 --eval-episodes 3 "
+TINY_BSUITE += "--final-eval-episodes 3"
 SHORT = ["--unroll-steps", 1, "--td-steps", 1]
 WORLD_MODEL = "--members 2 --deter 16 --hidden 16 --latents 4 --classes 4 --depth 2 --head-units 16"
 WORLD_MODEL += " --model-length 6 --model-batch-size 2 --model-updates 2 --model-eval-every 2"
@@ -33,6 +34,8 @@ IMAGINED = "--rollout-length 4 --minibatches 2 --epochs 1 --horizon 3 --starts 2
 IMAGINED += " --bc-updates 2 --bc-batch-size 4"
 ROLLOUTS = "--rollout-every 3 --rollout-starts 4 --rollout-length 3 --rollout-generations 2"
 LESS = {
+    "rosmo_bsuite": SHORT,
+    "muzero_unplugged_bsuite": [*SHORT, "--num-simulations", 2],
     "rosmo_atari": SHORT,
     "muzero_unplugged_atari": [*SHORT, "--num-simulations", 2],
     "morel_atari": [*WORLD_MODEL.split(), *IMAGINED.split()],
@@ -43,7 +46,7 @@ LESS = {
 def tiny(name: str) -> list:
     """Arguments with which a run of the script takes seconds; they lack --dataset."""
     if name.endswith("_bsuite"):
-        return TINY_BSUITE.split()
+        return [*TINY_BSUITE.split(), *LESS.get(name, [])]
     bins = [] if name in ("bc_atari", "morel_atari") else ["--num-bins", 21]
     return [*TINY_ATARI.split(), *bins, *LESS.get(name, [])]
 

@@ -371,6 +371,7 @@ def run(path, cache_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(combo, "FileLock", lambda path: no_lock)
     monkeypatch.setattr(combo, "evaluate", play)
     monkeypatch.setattr(combo, "draw_predictions", lambda *_: None)  # slow; test_world_model.py
+    monkeypatch.setattr(combo.Run, "plot", lambda *_: None)  # slow; test_runs_atari.py
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
 
     def start(folder, *arguments, stop=None):
@@ -392,25 +393,26 @@ def run(path, cache_dir, tmp_path, monkeypatch):
     return start
 
 
-def save_world_model(folder, members) -> None:
+def save_world_model(folder, members, data: dict) -> None:
     """A folder as the training of a world model leaves it; test_world_model.py trains one."""
     members = [jax.tree.map(lambda x, i=i: np.asarray(x[i]), members) for i in range(2)]
     content = combo.serialization.to_bytes(members)
     crc32 = zlib.crc32(content).to_bytes(4, "little")
     (folder / "members.msgpack").write_bytes(crc32 + content)
-    (folder / "config.json").write_text(json.dumps({"args": vars(ARGS)}, default=str))
+    config = {"args": vars(ARGS), "data": data}
+    (folder / "config.json").write_text(json.dumps(config, default=str))
 
 
 @pytest.fixture
-def world_model(members, tmp_path):
+def world_model(members, store, tmp_path):
     folder = tmp_path / "world-model"
     folder.mkdir()
-    save_world_model(folder, with_ends(members))
+    save_world_model(folder, with_ends(members), combo.describe(store, ARGS))
     return folder
 
 
 def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(
-    run, world_model, members, tmp_path, capsys
+    run, world_model, members, store, tmp_path, capsys
 ):
     options = ["--eval-every", 8, "--checkpoint-every", 5, "--rollout-every", 3]
     options += ["--total-updates", 24, "--world-model", world_model]
@@ -425,30 +427,13 @@ def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(
         with pytest.raises(SystemExit, match="130"):
             run("stopped", *options, stop=stop)
         assert f"Stopped at update {update}; the same" in capsys.readouterr().err
-    save_world_model(world_model, with_ends(members, bias=-23.0))
+    data = combo.describe(store, ARGS)
+    save_world_model(world_model, with_ends(members, bias=-23.0), data)
     with pytest.raises(SystemExit, match="holds a run with another world model"):
         run("stopped", *options)
-    save_world_model(world_model, with_ends(members))
+    save_world_model(world_model, with_ends(members), data)
     run("stopped", *options)
     assert metrics(tmp_path / "stopped" / "run") == whole
-
-
-def test_both_phases_run_and_stop_in_the_first(run, tmp_path, capsys):
-    run("whole")
-    with pytest.raises(SystemExit, match="130"):
-        run("stopped", stop="update_model")
-    assert "Stopped at update 1; the same" in capsys.readouterr().err
-    run("stopped")
-    for folder in ("run", "run-world-model"):
-        written = metrics(tmp_path / "whole" / folder)
-        assert written == metrics(tmp_path / "stopped" / folder)
-        assert any("losses/total" in line for line in written)
-    with pytest.raises(SystemExit) as end:
-        run("whole")
-    assert end.value.code == 0
-    with pytest.raises(SystemExit, match="130"):  # and the old policy is gone
-        run("whole", "--overwrite", stop="update_model")
-    assert not (tmp_path / "whole" / "run" / "metrics.jsonl").exists()
 
 
 def test_each_update_mixes_other_transitions_of_the_same_rollouts(run, world_model, monkeypatch):

@@ -515,19 +515,20 @@ def test_the_threshold_is_the_quantile_of_running_steps():
     assert morel.halt_rate((disc, running), 16.5) == 0
 
 
-def save_world_model(folder, args, members) -> None:
+def save_world_model(folder, args, members, data: dict) -> None:
     """A folder as the training of a world model leaves it."""
     folder.mkdir(exist_ok=True)
     content = serialization.to_bytes([member_of(members, i) for i in range(args.members)])
     crc32 = zlib.crc32(content).to_bytes(4, "little")
     (folder / "members.msgpack").write_bytes(crc32 + content)
-    (folder / "config.json").write_text(json.dumps({"args": vars(args)}, default=str))
+    config = {"args": vars(args), "data": data}
+    (folder / "config.json").write_text(json.dumps(config, default=str))
 
 
 def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
-    members, toy_path, cache_dir, tmp_path, monkeypatch, capsys
+    members, toy_path, toy_store, cache_dir, tmp_path, monkeypatch, capsys
 ):
-    model, handlers = tmp_path / "model", {}
+    model, handlers, data = tmp_path / "model", {}, morel.describe(toy_store, ARGS)
     options = f"{TINY} --channels 4 --batch-size 4 --starts 2 --halt-batches 2 --log-every 2"
     options += " --bc-updates 2 --bc-batch-size 4 --total-updates 5 --eval-every 2"
     options += " --checkpoint-every 3 --eval-episodes 1 --final-eval-episodes 1"
@@ -540,7 +541,7 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
         action = act(np.zeros((1, 84, 84, 4), np.uint8), jax.random.key(0))
         return None if action is None else [float(action[0])]
 
-    save_world_model(model, parse(), members)
+    save_world_model(model, parse(), members, data)
     no_lock = SimpleNamespace(acquire=lambda blocking: None)  # the runs come one by one
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(morel, "FileLock", lambda path: no_lock)
@@ -559,6 +560,7 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
     assert set(whole[0]) == {"update", "seed", *HALTING}
     assert all(0 <= whole[0][name] <= 1 for name in HALTING[1:])
     assert (tmp_path / "whole" / "run" / "discrepancy.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)  # slow
 
     parts = [("replay", 0), ("clone", 0), ("collect", 1), ("evaluate", 2), ("collect", 3)]
     for name, update in [*parts, ("evaluate", 4), ("finish_run", 5)]:
@@ -576,10 +578,10 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
         assert stopped.value.code == 130
         expected = f"Stopped at update {update}; the same command goes on."
         assert expected in capsys.readouterr().err
-    save_world_model(model, parse(), jax.tree.map(lambda x: x + 1, members))
+    save_world_model(model, parse(), jax.tree.map(lambda x: x + 1, members), data)
     with pytest.raises(SystemExit, match="holds a run with another world model"):
         run("stopped")
-    save_world_model(model, parse(), members)
+    save_world_model(model, parse(), members, data)
     assert run("stopped") == whole
     assert "Going on from update 5" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "stopped"}

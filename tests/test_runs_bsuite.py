@@ -88,10 +88,10 @@ def test_every_metric_is_in_the_table_of_its_page(whole, name):
 @pytest.mark.parametrize("name", BSUITE)
 def test_a_killed_run_goes_on_to_the_numbers_of_a_whole_one(whole, killed, in_process, name):
     folder = killed(name, 70)
-    assert [path.stem for path in checkpoints(folder)] == ["40", "60"]
+    assert [path.stem for path in checkpoints(folder)] == ["60", "65"]
     assert '"update": 70' in (folder / "metrics.jsonl").read_text()
     result = in_process(name, folder="killed")
-    assert "Going on from update 60 in run." in result.stdout
+    assert "Going on from update 65 in run." in result.stdout
     assert metrics(folder) == metrics(whole(name))
     assert len(json.loads((folder / "config.json").read_text())["starts"]) == 2
 

@@ -127,7 +127,7 @@ def test_several_updates_are_one_after_another_and_metrics_their_sums(counting):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_optimizer_clips_decays_and_changes_its_rate_as_the_authors(name, monkeypatch):
-    module, calls, adamw = importlib.import_module(name), [], optax.adamw
+    module, calls = importlib.import_module(name), []
     with monkeypatch.context() as patch:
         patch.setattr(optax, "adamw", lambda r, **o: calls.append((r, o)) or optax.identity())
         optimizer = module.make_optimizer(module.Args())
@@ -147,7 +147,6 @@ def test_the_optimizer_clips_decays_and_changes_its_rate_as_the_authors(name, mo
         updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
     assert (updates["kernel"] < 0).all()
     assert (updates["bias"] == 0).all()
-    assert optax.adamw is adamw
 
 
 @pytest.mark.parametrize("name", NAMES)

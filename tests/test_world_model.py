@@ -28,6 +28,7 @@ NETWORK = morel.make_world_model(6, ARGS)
 OBSERVE = jax.jit(partial(morel.observe, NETWORK))
 IMAGINE = jax.jit(partial(morel.imagine, NETWORK))
 DECODE = jax.jit(partial(NETWORK.apply, method="decode"))
+HANDLERS = {}  # of the signals
 NO_LOCK = SimpleNamespace(acquire=lambda blocking: None)  # the runs of a test come one by one
 
 
@@ -325,7 +326,7 @@ def train(toy_path, store, first_members):
         args = dataclasses.replace(ARGS, dataset=toy_path, run_dir=run_dir, overwrite=overwrite)
         args = dataclasses.replace(args, **changes)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(signal, "signal", lambda *_: None)
+            patch.setattr(signal, "signal", HANDLERS.__setitem__)
             patch.setattr(morel, "FileLock", lambda path: NO_LOCK)
             patch.setattr(morel, "init_members", lambda *_: jax.tree.map(jnp.copy, first_members))
             if not draws:  # it takes longer than the training
@@ -401,24 +402,17 @@ def test_a_signal_stops_training_at_any_update_and_it_goes_on_exactly(
     trained, train, tmp_path, monkeypatch, capsys
 ):
     whole, members = trained
-    updates, runs = [0], []
+    updates = [0]
 
     def interrupting(original, every):
         def call(*inputs):
             updates[0] += 1
             if updates[0] % every == 0:
-                runs[-1].interrupt()  # the policy's run is asked to stop while the model's goes on
+                HANDLERS[signal.SIGTERM]()  # the model's, which stops the policy's run as well
             return original(*inputs)
 
         return call
 
-    model_run = morel.ModelRun
-
-    def remember(*inputs):
-        runs.append(model_run(*inputs))
-        return runs[-1]
-
-    monkeypatch.setattr(morel, "ModelRun", remember)
     monkeypatch.setattr(morel, "update_model", interrupting(morel.update_model, 3))
     monkeypatch.setattr(morel, "evaluate_member", interrupting(morel.evaluate_member, 4))
     stops = 0
