@@ -1068,7 +1068,7 @@ RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "rlu_run": 
 RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
 RANGES |= {"eval_max_frames": (4, 10**9)}
 RANGES |= {"dirichlet_fraction": (0, 1), "eval_dirichlet_fraction": (0, 1)}
-RANGES |= {"mpo_temperature": (TINY, 1e9)}
+RANGES |= {"mpo_temperature": (TINY, 1e9), "num_simulations": (1, 10_000)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---

@@ -918,7 +918,7 @@ RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount":
 RANGES |= {"learning_rate_decay": (TINY, 1), "noise": (0, 1)}
 RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
 RANGES |= {"dirichlet_fraction": (0, 1), "eval_dirichlet_fraction": (0, 1)}
-RANGES |= {"mpo_temperature": (TINY, 1e9)}
+RANGES |= {"mpo_temperature": (TINY, 1e9), "num_simulations": (1, 10_000)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---

@@ -915,6 +915,7 @@ RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100), "num_bins": (3, 10**6
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
 RANGES |= {"learning_rate_decay": (TINY, 1), "noise": (0, 1)}
 RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
+RANGES |= {"num_samples": (1, 10_000)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---

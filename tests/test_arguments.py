@@ -24,11 +24,11 @@ ALL = {
     # of some algorithms
     "num_bins": [0, 1, 2], "target_update_every": [0, -1],
     "discount": [-0.1, 1.01, math.nan, math.inf], "unroll_steps": [0, -1], "td_steps": [0, -1],
-    "num_samples": [0, -1], "policy_coef": [-1.0, math.nan], "value_coef": [-1.0, math.inf],
-    "behavior_coef": [-1.0, math.nan], "num_simulations": [0, -1], "max_depth": [0, -1],
+    "num_samples": [0, 10**5], "policy_coef": [-1.0, math.nan], "value_coef": [-1.0, math.inf],
+    "behavior_coef": [-1.0, math.nan], "num_simulations": [0, 10**5], "max_depth": [0, -1],
     "dirichlet_fraction": [-0.1, 1.1, math.nan], "eval_dirichlet_fraction": [-0.1, 1.1],
     "mpo_temperature": [0.0, -1.0, math.nan], "beta": [0.0, -1.0, math.nan, math.inf],
-    "num_action_samples": [0, -1], "cql_alpha": [-1.0, math.nan], "eval_epsilon": [-0.1, 1.1],
+    "num_action_samples": [0, 10**5], "cql_alpha": [-1.0, math.nan], "eval_epsilon": [-0.1, 1.1],
     # model-based
     "members": [0, -1], "deter": [0], "hidden": [0], "latents": [0], "classes": [0], "depth": [0],
     "heldout_percent": [0.0, 100.0, math.nan], "model_updates": [0], "model_batch_size": [0],
