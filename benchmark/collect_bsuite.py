@@ -11,8 +11,9 @@
 # ///
 """Collect the BSuite datasets of the ROSMO paper (Appendix E, Tables 5 and 6).
 
-An online DQN learns on a real bsuite environment, and every episode from the
-first to the last of its training is recorded. With probability --noise the
+An online DQN (double Q-learning, squared loss) learns on a real bsuite
+environment, and every episode from the first to the last of its training is
+recorded. With probability --noise the
 environment executes a uniformly random action in place of the agent's; the
 recorded action, from which the DQN also learns, is the agent's, so that the
 noise belongs to the environment.

@@ -834,9 +834,9 @@ def write_page(
         lines[-2] += f" Not run: {not_run(item, cells)}."
     for text in notes:
         lines += [text, ""]
-    lines += paper_table(item, cells, estimates)
     if item.claim and not item.numbers and not name.endswith("_small"):
-        lines += ["The paper has these numbers in a picture alone, not in its text.", ""]
+        lines += ["The paper has its own results of this item in a picture alone.", ""]
+    lines += paper_table(item, cells, estimates)
     lines += reference_table(cells)
     lines += statistics(item, scores, tasks, estimates) if summary else []
     lines += time_table(item, cells) + runs_table(item, cells)

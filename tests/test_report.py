@@ -269,7 +269,7 @@ def test_known_returns_stand_on_the_page(tmp_path):
     write_run(tmp_path / "runs" / "c", "rosmo_atari", [1.0], env_id="Pong", data=STORE)
     out = make(tmp_path, "table1", "table8")
     page = (out / "table1.md").read_text()
-    assert "The paper has these numbers in a picture alone, not in its text." in page
+    assert "The paper has its own results of this item in a picture alone." in page
     known = rows(page, "mean return")
     assert known["catch"] == ["-0.66", "1.00", "0.72", "0.71"]
     assert known["catch, noise ε = 0.3"] == ["-0.66", "1.00", "0.50", "0.25"]
