@@ -734,8 +734,8 @@ class Run:
     def show_evaluation(self, finished: int, episodes: int) -> None:
         self.bar.set_postfix_str(f"evaluation: {finished} of {episodes} episodes")
 
-    def interrupt(self, *_) -> None:
-        if self.stopping:
+    def interrupt(self, number: int, _) -> None:
+        if self.stopping and number == signal.SIGINT:  # a second Ctrl-C does not wait
             raise KeyboardInterrupt
         self.stopping = True
 

@@ -1564,8 +1564,8 @@ class Run:
     def show_evaluation(self, finished: int, episodes: int) -> None:
         self.bar.set_postfix_str(f"evaluation: {finished} of {episodes} episodes")
 
-    def interrupt(self, *_) -> None:
-        if self.stopping:
+    def interrupt(self, number: int, _) -> None:
+        if self.stopping and number == signal.SIGINT:  # a second Ctrl-C does not wait
             raise KeyboardInterrupt
         self.stopping = True
 
@@ -1756,8 +1756,8 @@ class ModelRun(Run):
         self.bar.set_description("world model")
         self.stopping = run.stopping
 
-    def interrupt(self, *_) -> None:
-        self.policy_run.interrupt()
+    def interrupt(self, *arguments) -> None:
+        self.policy_run.interrupt(*arguments)
         self.stopping = True
 
 

@@ -71,9 +71,10 @@ class Args:
     num_episodes: int | None = None
     """episodes to record; the paper's (cartpole 1000, catch 2000, mountain_car 500) if not given"""
     from_rlds: Path | None = None  # convert this TFDS/RLDS folder instead of collecting
-    data_dir: Path = Path("data/bsuite")  # the folder of the datasets
+    data_dir: Path = Path("data")  # the folder of the datasets
     out: Path | None = None
-    """the file to write; None: {data-dir}/{env-id}-noise{noise}-seed{seed}[-{n}episodes].npz"""
+    """the file to write; None:
+    {data-dir}/bsuite/{env-id}-noise{noise}-seed{seed}[-{n}episodes].npz"""
 
 
 RANGES = {  # least, most
@@ -425,7 +426,7 @@ def open_path(args: Args) -> Path | None:
     """The file to write, in a folder that can be written; None if the file is there already."""
     part = f"-{args.num_episodes}episodes" if args.num_episodes else ""
     name = f"{args.env_id}-noise{args.noise:g}-seed{args.seed}{part}.npz"
-    path = args.out or args.data_dir / name
+    path = args.out or args.data_dir / "bsuite" / name
     if path.is_dir():
         sys.exit(f"{path} is a folder; --out must be a file.")
     if path.exists() and not args.overwrite:

@@ -567,7 +567,7 @@ def end_with(parent: int) -> None:
 def import_store(
     path: Path, meta: dict, read: Callable, shards: list[str], workers: int | None
 ) -> None:
-    """Builds a store of `shards`, in this order; goes on with what a broken import has left."""
+    """Builds a store of `shards`, each of checkpoints of its own; goes on with a broken one."""
     limit = meta["percent"] / 100 * meta["steps_per_checkpoint"]
     limit = limit if meta["percent"] < 100 else float("inf")
     with building(path) as folder:
@@ -601,6 +601,10 @@ def import_store(
                 if bar.disable:
                     progress = f"{i} of {len(shards)} shards, {time.time() - start:.0f} s"
                     print(f"{path.name}: {line} ({progress})", file=sys.stderr, flush=True)
+        checkpoints = {part: np.load(part / "episodes.npy")["checkpoint"] for part in parts}
+        parts.sort(key=lambda part: checkpoints[part].min())
+        if (np.diff(np.concatenate([checkpoints[part] for part in parts])) < 0).any():
+            raise SystemExit(f"Several shards of {path.name} have episodes of one checkpoint.")
         writer = StoreWriter(folder / "store", meta["num_actions"])
         for part in parts:
             writer.append(part)

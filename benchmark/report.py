@@ -111,27 +111,11 @@ def put_together(runs: list[run.Run], seeds: tuple[int, ...] | None = None) -> R
 # --------------------------
 
 
-def data_facts(data: dict | str) -> dict:
-    """Source, size and checksums of a run's data, as far as it wrote them down."""
-    if isinstance(data, str):  # old runs on BSuite
-        match = re.match(r"(\d+) episodes, (\d+) transitions, mean return (\S+)", data)
-        if not match:
-            return {}
-        return {"episodes": int(match[1]), "steps": int(match[2]), "mean": match[3]}
-    facts = {"source": data.get("source")}
-    facts["episodes"] = data.get("episodes", data.get("num_episodes"))
-    facts["steps"] = data.get("transitions", data.get("steps", data.get("num_steps")))
-    facts["rom"] = data.get("rom", data.get("rom_sha256"))
-    if "mean_return" in data:
-        facts |= {"mean": f"{data['mean_return']:.2f}", "crc32": data.get("crc32")}
-    return {k: v for k, v in facts.items() if v is not None}
-
-
 def describe(data: dict | str) -> str:
     """What a run learned from, in words; old runs on BSuite kept the words themselves."""
     if isinstance(data, str):
         return data
-    facts = {"source": "", "mean": None} | data_facts(data)
+    facts = {"source": "", "mean": None} | run.data_facts(data)
     unit = "transitions" if "transitions" in data else "steps"
     text = f"{facts['episodes']:,} episodes, {facts['steps']:,} {unit}"
     text += f", mean return {facts['mean']}" if facts["mean"] else ""
@@ -143,7 +127,7 @@ def conflicts(item: Item, cells: dict[tuple, Result | None]) -> list[str]:
     groups, protocols, sources, found = {}, {}, {}, []
     for (method, value, task), result in cells.items():
         for one in result.runs if result else []:
-            args, facts = settings(one), data_facts(one.config["data"])
+            args, facts = settings(one), run.data_facts(one.config["data"])
             # A run on BSuite describes the whole dataset, one on Atari its share of it.
             share = None if "num_seeds" in args else args.get("data_percent")
             cut_off = args.get("truncation_as_termination", False)
@@ -176,13 +160,15 @@ def conflicts(item: Item, cells: dict[tuple, Result | None]) -> list[str]:
     return found
 
 
-def left_out(item: Item, cells: dict, runs: list, wanted: dict) -> list[str]:
-    """Finished runs that differ from an empty cell in evaluation or data alone, and in what."""
+def left_out(seeds: tuple[int, ...], cells: dict, runs: list, wanted: dict) -> list[str]:
+    """Finished runs of seeds that a cell lacks, other in evaluation or data alone, and in what."""
     lines = []
     for key, result in cells.items():
-        for one in runs if result is None else []:
+        lacking = {*seeds} - {*(result.seeds if result else ())}
+        for one in runs:
             script_args = wanted[key]
-            if one.config["script"] != f"{type(script_args).__module__}.py":
+            script = f"{type(script_args).__module__}.py"
+            if one.config["script"] != script or not lacking & {*one.seeds}:
                 continue
             difference = run.different(one, script_args)
             if difference and difference.keys() <= PROTOCOL:
@@ -304,7 +290,7 @@ def color(item: Item, method: str) -> str:
 
 def references(task: str, runs: list[run.Run], normalized: bool) -> list[tuple[str, float]]:
     """Mean returns, or scores, of random play, the online DQN and the runs' data, where known."""
-    means = {data_facts(x.config["data"]).get("mean") for x in runs} - {None}
+    means = {run.data_facts(x.config["data"]).get("mean") for x in runs} - {None}
     found = [("data", float(mean)) for mean in sorted(means)]
     if task in REFERENCE_RETURNS:
         found += zip(("random play", "online DQN"), REFERENCE_RETURNS[task], strict=True)
@@ -769,7 +755,8 @@ def write_page(
     scores = score_matrices(item, cells, tasks)
     devices = {s["device"] for r in found for x in r.runs for s in x.config["starts"]}
     told = {any(x.seconds.values()) for r in found for x in r.runs}  # what evaluation took
-    with_time = len(devices) == len(told) == 1
+    sizes = {len(x.seeds) for r in found for x in r.runs}  # trained side by side
+    with_time = len(devices) == len(told) == len(sizes) == 1
     curves, extra, note = {}, [], figure_note(item, cells)
     has_curves = any(len(r.updates) for r in found) and "curves" in item.form
     images = {"": item.title}
@@ -825,13 +812,14 @@ def write_page(
         lines += ["The hours of MOReL and COMBO are without those of the world model.", ""]
     if has_curves and not with_time:
         why = "not all runs tell what evaluation took"
+        why = "runs train other numbers of seeds side by side" if len(sizes) > 1 else why
         why = f"the devices differ ({', '.join(sorted(devices))})" if len(devices) > 1 else why
         lines += [f"No curves against wall-clock: {why}.", ""]
     done, few = len(found), sum(len(r.seeds) < len(item.seeds) for r in found)
     with_few = f", {few} of them with fewer than {len(item.seeds)} seeds" if few else ""
     lines += [f"{done} of {len(cells)} cells are finished{with_few}.", ""]
     if done < len(cells):
-        lines[-2] += f" Not run: {not_run(item, cells)}."
+        lines[-2] += f" Not finished: {not_run(item, cells)}."
     for text in notes:
         lines += [text, ""]
     if item.claim and not item.numbers and not name.endswith("_small"):
@@ -914,7 +902,7 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
     wanted = {tuple(cell[:3]): a for cell, a in run.cell_args(item, args, further)}
     seeds = args.seeds or item.seeds
     cells = {key: put_together(run.find_runs(runs, a, seeds), seeds) for key, a in wanted.items()}
-    nearly = left_out(item, cells, runs, wanted)
+    nearly = left_out(seeds, cells, runs, wanted)
     updates = sorted({a.total_updates for a in wanted.values()})
     if not any(cells.values()):
         where = ", ".join(map(str, args.runs))
@@ -936,7 +924,7 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
     options = [words for k, words in run.split_options(further) if k not in run.NOT_COMPARED]
     other += [f"`{shlex.join(itertools.chain(*options))}`"] if options else []
     sources = {
-        data_facts(x.config["data"]).get("source") for r in cells.values() if r for x in r.runs
+        run.data_facts(x.config["data"]).get("source") for r in cells.values() if r for x in r.runs
     }
     other += ["data of a local online DQN, not of RL Unplugged"] if "dqn" in sources else []
     if other and not name.endswith("_small") and not name.startswith("sweep"):
@@ -961,10 +949,11 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
     """Draws folders of runs side by side, each under its label."""
     if not pairs:
         raise SystemExit("Give LABEL=FOLDER for each setting to compare.")
-    cells, tasks, several = {}, {}, "several runs of the same seed; name a folder of one setting"
+    cells, tasks, unfinished = {}, {}, []
+    several = "several runs of the same seed; name a folder of one setting"
     for pair in pairs:
         label, equals, folder = pair.partition("=")
-        runs = run.read_runs((Path(folder),)) if equals else []
+        runs = run.read_runs((Path(folder),), unfinished) if equals else []
         if not runs:
             raise SystemExit(f"{pair} is not LABEL=FOLDER with a finished run in the folder.")
         for one in runs:
@@ -994,6 +983,7 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
             words = ", ".join(f"{label} {' or '.join(sorted(x))}" for label, x in by_label.items())
             lines.append(f"{name}: {words}")
     notes += [f"Arguments that differ: {'; '.join(lines)}."] if lines else []
+    notes += [f"Left out, as not finished: {', '.join(unfinished)}."] if unfinished else []
     words = ["python", "benchmark/report.py", "compare", *pairs] + ["--mix"] * args.mix
     write_page("compare", item, cells, tuple(tasks), notes, words, args.out)
 

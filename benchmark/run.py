@@ -106,7 +106,9 @@ def read_run(folder: Path) -> Run | None:
     if missing := {"args", "data", "script", "starts"} - config.keys():
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
     words = [config["script"], config["args"]["env_id"], *(x["device"] for x in config["starts"])]
-    if not all(isinstance(x, str) for x in words) or not isinstance(config["data"], str | dict):
+    data = config["data"]
+    known = isinstance(data, str) or {"episodes", "num_episodes"} & data.keys()
+    if not all(isinstance(x, str) for x in words) or not known:
         raise ValueError("config.json is damaged")
     text = (folder / "metrics.jsonl").read_text()
     lines = [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]  # whole ones
@@ -138,9 +140,12 @@ def read_run(folder: Path) -> Run | None:
     return run
 
 
-def read_runs(folders: tuple[Path, ...]) -> list[Run]:
-    """All finished runs below the folders, also behind links, those of the most seeds first."""
-    seen, runs = set(), []
+def read_runs(folders: tuple[Path, ...], unfinished: list[str] | None = None) -> list[Run]:
+    """All finished runs below the folders, also behind links, those of the most seeds first.
+
+    The folders of the others, but for world models, are appended to `unfinished`.
+    """
+    seen, runs, others = set(), [], [] if unfinished is None else unfinished
     for folder in folders:
         for path, inner, files in os.walk(folder, followlinks=True):
             inner.sort()
@@ -148,11 +153,14 @@ def read_runs(folders: tuple[Path, ...]) -> list[Run]:
                 inner.clear()
             elif {"config.json", "metrics.jsonl"} <= set(files):
                 try:
-                    runs.append(read_run(Path(path)))
+                    if one := read_run(Path(path)):
+                        runs.append(one)
+                    elif not path.endswith("-world-model"):
+                        others.append(path)
                 except Exception as error:  # whatever is in these files
                     print(f"{path} cannot be read as a run: {error!r}", file=sys.stderr)
             seen.add(real)
-    return sorted((run for run in runs if run), key=lambda run: -len(run.final))
+    return sorted(runs, key=lambda run: -len(run.final))
 
 
 def plain(args: Any) -> dict:
@@ -168,6 +176,22 @@ def different(run: Run, args: Any) -> dict[str, tuple]:
     """
     theirs, ours = plain(type(args)()) | run.config["args"], plain(args)
     return {k: (theirs[k], ours[k]) for k in ours.keys() - NOT_COMPARED if theirs[k] != ours[k]}
+
+
+def data_facts(data: dict | str) -> dict:
+    """Source, size and checksums of a run's data, as far as it wrote them down."""
+    if isinstance(data, str):  # old runs on BSuite
+        match = re.match(r"(\d+) episodes, (\d+) transitions, mean return (\S+)", data)
+        if not match:
+            return {}
+        return {"episodes": int(match[1]), "steps": int(match[2]), "mean": match[3]}
+    facts = {"source": data.get("source")}
+    facts["episodes"] = data.get("episodes", data.get("num_episodes"))
+    facts["steps"] = data.get("transitions", data.get("steps", data.get("num_steps")))
+    facts["rom"] = data.get("rom", data.get("rom_sha256"))
+    if "mean_return" in data:
+        facts |= {"mean": f"{data['mean_return']:.2f}", "crc32": data.get("crc32")}
+    return {k: v for k, v in facts.items() if v is not None}
 
 
 def is_fall_back(run: Run) -> bool:
@@ -230,12 +254,12 @@ def script_args(item: Item, further: list[str]) -> dict[str, Any]:
         raise SystemExit("--overwrite is for single runs: delete the folders of these instead.")
     own = {"env_id", "seed", "num_seeds", "run_dir", item.argument}
     own |= {name for name, _ in item.common}
-    own -= {name for name in own if name and name.startswith(("log_", "eval_", "final_"))}
+    free = ("total_updates", "log_", "eval_", "final_")
     for script, arguments in item.methods.values():
         module = importlib.import_module(script)
-        words = []
+        words, fixed = [], {x for x in own | arguments.keys() if x and not x.startswith(free)}
         for name, option in options:
-            if name in own | (arguments.keys() - {"total_updates"}):
+            if name in fixed:
                 advice = {"env_id": "--env-ids", "seed": "--seeds", "num_seeds": "--seeds"}
                 instead = f": give {advice[name]}" if name in advice else ""
                 raise SystemExit(f"{option[0]} is set by the item itself{instead}.")
@@ -261,6 +285,8 @@ def cell_args(item: Item, args: Args, further: list[str]) -> Iterator[tuple]:
     parsed = script_args(item, further)
     for script, env_id in itertools.product(parsed, args.env_ids or ()):
         check_env_id(importlib.import_module(script), env_id)
+    if "dataset" in dict(item.common) and not {*(args.env_ids or ())} <= {*item.tasks}:
+        raise SystemExit(f"--env-ids: the dataset of this item is of {', '.join(item.tasks)}.")
     given = {name for name, _ in split_options(further)}
     for cell in item.cells(args.env_ids):
         arguments = {k: v for k, v in cell.arguments.items() if k not in given}
@@ -295,6 +321,32 @@ def get_items(args: Args) -> dict[str, Item]:
         methods = {k: v for k, v in item.methods.items() if k in args.methods}
         items[name] = item._replace(methods=methods)
     return items
+
+
+def data_here(args: Any) -> dict:
+    """Facts of the data that a run would learn from; none if a store is still to be made."""
+    script = importlib.import_module(type(args).__module__)
+    if not hasattr(script, "find_store"):
+        return data_facts(script.describe(script.load_dataset(args)))
+    if args.dataset or script.find_store(args):
+        return data_facts(script.describe(script.open_store(args), args))
+    return {}
+
+
+def refuse_other_data(item: Item, runs: list[Run], args: Args, further: list[str]) -> None:
+    """Ends the program if finished runs of an item learned from other data than those here."""
+    here = {}
+    for _, script_args in cell_args(item, args, further):
+        names = ("env_id", "dataset", "noise", "data_percent")
+        key = tuple(getattr(script_args, name, None) for name in names)
+        for run in find_runs(runs, script_args, args.seeds or item.seeds):
+            ours = here[key] if key in here else here.setdefault(key, data_here(script_args))
+            theirs = data_facts(run.config["data"])
+            differing = sorted(k for k in ours.keys() & theirs.keys() if ours[k] != theirs[k])
+            if differing:
+                message = f"{run.folder} learned from other data than those here: their "
+                message += f"{', '.join(differing)} differ, and the report would refuse to mix them"
+                raise SystemExit(f"{message}. Give --runs runs to do without it, or --mix.")
 
 
 class Job(NamedTuple):
@@ -383,9 +435,8 @@ def missing_jobs(
                         Path(run.config["args"].get(argument) or f"{run.folder}-world-model")
                         for run in find_runs(runs, theirs, (first,))
                     ]
-                    trained = f"{folder_of(theirs, first)}-world-model"
-                    found += [Path(trained)] * Path(trained, "members.msgpack").exists()
-                    made = next(iter(found), None)
+                    found.append(Path(f"{folder_of(theirs, first)}-world-model"))
+                    made = next((x for x in found if (x / "members.msgpack").exists()), None)
                 more |= {argument: made} if made else {}
             words = command(dataclasses.replace(cell_arguments, **more))
             jobs.append(Job(name, words, after))
@@ -395,6 +446,8 @@ def missing_jobs(
 
 # Running them
 # ------------
+
+TERMINAL = (signal.SIGINT, signal.SIGHUP)  # from a terminal to all that was started in it
 
 
 class Command:
@@ -442,6 +495,9 @@ class Command:
             if not self.stopped and not self.is_wanted():
                 self.stop()
             time.sleep(0.2)
+        if process.returncode < 0:
+            with self.log.open("a") as log:
+                log.write(f"It was killed by signal {-process.returncode}.\n")
         if process.returncode:
             raise RuntimeError(f"status {process.returncode}")
 
@@ -540,9 +596,10 @@ def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
                     share if workers > 1 and not gpus else None,
                     jobs_folder / "lock",
                 )
-                handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+                kept = {n: signal.signal(n, signal.SIG_IGN) for n in TERMINAL}  # inherited
                 running[slot] = job, executor.submit(task)
-                signal.signal(signal.SIGINT, handler)
+                for number, handler in kept.items():
+                    signal.signal(number, handler)
                 say(f"started  {job.name}")
             for slot, (job, started) in list(running.items()):
                 if started.done():
@@ -648,6 +705,8 @@ def main(args: Args, further: list[str]) -> None:
         text, shared = f"{total - len(missing)} of {total} runs", len(missing) - len(jobs)
         text += f" were finished, {shared} are of an item before" if shared else " are finished"
         print(f"{name}: {text}.", flush=True)
+        if jobs and not args.mix:
+            refuse_other_data(item, runs, args, further)
         logs = args.logs / (item.of or name)
         if jobs and args.launcher == "slurm":
             submit(jobs, args, logs, name)

@@ -226,6 +226,10 @@ def main(args: Args) -> None:
         raise SystemExit(f"--out {args.out} is no page that can be written.")
     if args.store and not (args.store / "meta.json").exists():
         raise SystemExit(f"There is no store {args.store}.")
+    atari = ("channels", "store", "loader_threads")
+    for name in {"atari": ("num_seeds", "num_steps"), "bsuite": atari}[args.domain]:
+        if getattr(args, name) != getattr(Args, name):
+            raise SystemExit(f"--{name.replace('_', '-')} is not for {args.domain}.")
     names = args.scripts or tuple(f"{method}_{args.domain}" for method in METHODS)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     make_step = {"atari": atari_step, "bsuite": bsuite_step}[args.domain]

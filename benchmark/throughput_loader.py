@@ -9,6 +9,7 @@ windows with shift 1, trajectories of 11 states, a shuffle buffer, batches of
 512.
 """
 
+import importlib.util
 import os
 import resource
 import signal
@@ -85,6 +86,8 @@ def tfdata_pipeline(store: script.Store, args: Args) -> Iterable:
 
 def main(args: Args) -> None:
     args = script.check_args(args, {"seconds": (0.1, 1e6)})
+    if args.tfdata and not importlib.util.find_spec("tensorflow"):
+        raise SystemExit("--tfdata needs tensorflow: pip install -r requirements.txt")
     before, start = peak_mb(), time.perf_counter()
     store = open_store(script, args.store, script.Args())
     opened = time.perf_counter() - start

@@ -49,7 +49,7 @@ def dataset(tmp_path_factory):
     """80 episodes, long enough for the DQN to start learning."""
     data_dir = tmp_path_factory.mktemp("bsuite")
     collector.main(collector.Args(noise=0.1, seed=3, num_episodes=80, data_dir=data_dir))
-    return data_dir / "catch-noise0.1-seed3-80episodes.npz"
+    return data_dir / "bsuite" / "catch-noise0.1-seed3-80episodes.npz"
 
 
 def test_file_holds_the_documented_arrays(dataset):
@@ -79,7 +79,7 @@ def test_header_describes_the_arrays(dataset):
     returns = reward.reshape(80, 10).sum(1).tolist()
     arguments = {
         "env_id": "catch", "seed": 3, "noise": 0.1, "num_episodes": 80,
-        "data_dir": str(dataset.parent), "overwrite": False, "from_rlds": None, "out": None,
+        "data_dir": str(dataset.parent.parent), "overwrite": False, "from_rlds": None, "out": None,
     }  # fmt: skip
     assert header.pop("versions").keys() == {"jax", "bsuite", "numpy"}
     assert -1 <= header.pop("random_return") < 0
@@ -214,7 +214,8 @@ def test_data_that_came_meanwhile_are_kept(tmp_path, monkeypatch, capsys):
 
 def test_existing_data_are_kept_unless_told(dataset, tmp_path, capsys):
     args = collector.Args(num_episodes=1, data_dir=tmp_path)
-    path = tmp_path / "catch-noise0-seed0-1episodes.npz"
+    path = tmp_path / "bsuite" / "catch-noise0-seed0-1episodes.npz"
+    path.parent.mkdir()
     path.write_bytes(b"old")
     collector.main(args)
     assert path.read_bytes() == b"old"
@@ -234,7 +235,7 @@ def test_interrupted_run_writes_nothing(script, tmp_path, number):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stderr == "Interrupted: nothing was written.\n"
-    assert list((tmp_path / "data").iterdir()) == []
+    assert list((tmp_path / "data" / "bsuite").iterdir()) == []
 
 
 def run_with(code: str, *arguments):
@@ -264,7 +265,7 @@ collector.update = interrupted_update
     result = run_with(code, "--num-episodes", 80, "--data-dir", tmp_path)
     assert result.returncode == 130
     assert result.stderr == "Interrupted: nothing was written.\n"
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "bsuite").iterdir()) == []
 
 
 def test_ctrl_c_while_writing_leaves_nothing_half_written(tmp_path):
@@ -278,7 +279,7 @@ numpy.savez_compressed = interrupted_savez
     result = run_with(code, "--num-episodes", 1, "--data-dir", tmp_path)
     assert result.returncode == 130
     assert result.stderr == "Interrupted: nothing was written.\n"
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "bsuite").iterdir()) == []
 
 
 def test_it_ends_with_the_process_that_started_it(tmp_path):
@@ -294,16 +295,16 @@ subprocess.run({command!r}, env=os.environ | {{"ROSMO_PARENT": str(os.getpid())}
     parent.kill()
     _, stderr = parent.communicate(timeout=60)  # the collector holds the other end of the pipes
     assert stderr == "Interrupted: nothing was written.\n"
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "bsuite").iterdir()) == []
 
 
 def test_full_disk_is_one_sentence(tmp_path):
     code = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
     result = run_with(code, "--num-episodes", 400, "--data-dir", tmp_path)
     assert result.returncode == 1
-    path = tmp_path / "catch-noise0-seed0-400episodes.npz"
+    path = tmp_path / "bsuite" / "catch-noise0-seed0-400episodes.npz"
     assert result.stderr == f"Cannot write {path}: File too large.\n"
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "bsuite").iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -313,14 +314,15 @@ def test_half_written_file_never_has_the_final_name(monkeypatch, tmp_path, error
         raise error
 
     monkeypatch.setattr(np, "savez_compressed", savez)
-    path = tmp_path / "catch-noise0-seed0-1episodes.npz"
+    path = tmp_path / "bsuite" / "catch-noise0-seed0-1episodes.npz"
+    path.parent.mkdir()
     path.write_bytes(b"old")
     args = collector.Args(num_episodes=1, data_dir=tmp_path, overwrite=True)
     is_os_error = isinstance(error, OSError)
     message = "No space left on device" if is_os_error else None
     with pytest.raises(SystemExit if is_os_error else KeyboardInterrupt, match=message):
         collector.main(args)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert path.read_bytes() == b"old"
 
 
@@ -359,7 +361,7 @@ def test_error_goes_to_stderr_without_traceback(script, tmp_path):
     result = script("benchmark/collect_bsuite.py", "--data-dir", tmp_path / "file")
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr == f"Cannot make the folder {tmp_path / 'file'}: File exists.\n"
+    assert result.stderr == f"Cannot make the folder {tmp_path / 'file/bsuite'}: Not a directory.\n"
 
 
 def test_folder_that_cannot_be_written_is_refused_before_work(monkeypatch, tmp_path):
@@ -368,7 +370,7 @@ def test_folder_that_cannot_be_written_is_refused_before_work(monkeypatch, tmp_p
 
     monkeypatch.setattr(collector.tempfile, "TemporaryFile", no_file)
     monkeypatch.setattr(collector, "collect", None)
-    message = f"Cannot write to the folder {tmp_path}: Permission denied."
+    message = f"Cannot write to the folder {tmp_path / 'bsuite'}: Permission denied."
     with pytest.raises(SystemExit, match=message):
         collector.main(collector.Args(data_dir=tmp_path))
 
@@ -377,7 +379,7 @@ def test_paths_may_begin_with_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     collector.main(collector.Args(num_episodes=1, data_dir=collector.Path("~/data")))
-    assert (tmp_path / "data" / "catch-noise0-seed0-1episodes.npz").exists()
+    assert (tmp_path / "data" / "bsuite" / "catch-noise0-seed0-1episodes.npz").exists()
     assert not (tmp_path / "~").exists()
 
 

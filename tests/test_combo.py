@@ -384,7 +384,7 @@ def run(path, cache_dir, tmp_path, monkeypatch):
                 original = getattr(combo, stop)
 
                 def interrupt(*inputs, **options):
-                    handlers[signal.SIGINT]()
+                    handlers[signal.SIGINT](signal.SIGTERM, None)
                     return original(*inputs, **options)
 
                 patch.setattr(combo, stop, interrupt)

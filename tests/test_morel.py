@@ -568,7 +568,7 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
 
         def interrupt(*inputs, original=original):
             if signal.SIGINT in handlers:  # once
-                handlers.pop(signal.SIGINT)()
+                handlers.pop(signal.SIGINT)(signal.SIGTERM, None)
             return original(*inputs)
 
         with monkeypatch.context() as patch:

@@ -532,6 +532,20 @@ def test_other_errors_are_told_at_once(tmp_path, error, message):
 
 
 @pytest.mark.usefixtures("in_process")
+def test_checkpoints_stand_in_order_whatever_the_shards_are_called(tmp_path):
+    """Selecting a percentage needs them so."""
+    names = {"a": ["1", "0"], "b": ["0", "1"]}
+    for folder, shards in names.items():
+        read = Flaky(EOFError(), 0)
+        prepare_atari.import_store(tmp_path / folder, META, read, shards, 1)
+    found, expected = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert found == expected
+    both = lambda _: iter([EPISODES[0] | {"checkpoint": i, "id": 0} for i in (0, 1)])  # noqa: E731
+    with ends_with("^Several shards of c have episodes of one checkpoint"):
+        prepare_atari.import_store(tmp_path / "c", META, both, ["0", "1"], 1)
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_broken_import_is_kept_from_one_with_other_arguments(tmp_path):
     with ends_with("damaged"):
         import_two(tmp_path / "a", Flaky(EOFError(), 9))

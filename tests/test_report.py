@@ -134,7 +134,7 @@ def test_table_has_mean_and_std_of_the_runs_and_names_what_is_missing(tmp_path):
     assert "| ROSMO |  |  | 0.750 ± 0.250 (2 seeds) |  |" in page
     assert "| MuZero Unplugged |  |  | -1.000 (1 seed) |  |" in page
     assert "2 of 8 cells are finished, 2 of them with fewer than 5 seeds." in page
-    assert "Not run: ROSMO, noise ε = 0, 0.1 and 0.5 on catch; " in page
+    assert "Not finished: ROSMO, noise ε = 0, 0.1 and 0.5 on catch; " in page
     data = "2,000 episodes, 18,000 transitions, mean return 0.72"
     assert "Not the paper's setting: 2,000 updates, not 200,000." in page
     where = f"1 x cpu | {data} | `{runs / 'a'}` |"
@@ -374,6 +374,11 @@ def test_runs_with_another_evaluation_are_left_out_and_named(tmp_path):
     page = (make(tmp_path, "table1", further=further) / "table1.md").read_text()
     assert rows(page, "catch")["MuZero Unplugged"][0] == "1.000 (1 seed)"
     assert "2,000 updates, not 200,000; `--final-eval-episodes 5`." in page
+    write_run(tmp_path / "runs" / "c", "muzero_unplugged_bsuite", [1.0])
+    folder = tmp_path / "runs" / "d"  # of a seed that the cell lacks
+    write_run(folder, "muzero_unplugged_bsuite", [1.0], seed=1, final_eval_episodes=7)
+    page = (make(tmp_path, "table1") / "table1.md").read_text()
+    assert f"Left out, as they differ: {folder}: final_eval_episodes 7, not 100." in page
 
 
 def test_intervals_are_those_of_a_bootstrap_by_hand(tmp_path, monkeypatch):
@@ -530,6 +535,15 @@ def test_hours_of_runs_that_tell_and_that_do_not_are_not_mixed(tmp_path):
     assert "figure9-time.png" not in page
 
 
+def test_hours_of_processes_with_other_numbers_of_seeds_are_not_compared(tmp_path):
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0, 1.0])
+    write_run(tmp_path / "runs" / "b", "muzero_unplugged_bsuite", [1.0])
+    page = (make(tmp_path, "figure9") / "figure9.md").read_text()
+    why = "No curves against wall-clock: runs train other numbers of seeds side by side."
+    assert why in page
+    assert "figure9-time.png" not in page
+
+
 def test_single_seeds_are_marked(tmp_path, figures):
     for beta in (0.1, 0.3):
         folder, small = tmp_path / "runs" / str(beta), dict(paper.SMALL)
@@ -611,6 +625,10 @@ def test_own_runs_are_compared(tmp_path, monkeypatch):
     page = (tmp_path / "runs/report/compare.md").read_text()
     assert rows(page, "task")["catch"] == ["0.750 ± 0.250", "0.100 ± 0.100"]
     assert "Arguments that differ: batch_size: small batch 64, default 128." in page
+    write_run(tmp_path / "b" / "later", "rosmo_bsuite", [0.0], seed=2, finished=False)
+    report.main(args, [])
+    page = (tmp_path / "runs/report/compare.md").read_text()
+    assert "Left out, as not finished: b/later." in page
     write_run(tmp_path / "c", "rosmo_bsuite", [0.0], final_eval_episodes=7)
     with pytest.raises(SystemExit, match="final_eval_episodes differs: 100 with b on"):
         report.main(report.Args(("compare", "b=b", "c=c")), [])
@@ -743,6 +761,7 @@ def test_a_store_of_any_game_and_percent_is_measured(tmp_path):
         (throughput, {"domain": "bsuite", "windows": 0}, "--windows is 0; give at least 1"),
         (throughput, {"domain": "atari", "store": Path("no")}, "There is no store no"),
         (throughput, {"domain": "atari", "channels": 1}, "--channels is 1; give at least 2"),
+        (throughput, {"domain": "bsuite", "channels": 16}, "--channels is not for bsuite"),
         (throughput_loader, {"store": Path("no"), "threads": 0}, "--threads is 0; give at least 1"),
         (throughput_loader, {"store": Path("no")}, "There is no store no"),
     ],

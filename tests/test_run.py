@@ -16,6 +16,8 @@ import pytest
 from conftest import ROOT
 from test_report import write_run
 
+import bc_atari
+import bc_bsuite
 import paper
 import report
 import run
@@ -115,6 +117,13 @@ def test_one_that_fails_does_not_stop_the_others(stand_in, tmp_path, capsys):
     ]
 
 
+def test_a_killed_one_says_so(stand_in, tmp_path, capsys):
+    stand_in.write_text("#!/bin/sh\necho update 3,000\nkill -9 $$\n")
+    with pytest.raises(SystemExit):
+        start("table2", "--methods", "BC", "--env-ids", "catch", "--total-updates", 7)
+    assert "BC-catch-seeds0-4.log: It was killed by signal 9." in capsys.readouterr().err
+
+
 def test_a_failed_run_does_not_stop_the_next_item(stand_in, tmp_path):
     words = ["table2", "table1", "--methods", "ROSMO", "--total-updates", 7]
     with pytest.raises(SystemExit) as end:
@@ -161,18 +170,19 @@ def test_gpus_that_the_user_hides_stay_hidden(stand_in, tmp_path, monkeypatch):
         assert (tmp_path / "devices").read_text().splitlines()[-1] == seen
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_one_goes_on(stand_in, tmp_path, number):
-    """Its runs write their checkpoints, also when it is killed. Ctrl-C is for the whole session."""
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL"])
+def test_a_stopped_one_goes_on(stand_in, tmp_path, name):
+    """Its runs write their checkpoints, also when it is killed. A terminal signals to all."""
+    number = getattr(signal, name)
     (tmp_path / "wait").touch()
     words = ["table2", "--methods", "BC", "--env-ids", "catch", "cartpole", "--total-updates", 7]
     first = process(stand_in, *words)
     wait_for(tmp_path / "commands")
-    (os.killpg if number == signal.SIGINT else os.kill)(first.pid, number)
+    (os.killpg if number in run.TERMINAL else os.kill)(first.pid, number)
     out, err = first.communicate(timeout=30)
     assert wait_for(tmp_path / "saved") == ["saved"]
     assert len((tmp_path / "commands").read_text().splitlines()) == 1
-    if number != signal.SIGKILL:
+    if name in ("SIGTERM", "SIGINT"):
         assert first.returncode == 130
         assert "Stopping 1 run(s), which write their checkpoints." in out
         assert "Stopped with 2 run(s) to do; the same command goes on." in err
@@ -245,6 +255,7 @@ def test_a_folder_that_is_no_run_stops_nothing(tmp_path, capsys):
     ("name", "change"),
     [
         ("config.json", {"data": None}),
+        ("config.json", {"data": {"source": "mine"}}),
         ("config.json", {"starts": [{"commit": "a"}]}),
         ("config.json", {"starts": [{"commit": "a", "device": None}]}),
         ("config.json", {"script": 3}),
@@ -263,6 +274,12 @@ def test_a_damaged_run_is_named_and_left_out(tmp_path, capsys, name, change):
     (tmp_path / "a" / name).write_text(text)
     assert run.read_runs((tmp_path,)) == []
     assert "a cannot be read as a run" in capsys.readouterr().err
+
+
+def test_the_evaluation_of_a_method_can_be_changed(tmp_path, capsys):
+    words = ["table7_small", "--methods", "MOReL", "--runs", tmp_path, "--eval-every", 50]
+    (line,) = commands_of(capsys, *words)
+    assert "--eval-every 50" in line
 
 
 def test_further_arguments_reach_the_scripts_that_have_them(tmp_path, monkeypatch, capsys):
@@ -296,6 +313,7 @@ def test_further_arguments_reach_the_scripts_that_have_them(tmp_path, monkeypatc
         (["table8", "--runs", "nowhere"], "--runs: there is no folder nowhere"),
         (["table2", "--seeds", "0", "0"], "--seeds 0 0: one twice"),
         (["table8", "--env-ids", "Pong", "Pong"], "--env-ids Pong Pong: one twice"),
+        (["atari_small", "--env-ids", "Pong"], "the dataset of this item is of Breakout"),
     ],
 )
 def test_wrong_words_end_in_a_sentence(tmp_path, words, message):
@@ -321,6 +339,38 @@ def test_seeds_that_two_runs_share_count_once(tmp_path, monkeypatch, capsys):
     assert [*report.put_together(runs).final] == [1, 2, 3, 2, 3]
     words = ["table2", "--methods", "BC", "--env-ids", "catch", "--total-updates", 2000]
     assert commands_of(capsys, *words, "--runs", tmp_path) == []
+
+
+def test_runs_of_other_data_are_refused_before_anything_runs(stand_in, catch_dataset, tmp_path):
+    """The report would refuse to mix them; without them, or with --mix, the runs begin."""
+    words = ["table2", "--methods", "BC", "--env-ids", "catch", "--total-updates", 2000]
+    words += ["--dataset", catch_dataset, "--runs"]
+    steps = bc_bsuite.load_dataset(bc_bsuite.Args(dataset=catch_dataset))
+    facts = bc_bsuite.describe(steps)
+    write_run(tmp_path / "b", "bc_bsuite", [1.0], data=facts, dataset=catch_dataset)
+    facts = facts | {"crc32": 1}
+    write_run(tmp_path / "a", "bc_bsuite", [1.0], data=facts, dataset=catch_dataset)
+    with pytest.raises(SystemExit, match="their crc32 differ") as end:
+        start(*words, tmp_path / "a")
+    assert end.value.code.endswith("Give --runs runs to do without it, or --mix.")
+    assert not (tmp_path / "commands").exists()
+    start(*words, tmp_path / "a", "--mix")
+    (tmp_path / "commands").unlink()
+    start(*words, tmp_path / "b")
+    assert len((tmp_path / "commands").read_text().splitlines()) == 1
+
+
+def test_stores_of_other_data_are_refused(asterix_store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = bc_atari.Args(env_id="Asterix", dataset=asterix_store)
+    facts = run.data_here(args)
+    assert facts["episodes"] == 5
+    assert run.data_here(bc_atari.Args()) == {}  # nothing is there, and nothing is made
+    options = {"env_id": "Asterix", "dataset": asterix_store, "total_updates": 2000}
+    write_run(tmp_path / "a", "bc_atari", [1.0], data=facts | {"steps": 3}, **options)
+    words = ["table8", "--methods", "BC", "--env-ids", "Asterix", "--total-updates", 2000]
+    with pytest.raises(SystemExit, match="their steps differ"):
+        start(*words, "--dataset", asterix_store, "--runs", tmp_path / "a")
 
 
 def test_runs_on_local_data_give_way_to_rl_unplugged(tmp_path, monkeypatch, capsys):
@@ -391,6 +441,11 @@ def test_combo_waits_for_morel_and_takes_its_world_model(stand_in, tmp_path, cap
     start("table7", "--methods", "COMBO", "--seeds", 0, "--dry-run")
     assert "--world-model" not in capsys.readouterr().out  # it makes one
     write_run(tmp_path / "runs" / "mine", "morel_atari", [1.0], total_updates=1000)
+    start(*words[:-1], 1000, "--dry-run")
+    assert "--world-model" not in capsys.readouterr().out  # its world model is elsewhere
+    for name in ("runs/mine-world-model", "theirs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "members.msgpack").touch()
     start(*words[:-1], 1000, "--dry-run")
     (line,) = capsys.readouterr().out.splitlines()
     assert "--world-model runs/mine-world-model" in line

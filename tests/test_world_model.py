@@ -408,7 +408,8 @@ def test_a_signal_stops_training_at_any_update_and_it_goes_on_exactly(
         def call(*inputs):
             updates[0] += 1
             if updates[0] % every == 0:
-                HANDLERS[signal.SIGTERM]()  # the model's, which stops the policy's run as well
+                # The model's, which stops the policy's run as well.
+                HANDLERS[signal.SIGTERM](signal.SIGTERM, None)
             return original(*inputs)
 
         return call
