@@ -82,8 +82,7 @@ from ale_py.vector_env import AtariVectorEnv
 from filelock import FileLock, Timeout
 from flax import serialization
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 
@@ -104,8 +103,7 @@ class Args:
     rlu_run: int = 1  # run of RL Unplugged, 1 to 5
     data_percent: float = 100.0  # learn from this part of each checkpoint's data, from its start
     data_dir: Path = Path("data")  # folder of the datasets, which are made when they are missing
-    dataset: Path | None = None
-    """open this store instead, for example one that benchmark/collect_atari.py wrote"""
+    dataset: Path | None = None  # store to open instead, such as benchmark/collect_atari.py's
     loader_threads: int = 4  # threads that decode batches
     clip_rewards: bool = True  # clip rewards to [-1, 1]
     heldout_percent: float = 5.0  # part of the episodes that the world model does not learn from
@@ -723,7 +721,7 @@ def to_scalar(logits):
 
 # --- conservative penalty (identical in cql_*.py and combo_atari.py) ---
 def conservative_gap(q, action):
-    """log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
+    """CQL(H)'s log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
     return jax.nn.logsumexp(q, axis=-1) - jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
 
 
@@ -952,16 +950,14 @@ def update(state: TrainState, key, batch: Batch, network: CQLNetwork, args: Args
     metrics["charts/grad_norm"] = optax.tree.norm(gradient)
     delta, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.params)
     params, step = optax.apply_updates(state.params, delta), state.step + 1
-    target_params = optax.periodic_update(
-        params, state.target_params, step, args.target_update_every
-    )
+    target = optax.periodic_update(params, state.target_params, step, args.target_update_every)
     rest = (step, state.rollouts, state.world_model_crc32)
-    return TrainState(params, target_params, opt_state, *rest), metrics
+    return TrainState(params, target, opt_state, *rest), metrics
 
 
 @partial(jax.jit, static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: CQLNetwork, args: Args):
-    """Actions [E] for observations [E, ...] with the highest Q; if not greedy, a few are random."""
+    """Actions [E] for observations [E, ...], ε-greedy in Q or, if greedy, with the highest Q."""
     q = to_scalar(network.apply(params, observation))
     return epsilon_greedy(q, key, 0.0 if greedy else args.eval_epsilon)
 
@@ -979,6 +975,7 @@ class Store(NamedTuple):
     steps: np.ndarray  # action, reward, is_last, is_terminal and age of every frame
     episodes: np.ndarray  # start, length and return of those selected
     index: np.ndarray  # of their steps, one after the other
+    facts: dict  # what a run writes down of them, and compares when it goes on
 
 
 def select_episodes(store: Store, selected: np.ndarray) -> Store:
@@ -997,14 +994,10 @@ def find_store(args) -> Path | None:
     return found.get(min((p for p in found if p >= args.data_percent), default=None))
 
 
-def plays(args) -> bool:
-    """Whether the run is evaluated in the game; data without a simulator can do without."""
-    return args.eval_episodes > 0 or args.final_eval_episodes > 0
-
-
 def open_store(args) -> Store:
     """The store that the arguments name; benchmark/prepare_atari.py makes it if it is missing."""
-    if plays(args) or not args.dataset:
+    plays = args.eval_episodes > 0 or args.final_eval_episodes > 0  # else no simulator is needed
+    if plays or not args.dataset:
         game_name(args.env_id)  # an unknown game ends here
     path = args.dataset or find_store(args)
     if path is None:
@@ -1012,9 +1005,8 @@ def open_store(args) -> Store:
         command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
         command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
         if jax.process_count() > 1 or not tool.exists():
-            where = "" if tool.exists() else ", in the repository that this script comes from"
             message = f"The data are missing; make them first: python {shlex.join(command)}"
-            raise SystemExit(f"{message}{where}; or give a --dataset.")
+            raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
         # This process holds the accelerator; the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
@@ -1032,10 +1024,10 @@ def open_store(args) -> Store:
         blob = memoryview(np.memmap(path / "frames.bin", np.uint8, "r"))
         if len(blob) != offsets[-1]:
             raise ValueError("frames.bin is not whole")
-        game, num_actions, _ = (meta[name] for name in ("env_id", "num_actions", "source"))
+        game, num_actions, source = (meta[name] for name in ("env_id", "num_actions", "source"))
         if game != args.env_id or steps["action"].max() >= num_actions:
             raise ValueError(f"it is of {game} with {num_actions} actions")
-        if plays(args) and make_env(game, 1).single_action_space.n != num_actions:
+        if plays and make_env(game, 1).single_action_space.n != num_actions:
             raise ValueError(f"it has {num_actions} actions, and the game has another number")
         if meta["percent"] < args.data_percent:
             percent = f"{meta['percent']:g}"
@@ -1044,21 +1036,16 @@ def open_store(args) -> Store:
         first = np.searchsorted(episodes["checkpoint"], episodes["checkpoint"])
         before = episodes["start"] - episodes["start"][first]
         limit = args.data_percent / 100 * meta["steps_per_checkpoint"]
-        selected = (before < limit) | (args.data_percent == 100)
-        store = Store(meta, blob, offsets, steps, episodes, np.arange(0))
-        return select_episodes(store, selected)
+        store = Store(meta, blob, offsets, steps, episodes, np.arange(0), {})
+        store = select_episodes(store, (before < limit) | (args.data_percent == 100))
+        facts = {"episodes": len(store.episodes), "steps": len(store.index), "source": source}
+        facts["mean_return"] = float(store.episodes["return"].mean())
+        facts["crc32"] = zlib.crc32(steps[store.index])
+        facts["rom"] = rom_digest(game) if plays else None
+        return store._replace(facts=facts)
     except Exception as error:  # a damaged file can raise almost anything
         message = f"{path} cannot be used as a store of {args.env_id}: {error!r}"
         raise SystemExit(f"{message}. Give another --dataset, or make it again.") from None
-
-
-def describe(store: Store, args) -> dict:
-    """What a run writes down of its data, and compares when it goes on."""
-    steps = zlib.crc32(store.steps[store.index])
-    facts = {"episodes": len(store.episodes), "steps": len(store.index), "crc32": steps}
-    facts["mean_return"] = float(store.episodes["return"].mean())
-    rom = rom_digest(args.env_id) if plays(args) else None
-    return facts | {"source": store.meta["source"], "rom": rom}
 
 
 def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
@@ -1078,7 +1065,7 @@ def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
 
 
 def sample_batch(
-    store: Store, seed: int, step: int, batch_size: int, length: int, rows: slice = slice(None)
+    store: Store, seed: int, step: int, batch_size: int, length: int, rows: Any = slice(None)
 ) -> Batch:
     """Batch number `step`, or those `rows` of it: windows that start anywhere.
 
@@ -1099,15 +1086,13 @@ def sample_batch(
 
 def load_batches(load: Callable, first: int, num_threads: int) -> Iterator:
     """Yields load(first), load(first + 1), ... in order, made ahead by threads."""
-    ahead, pool = max(4, num_threads), ThreadPoolExecutor(num_threads)
-    try:
+    ahead = max(4, num_threads)
+    with ThreadPoolExecutor(num_threads) as pool:
         pending = deque(pool.submit(load, step) for step in range(first, first + ahead))
         for step in itertools.count(first + ahead):
             batch = pending.popleft().result()
             pending.append(pool.submit(load, step))
             yield batch
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # --- end data ---
@@ -1196,18 +1181,12 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 
 # --- evaluate (identical in *_atari.py) ---
 def evaluate(
-    act: Callable,
-    env_id: str,
-    num_episodes: int,
-    seed: int,
-    report: Callable = lambda *_: None,
-    max_frames: int = 108_000,
+    act: Callable, env_id: str, num_episodes: int, seed: int, max_frames: int = 108_000
 ) -> list[float] | None:
     """Raw returns of `num_episodes` episodes, played side by side, each in its own environment.
 
     `act` takes observations uint8 [E, 84, 84, 4] (newest frame last, zeros before the first) and a
-    key, and returns actions [E], or None to break off; `report(finished, num_episodes)` is called
-    when episodes end, the latest after `max_frames` frames of the emulator.
+    key, and returns actions [E], or None to break off. `max_frames` of the game end an episode.
     """
     if num_episodes == 0:
         return []
@@ -1217,21 +1196,21 @@ def evaluate(
     observations, _ = env.reset(seed=seeds)
     returns, running = np.zeros(num_episodes), np.ones(num_episodes, bool)
     actions, size = np.zeros(num_episodes, np.int32), num_episodes
-    while running.any():
-        if 8 * running.sum() <= size:  # the last few go on in a smaller batch
-            size = int(running.sum())
-        rows = np.resize(np.flatnonzero(running), size)  # repeated, as each size has its program
-        act_key, key = jax.random.split(key)
-        chosen = act(np.ascontiguousarray(observations[rows].transpose(0, 2, 3, 1)), act_key)
-        if chosen is None:
-            return None
-        actions[rows] = chosen
-        observations, rewards, terminated, truncated, _ = env.step(actions)
-        returns += running * rewards
-        ended = running & (terminated | truncated)
-        running &= ~ended
-        if ended.any():
-            report(num_episodes - running.sum(), num_episodes)
+    with tqdm(total=num_episodes, desc="evaluation", leave=False, disable=None) as bar:
+        while running.any():
+            if 8 * running.sum() <= size:  # the last few go on in a smaller batch
+                size = int(running.sum())
+            rows = np.resize(np.flatnonzero(running), size)  # repeated: each size has its program
+            act_key, key = jax.random.split(key)
+            chosen = act(np.ascontiguousarray(observations[rows].transpose(0, 2, 3, 1)), act_key)
+            if chosen is None:
+                return None
+            actions[rows] = chosen
+            observations, rewards, terminated, truncated, _ = env.step(actions)
+            returns += running * rewards
+            ended = running & (terminated | truncated)
+            running &= ~ended
+            bar.update(ended.sum())
     return returns.tolist()
 
 
@@ -1383,15 +1362,11 @@ class Run:
         """
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
-            shapes = jax.tree.map(np.shape, state)
-            try:
-                state = serialization.from_state_dict(state, saved["state"])
-                fits = jax.tree.map(np.shape, state) == shapes
-            except ValueError:  # it has other layers
-                fits = False
-            if not fits:
+            ours = serialization.to_state_dict(state)
+            if jax.tree.map(np.shape, ours) != jax.tree.map(np.shape, saved["state"]):
                 message = f"{self.dir} has checkpoints of another network; give another --run-dir"
                 raise SystemExit(f"{message}, or --overwrite to delete the run in it.")
+            state = serialization.from_state_dict(state, saved["state"])
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
         self.started -= saved["wall_time"]
         if self.writes:
@@ -1448,9 +1423,6 @@ class Run:
         if self.writes and self.bar.disable:
             print(f"update {done:,}: {status}", flush=True)
 
-    def show_evaluation(self, finished: int, episodes: int) -> None:
-        self.bar.set_postfix_str(f"evaluation: {finished} of {episodes} episodes")
-
     def interrupt(self, number: int, _) -> None:
         if self.stopping and number == signal.SIGINT:  # a second Ctrl-C does not wait
             raise KeyboardInterrupt
@@ -1458,8 +1430,7 @@ class Run:
 
     def exit(self) -> None:
         self.bar.close()
-        if self.writes:
-            self.plot()
+        self.plot()
         but = " without --overwrite" if self.args.overwrite else ""
         print(f"Stopped at update {self.saved:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
@@ -1483,7 +1454,7 @@ class Run:
         from matplotlib.figure import Figure  # without pyplot's global state
 
         lines = [line for line in self.lines() if "eval/return_mean" in line]
-        if not lines:
+        if not lines or not self.writes:
             return
         updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
         returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
@@ -1588,8 +1559,6 @@ def put(tree, by_device: NamedSharding):
 
 def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, args: Args):
     """Returns of episodes in the game, or None once a signal came."""
-    if run.stopping:
-        return None
     seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: not a batch's
     params = jax.tree.map(lambda x: x.addressable_data(0), params)
 
@@ -1597,8 +1566,7 @@ def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, 
         return None if run.stopping else act(params, observation, key, greedy, network, args)
 
     with run.time("evaluation"):
-        report, frames = run.show_evaluation, args.eval_max_frames
-        return evaluate(policy, args.env_id, num_episodes, seed, report, frames)
+        return evaluate(policy, args.env_id, num_episodes, seed, args.eval_max_frames)
 
 
 def evaluate_agent(run: Run, done: int, params, network, args: Args) -> str:
@@ -1648,13 +1616,13 @@ class ModelRun(Run):
         self.stopping = True
 
 
-def get_world_model(run: Run, store: Store, data: dict, network: WorldModel, mesh, args: Args):
+def get_world_model(run: Run, store: Store, network: WorldModel, mesh, args: Args):
     """Parameters of the ensemble, each leaf [members, ...]: loaded, or trained before."""
     folder = args.world_model or Path(f"{run.dir}-world-model")
     if args.world_model or ((folder / "members.msgpack").exists() and not args.overwrite):
         members = load_world_model(run, folder)
     else:
-        members = train_world_model(run, folder, store, data, network, mesh, args)
+        members = train_world_model(run, folder, store, network, mesh, args)
     run.started = time.monotonic()  # the policy's time begins
     run.bar.unpause()
     members = jax.tree.map(lambda *x: np.stack(x), *members)
@@ -1703,14 +1671,14 @@ def check_world_model(run: Run, before: int, now: int) -> None:
 
 
 def train_world_model(
-    run: Run, folder: Path, store: Store, data: dict, network: WorldModel, mesh, args: Args
+    run: Run, folder: Path, store: Store, network: WorldModel, mesh, args: Args
 ) -> list:
     """Trains the ensemble in a run of its own -> parameters of the members."""
     changed = {"run_dir": folder, "total_updates": args.model_updates, "track": False}
     changed |= dict.fromkeys(("eval_every", "checkpoint_every"), args.model_eval_every)
     if run.writes and args.overwrite:
         (folder / "members.msgpack").unlink(missing_ok=True)
-    model_run = ModelRun(run, dataclasses.replace(args, **changed), data)
+    model_run = ModelRun(run, dataclasses.replace(args, **changed), store.facts)
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     training, heldout = split_store(store, args.heldout_percent, args.seed)
     # The first two are the policy's.
@@ -1863,9 +1831,8 @@ def join_processes(args, *shared: int) -> None:
         raise SystemExit(f"{message}; the first is HOST:PORT, the last counts from 0.")
     if jax.config.jax_num_cpu_devices < 0:  # not set by JAX's own JAX_NUM_CPU_DEVICES
         sizes = [value for name, value in vars(args).items() if name.endswith("batch_size")]
-        share, cores = math.gcd(*sizes, *shared) // int(number or 1), os.cpu_count() or 1
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))
+        share = math.gcd(*sizes, *shared) // int(number or 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         numbers = [n for n in range(1, cores + 1) if share % n == 0]
         jax.config.update("jax_num_cpu_devices", max(numbers))
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM for itself
@@ -1911,14 +1878,13 @@ def main(args: Args) -> None:
     args = check_args(args, RANGES)
     check_mix(args)
     store = open_store(args)
-    data = describe(store, args)
-    run = Run(args, [args.seed], data)
+    run = Run(args, [args.seed], store.facts)
     run.bar.set_description("Q")
     num_actions = store.meta["num_actions"]
     world_model, network = make_world_model(num_actions, args), make_network(num_actions, args)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    members = get_world_model(run, store, data, world_model, mesh, args)
+    members = get_world_model(run, store, world_model, mesh, args)
 
     init_key, key = jax.random.split(jax.random.key(args.seed))  # Q starts as in cql_atari.py
     rollout_key, mix_key = jax.random.split(key)
@@ -1973,7 +1939,7 @@ def main(args: Args) -> None:
     finish_run(run, done, state.params, network, args)
 
 
-# --- entry (identical in *_atari.py and *_bsuite.py) ---
+# --- entry (identical in *_atari.py) ---
 if __name__ == "__main__":
     status: Any = 130
     but = " without --overwrite" if "--overwrite" in sys.argv else ""

@@ -13,8 +13,8 @@ the logged one, α [log Σ exp Q(s, ·) - Q(s, a)], so that actions the data do
 not cover stay unattractive. The network is that of Fig. 5(d), and Q is
 categorical as ROSMO's value.
 
-    python cql_atari.py --env-id MsPacman  # the paper's setting
-    python cql_atari.py --cql-alpha 0      # plain Q-learning
+    python cql_atari.py --env-id MsPacman
+    python cql_atari.py --cql-alpha 0  # plain Q-learning
 
 Where ROSMO's paper only refers to the official code, this file does the following.
 1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
@@ -71,8 +71,7 @@ from ale_py.vector_env import AtariVectorEnv
 from filelock import FileLock, Timeout
 from flax import serialization
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 
@@ -92,8 +91,7 @@ class Args:
     rlu_run: int = 1  # run of RL Unplugged, 1 to 5
     data_percent: float = 100.0  # learn from this part of each checkpoint's data, from its start
     data_dir: Path = Path("data")  # folder of the datasets, which are made when they are missing
-    dataset: Path | None = None
-    """open this store instead, for example one that benchmark/collect_atari.py wrote"""
+    dataset: Path | None = None  # store to open instead, such as benchmark/collect_atari.py's
     loader_threads: int = 4  # threads that decode batches
     truncation_as_termination: bool = False  # treat every last step as terminal
 
@@ -103,7 +101,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """arithmetic of the network (auto: bfloat16 on accelerators); the rest is always float32"""
 
-    # optimisation (Table 3)
+    # optimisation (ROSMO's, Table 3)
     batch_size: int = 512  # transitions in a batch, over all devices
     learning_rate: float = 7e-4  # AdamW's learning rate after warm-up
     learning_rate_decay: float = 0.1  # factor on the learning rate every 100,000 updates
@@ -264,7 +262,7 @@ def to_scalar(logits):
 
 # --- conservative penalty (identical in cql_*.py and combo_atari.py) ---
 def conservative_gap(q, action):
-    """log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
+    """CQL(H)'s log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
     return jax.nn.logsumexp(q, axis=-1) - jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
 
 
@@ -368,15 +366,13 @@ def update(state: TrainState, key, batch: Batch, network: CQLNetwork, args: Args
     metrics["charts/grad_norm"] = optax.tree.norm(gradient)
     delta, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.params)
     params, step = optax.apply_updates(state.params, delta), state.step + 1
-    target_params = optax.periodic_update(
-        params, state.target_params, step, args.target_update_every
-    )
-    return TrainState(params, target_params, opt_state, step), metrics
+    target = optax.periodic_update(params, state.target_params, step, args.target_update_every)
+    return TrainState(params, target, opt_state, step), metrics
 
 
 @partial(jax.jit, static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: CQLNetwork, args: Args):
-    """Actions [E] for observations [E, ...] with the highest Q; if not greedy, a few are random."""
+    """Actions [E] for observations [E, ...], ε-greedy in Q or, if greedy, with the highest Q."""
     q = to_scalar(network.apply(params, observation))
     explore_key, random_key = jax.random.split(key)
     best = jnp.argmax(q, axis=-1)
@@ -401,6 +397,7 @@ class Store(NamedTuple):
     steps: np.ndarray  # action, reward, is_last, is_terminal and age of every frame
     episodes: np.ndarray  # start, length and return of those selected
     index: np.ndarray  # of their steps, one after the other
+    facts: dict  # what a run writes down of them, and compares when it goes on
 
 
 def select_episodes(store: Store, selected: np.ndarray) -> Store:
@@ -419,14 +416,10 @@ def find_store(args) -> Path | None:
     return found.get(min((p for p in found if p >= args.data_percent), default=None))
 
 
-def plays(args) -> bool:
-    """Whether the run is evaluated in the game; data without a simulator can do without."""
-    return args.eval_episodes > 0 or args.final_eval_episodes > 0
-
-
 def open_store(args) -> Store:
     """The store that the arguments name; benchmark/prepare_atari.py makes it if it is missing."""
-    if plays(args) or not args.dataset:
+    plays = args.eval_episodes > 0 or args.final_eval_episodes > 0  # else no simulator is needed
+    if plays or not args.dataset:
         game_name(args.env_id)  # an unknown game ends here
     path = args.dataset or find_store(args)
     if path is None:
@@ -434,9 +427,8 @@ def open_store(args) -> Store:
         command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
         command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
         if jax.process_count() > 1 or not tool.exists():
-            where = "" if tool.exists() else ", in the repository that this script comes from"
             message = f"The data are missing; make them first: python {shlex.join(command)}"
-            raise SystemExit(f"{message}{where}; or give a --dataset.")
+            raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
         # This process holds the accelerator; the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
@@ -454,10 +446,10 @@ def open_store(args) -> Store:
         blob = memoryview(np.memmap(path / "frames.bin", np.uint8, "r"))
         if len(blob) != offsets[-1]:
             raise ValueError("frames.bin is not whole")
-        game, num_actions, _ = (meta[name] for name in ("env_id", "num_actions", "source"))
+        game, num_actions, source = (meta[name] for name in ("env_id", "num_actions", "source"))
         if game != args.env_id or steps["action"].max() >= num_actions:
             raise ValueError(f"it is of {game} with {num_actions} actions")
-        if plays(args) and make_env(game, 1).single_action_space.n != num_actions:
+        if plays and make_env(game, 1).single_action_space.n != num_actions:
             raise ValueError(f"it has {num_actions} actions, and the game has another number")
         if meta["percent"] < args.data_percent:
             percent = f"{meta['percent']:g}"
@@ -466,21 +458,16 @@ def open_store(args) -> Store:
         first = np.searchsorted(episodes["checkpoint"], episodes["checkpoint"])
         before = episodes["start"] - episodes["start"][first]
         limit = args.data_percent / 100 * meta["steps_per_checkpoint"]
-        selected = (before < limit) | (args.data_percent == 100)
-        store = Store(meta, blob, offsets, steps, episodes, np.arange(0))
-        return select_episodes(store, selected)
+        store = Store(meta, blob, offsets, steps, episodes, np.arange(0), {})
+        store = select_episodes(store, (before < limit) | (args.data_percent == 100))
+        facts = {"episodes": len(store.episodes), "steps": len(store.index), "source": source}
+        facts["mean_return"] = float(store.episodes["return"].mean())
+        facts["crc32"] = zlib.crc32(steps[store.index])
+        facts["rom"] = rom_digest(game) if plays else None
+        return store._replace(facts=facts)
     except Exception as error:  # a damaged file can raise almost anything
         message = f"{path} cannot be used as a store of {args.env_id}: {error!r}"
         raise SystemExit(f"{message}. Give another --dataset, or make it again.") from None
-
-
-def describe(store: Store, args) -> dict:
-    """What a run writes down of its data, and compares when it goes on."""
-    steps = zlib.crc32(store.steps[store.index])
-    facts = {"episodes": len(store.episodes), "steps": len(store.index), "crc32": steps}
-    facts["mean_return"] = float(store.episodes["return"].mean())
-    rom = rom_digest(args.env_id) if plays(args) else None
-    return facts | {"source": store.meta["source"], "rom": rom}
 
 
 def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
@@ -500,7 +487,7 @@ def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
 
 
 def sample_batch(
-    store: Store, seed: int, step: int, batch_size: int, length: int, rows: slice = slice(None)
+    store: Store, seed: int, step: int, batch_size: int, length: int, rows: Any = slice(None)
 ) -> Batch:
     """Batch number `step`, or those `rows` of it: windows that start anywhere.
 
@@ -521,15 +508,13 @@ def sample_batch(
 
 def load_batches(load: Callable, first: int, num_threads: int) -> Iterator:
     """Yields load(first), load(first + 1), ... in order, made ahead by threads."""
-    ahead, pool = max(4, num_threads), ThreadPoolExecutor(num_threads)
-    try:
+    ahead = max(4, num_threads)
+    with ThreadPoolExecutor(num_threads) as pool:
         pending = deque(pool.submit(load, step) for step in range(first, first + ahead))
         for step in itertools.count(first + ahead):
             batch = pending.popleft().result()
             pending.append(pool.submit(load, step))
             yield batch
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # --- end data ---
@@ -569,18 +554,12 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 
 # --- evaluate (identical in *_atari.py) ---
 def evaluate(
-    act: Callable,
-    env_id: str,
-    num_episodes: int,
-    seed: int,
-    report: Callable = lambda *_: None,
-    max_frames: int = 108_000,
+    act: Callable, env_id: str, num_episodes: int, seed: int, max_frames: int = 108_000
 ) -> list[float] | None:
     """Raw returns of `num_episodes` episodes, played side by side, each in its own environment.
 
     `act` takes observations uint8 [E, 84, 84, 4] (newest frame last, zeros before the first) and a
-    key, and returns actions [E], or None to break off; `report(finished, num_episodes)` is called
-    when episodes end, the latest after `max_frames` frames of the emulator.
+    key, and returns actions [E], or None to break off. `max_frames` of the game end an episode.
     """
     if num_episodes == 0:
         return []
@@ -590,21 +569,21 @@ def evaluate(
     observations, _ = env.reset(seed=seeds)
     returns, running = np.zeros(num_episodes), np.ones(num_episodes, bool)
     actions, size = np.zeros(num_episodes, np.int32), num_episodes
-    while running.any():
-        if 8 * running.sum() <= size:  # the last few go on in a smaller batch
-            size = int(running.sum())
-        rows = np.resize(np.flatnonzero(running), size)  # repeated, as each size has its program
-        act_key, key = jax.random.split(key)
-        chosen = act(np.ascontiguousarray(observations[rows].transpose(0, 2, 3, 1)), act_key)
-        if chosen is None:
-            return None
-        actions[rows] = chosen
-        observations, rewards, terminated, truncated, _ = env.step(actions)
-        returns += running * rewards
-        ended = running & (terminated | truncated)
-        running &= ~ended
-        if ended.any():
-            report(num_episodes - running.sum(), num_episodes)
+    with tqdm(total=num_episodes, desc="evaluation", leave=False, disable=None) as bar:
+        while running.any():
+            if 8 * running.sum() <= size:  # the last few go on in a smaller batch
+                size = int(running.sum())
+            rows = np.resize(np.flatnonzero(running), size)  # repeated: each size has its program
+            act_key, key = jax.random.split(key)
+            chosen = act(np.ascontiguousarray(observations[rows].transpose(0, 2, 3, 1)), act_key)
+            if chosen is None:
+                return None
+            actions[rows] = chosen
+            observations, rewards, terminated, truncated, _ = env.step(actions)
+            returns += running * rewards
+            ended = running & (terminated | truncated)
+            running &= ~ended
+            bar.update(ended.sum())
     return returns.tolist()
 
 
@@ -756,15 +735,11 @@ class Run:
         """
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
-            shapes = jax.tree.map(np.shape, state)
-            try:
-                state = serialization.from_state_dict(state, saved["state"])
-                fits = jax.tree.map(np.shape, state) == shapes
-            except ValueError:  # it has other layers
-                fits = False
-            if not fits:
+            ours = serialization.to_state_dict(state)
+            if jax.tree.map(np.shape, ours) != jax.tree.map(np.shape, saved["state"]):
                 message = f"{self.dir} has checkpoints of another network; give another --run-dir"
                 raise SystemExit(f"{message}, or --overwrite to delete the run in it.")
+            state = serialization.from_state_dict(state, saved["state"])
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
         self.started -= saved["wall_time"]
         if self.writes:
@@ -821,9 +796,6 @@ class Run:
         if self.writes and self.bar.disable:
             print(f"update {done:,}: {status}", flush=True)
 
-    def show_evaluation(self, finished: int, episodes: int) -> None:
-        self.bar.set_postfix_str(f"evaluation: {finished} of {episodes} episodes")
-
     def interrupt(self, number: int, _) -> None:
         if self.stopping and number == signal.SIGINT:  # a second Ctrl-C does not wait
             raise KeyboardInterrupt
@@ -831,8 +803,7 @@ class Run:
 
     def exit(self) -> None:
         self.bar.close()
-        if self.writes:
-            self.plot()
+        self.plot()
         but = " without --overwrite" if self.args.overwrite else ""
         print(f"Stopped at update {self.saved:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
@@ -856,7 +827,7 @@ class Run:
         from matplotlib.figure import Figure  # without pyplot's global state
 
         lines = [line for line in self.lines() if "eval/return_mean" in line]
-        if not lines:
+        if not lines or not self.writes:
             return
         updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
         returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
@@ -932,9 +903,8 @@ def join_processes(args, *shared: int) -> None:
         raise SystemExit(f"{message}; the first is HOST:PORT, the last counts from 0.")
     if jax.config.jax_num_cpu_devices < 0:  # not set by JAX's own JAX_NUM_CPU_DEVICES
         sizes = [value for name, value in vars(args).items() if name.endswith("batch_size")]
-        share, cores = math.gcd(*sizes, *shared) // int(number or 1), os.cpu_count() or 1
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))
+        share = math.gcd(*sizes, *shared) // int(number or 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         numbers = [n for n in range(1, cores + 1) if share % n == 0]
         jax.config.update("jax_num_cpu_devices", max(numbers))
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM for itself
@@ -960,7 +930,7 @@ def main(args: Args) -> None:
     join_processes(args)
     args = check_args(args, RANGES)
     store = open_store(args)
-    run = Run(args, [args.seed], describe(store, args))
+    run = Run(args, [args.seed], store.facts)
     network = make_network(store.meta["num_actions"], args)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
@@ -968,8 +938,7 @@ def main(args: Args) -> None:
     state = jax.jit(init_state, static_argnums=(1, 2))(init_key, network, args)
     done, state, sums = run.restore(state)
     state, sums = jax.device_put((state, sums), replicated)
-    share = args.batch_size // jax.process_count()
-    rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    rows = np.split(np.arange(args.batch_size), jax.process_count())[jax.process_index()]
 
     def load(step: int) -> Batch:
         batch = sample_batch(store, args.seed, step, args.batch_size, window_length(args), rows)
@@ -985,8 +954,7 @@ def main(args: Args) -> None:
             return None if run.stopping else act(params, observation, key, greedy, network, args)
 
         with run.time("evaluation"):
-            report, frames = run.show_evaluation, args.eval_max_frames
-            return evaluate(policy, args.env_id, num_episodes, seed, report, frames)
+            return evaluate(policy, args.env_id, num_episodes, seed, args.eval_max_frames)
 
     run.show(done, "compiling")
     batches, metrics, played = load_batches(load, done, args.loader_threads), None, ""
@@ -1036,7 +1004,7 @@ def main(args: Args) -> None:
 # --- end main ---
 
 
-# --- entry (identical in *_atari.py and *_bsuite.py) ---
+# --- entry (identical in *_atari.py) ---
 if __name__ == "__main__":
     status: Any = 130
     but = " without --overwrite" if "--overwrite" in sys.argv else ""

@@ -12,7 +12,7 @@ the logged one, α [log Σ exp Q(s, ·) - Q(s, a)], so that actions the data do
 not cover stay unattractive. The network is that of Fig. 5(d), and Q is
 categorical as ROSMO's value.
 
-    python cql_bsuite.py --env-id catch  # the paper's setting, five seeds
+    python cql_bsuite.py --env-id catch  # five seeds
     python cql_bsuite.py --cql-alpha 0   # plain Q-learning
 
 Where ROSMO's paper only refers to the official code, this file does the following.
@@ -36,7 +36,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -63,8 +62,7 @@ from bsuite.environments.catch import Catch
 from bsuite.environments.mountain_car import MountainCar
 from filelock import FileLock, Timeout
 from flax import serialization
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 
@@ -94,7 +92,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """arithmetic of the network; parameters and losses are always float32"""
 
-    # optimisation (Table 4)
+    # optimisation (ROSMO's, Table 4)
     batch_size: int = 128  # transitions in a batch
     learning_rate: float = 7e-4  # AdamW's learning rate after warm-up
     learning_rate_decay: float = 0.1  # factor on the learning rate every 100,000 updates
@@ -182,7 +180,7 @@ def to_scalar(logits):
 
 # --- conservative penalty (identical in cql_*.py and combo_atari.py) ---
 def conservative_gap(q, action):
-    """log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
+    """CQL(H)'s log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
     return jax.nn.logsumexp(q, axis=-1) - jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
 
 
@@ -269,22 +267,21 @@ def init_state(key, network: CQLNetwork, observation, args: Args) -> TrainState:
 
 
 def update(state: TrainState, key, batch: Steps, network: CQLNetwork, args: Args):
-    """One update of a seed on transitions [B, 2] -> (state, metrics), without use for the key."""
+    """One update of a seed on transitions, windows [B, 2] -> (state, metrics)."""
+    # Nothing is drawn at random here; `key` is an argument as in the other scripts.
     gradient, metrics = jax.grad(cql_loss, has_aux=True)(
         state.params, state.target_params, batch, network, args
     )
     metrics["charts/grad_norm"] = optax.tree.norm(gradient)
     delta, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.params)
     params, step = optax.apply_updates(state.params, delta), state.step + 1
-    target_params = optax.periodic_update(
-        params, state.target_params, step, args.target_update_every
-    )
-    return TrainState(params, target_params, opt_state, step), metrics
+    target = optax.periodic_update(params, state.target_params, step, args.target_update_every)
+    return TrainState(params, target, opt_state, step), metrics
 
 
 @partial(jax.jit, static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: CQLNetwork, args: Args):
-    """Actions [E] for observations [E, ...] with the highest Q; if not greedy, a few are random."""
+    """Actions [E] for observations [E, ...], ε-greedy in Q or, if greedy, with the highest Q."""
     q = to_scalar(network.apply(params, observation))
     explore_key, random_key = jax.random.split(key)
     best = jnp.argmax(q, axis=-1)
@@ -342,16 +339,13 @@ ENVIRONMENTS = {"catch": Catch, "cartpole": Cartpole, "mountain_car": MountainCa
 
 def load_dataset(args) -> Steps:
     """All steps of the arguments' dataset; benchmark/collect_bsuite.py collects what is missing."""
-    name = f"{args.env_id}-noise{args.noise:g}-seed0.npz"
-    path = args.dataset or args.data_dir / "bsuite" / name
+    path = args.dataset or args.data_dir / f"bsuite/{args.env_id}-noise{args.noise:g}-seed0.npz"
     if not path.exists():
         tool = Path(__file__).resolve().parent / "benchmark" / "collect_bsuite.py"
-        command = [str(tool), "--env-id", args.env_id, "--noise", f"{args.noise:g}"]
-        command += ["--out", str(path)]
+        command = [str(tool), f"--env-id={args.env_id}", f"--noise={args.noise:g}", f"--out={path}"]
         if args.dataset or not tool.exists():
-            where = "" if tool.exists() else ", in the repository that this script comes from"
-            advice = f"give another --dataset, or make it: python {shlex.join(command)}{where}"
-            raise SystemExit(f"There is no dataset {path}; {advice}.")
+            advice = f"give another --dataset, or make it: python {shlex.join(command)}"
+            raise SystemExit(f"There is no dataset {path}; {advice}, in the repository's folder.")
         # This process holds the accelerator; the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
@@ -423,13 +417,7 @@ def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
 
 # --- evaluate (identical in *_bsuite.py) ---
 def evaluate(
-    act: Callable,
-    env_id: str,
-    seeds: list[int],
-    done: int,
-    num_episodes: int,
-    noise: float,
-    report: Callable = lambda *_: None,
+    act: Callable, env_id: str, seeds: list[int], done: int, num_episodes: int, noise: float
 ):
     """Plays complete episodes in the real environment, those of all seeds side by side.
 
@@ -438,7 +426,6 @@ def evaluate(
         or to None, which breaks off.
       done: updates; with the seed and the episode it determines the initial states.
       noise: probability that an action is replaced by a uniformly random one.
-      report: is called when episodes end, with their number and the number of all.
 
     Returns:
       Undiscounted returns, float64 [seeds, episodes], or None if it was broken off.
@@ -449,26 +436,22 @@ def evaluate(
     rngs = [np.random.default_rng((s, done, e)) for s in seeds for e in range(num_episodes)]
     environments = [ENVIRONMENTS[env_id](seed=int(rng.integers(2**31))) for rng in rngs]
     num_actions = environments[0].action_spec().num_values
-    observations = np.stack([environment.reset().observation for environment in environments])
-    returns = np.zeros(len(environments))
-    playing, t = range(len(environments)), 0
-    while playing:
-        actions = act(observations.reshape(*shape, *observations.shape[1:]), t)
-        if actions is None:
-            return None
-        actions = np.asarray(actions).ravel()
-        still_playing = []
-        for i in playing:
-            random_action = noise > 0 and rngs[i].random() < noise
-            action = rngs[i].integers(num_actions) if random_action else actions[i]
-            timestep = environments[i].step(int(action))
-            observations[i] = timestep.observation
-            returns[i] += timestep.reward
-            if not timestep.last():
-                still_playing.append(i)
-        if len(still_playing) < len(playing):
-            report(len(environments) - len(still_playing), len(environments))
-        playing, t = still_playing, t + 1
+    timesteps = [environment.reset() for environment in environments]
+    returns, running, t = np.zeros(len(rngs)), np.ones(len(rngs), bool), 0
+    with tqdm(total=len(rngs), desc="evaluation", leave=False, disable=None) as bar:
+        while running.any():
+            observations = np.stack([timestep.observation for timestep in timesteps])
+            actions = act(observations.reshape(*shape, *observations.shape[1:]), t)
+            if actions is None:
+                return None
+            actions = np.asarray(actions).ravel()
+            for i in np.flatnonzero(running):
+                action = rngs[i].integers(num_actions) if rngs[i].random() < noise else actions[i]
+                timesteps[i] = environments[i].step(int(action))
+                returns[i] += timesteps[i].reward
+                running[i] = not timesteps[i].last()
+                bar.update(timesteps[i].last())
+            t += 1
     return returns.reshape(shape)
 
 
@@ -620,15 +603,11 @@ class Run:
         """
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
-            shapes = jax.tree.map(np.shape, state)
-            try:
-                state = serialization.from_state_dict(state, saved["state"])
-                fits = jax.tree.map(np.shape, state) == shapes
-            except ValueError:  # it has other layers
-                fits = False
-            if not fits:
+            ours = serialization.to_state_dict(state)
+            if jax.tree.map(np.shape, ours) != jax.tree.map(np.shape, saved["state"]):
                 message = f"{self.dir} has checkpoints of another network; give another --run-dir"
                 raise SystemExit(f"{message}, or --overwrite to delete the run in it.")
+            state = serialization.from_state_dict(state, saved["state"])
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
         self.started -= saved["wall_time"]
         if self.writes:
@@ -685,9 +664,6 @@ class Run:
         if self.writes and self.bar.disable:
             print(f"update {done:,}: {status}", flush=True)
 
-    def show_evaluation(self, finished: int, episodes: int) -> None:
-        self.bar.set_postfix_str(f"evaluation: {finished} of {episodes} episodes")
-
     def interrupt(self, number: int, _) -> None:
         if self.stopping and number == signal.SIGINT:  # a second Ctrl-C does not wait
             raise KeyboardInterrupt
@@ -695,8 +671,7 @@ class Run:
 
     def exit(self) -> None:
         self.bar.close()
-        if self.writes:
-            self.plot()
+        self.plot()
         but = " without --overwrite" if self.args.overwrite else ""
         print(f"Stopped at update {self.saved:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
@@ -720,7 +695,7 @@ class Run:
         from matplotlib.figure import Figure  # without pyplot's global state
 
         lines = [line for line in self.lines() if "eval/return_mean" in line]
-        if not lines:
+        if not lines or not self.writes:
             return
         updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
         returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
@@ -794,12 +769,10 @@ def main(args: Args) -> None:
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     keys = [jax.random.split(jax.random.key(seed), 3) for seed in seeds]
     init_keys, train_keys, act_keys = jnp.stack(keys).T
-    init = jax.jit(init_state, static_argnums=(1, 3))
-    states = [init(key, network, steps.observation[0], args) for key in init_keys]
-    done, states, sums = run.restore(jax.tree.map(lambda *x: jnp.stack(x), *states))
+    init = jax.jit(jax.vmap(init_state, (0, None, None, None)), static_argnums=(1, 3))
+    done, states, sums = run.restore(init(init_keys, network, steps.observation[0], args))
     data = jax.device_put((train_keys, steps, starts, num_starts), replicated)
-    update_all = partial(update_seeds, network=network, args=args, by_device=by_device)
-    _, metrics = jax.eval_shape(update_all, states, *data)
+    _, metrics = jax.eval_shape(lambda x: update_seeds(x, *data, network, args, by_device), states)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
     states, sums = jax.device_put((states, sums or zeros), replicated)
 
@@ -815,7 +788,7 @@ def main(args: Args) -> None:
 
         noise = args.noise if args.eval_noise else 0.0
         with run.time("evaluation"):
-            return evaluate(policy, args.env_id, seeds, done, number, noise, run.show_evaluation)
+            return evaluate(policy, args.env_id, seeds, done, number, noise)
 
     run.show(done, "compiling")
     longest, part, played = 1, "compilation", ""
@@ -862,9 +835,8 @@ def main(args: Args) -> None:
 # --- end main ---
 
 
-# --- entry (identical in *_atari.py and *_bsuite.py) ---
+# --- entry (identical in *_bsuite.py) ---
 if __name__ == "__main__":
-    status: Any = 130
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
     for stream in filter(None, (sys.stdout, sys.stderr)):  # those that are open
@@ -872,21 +844,14 @@ if __name__ == "__main__":
     try:
         head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines
         main(tyro.cli(Args, description=head))
-        status = 0
     except KeyboardInterrupt:
         print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
+        raise SystemExit(130) from None
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        status = f"{error}: put that right, then the same command{but} goes on."
+        raise SystemExit(f"{error}: put that right, then the same command{but} goes on.") from None
     except Exception as error:
-        status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            status = traceback.format_exc()
-    except SystemExit as end:
-        status = end.code
-    if status and jax.distributed.is_initialized():  # the other processes do not wait for this one
-        if isinstance(status, str):
-            print(status, file=sys.stderr, flush=True)
-        time.sleep(3 * (jax.process_index() == 0))  # its end aborts those that have not ended
-        os._exit(status if isinstance(status, int) else 1)
-    raise SystemExit(status)
+            raise
+        message = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        raise SystemExit(message) from None
 # --- end entry ---

@@ -10,8 +10,8 @@
 
 MuZero Unplugged learns MuZero's latent model from logged episodes. At every
 state of a window it searches the model's tree with N simulations (Eq. 2); the
-visits of the root's actions are the target of the policy (Eq. 3, 4), and their
-mean value bootstraps the target of the value (Eq. 3).
+visits of the root's actions are the target of the policy (Eq. 3, 4), and the
+mean of their Q bootstraps the target of the value (Eq. 3).
 
     python muzero_unplugged_bsuite.py --env-id catch        # N = 4, five seeds
     python muzero_unplugged_bsuite.py --num-simulations 16  # Fig. 2(c)
@@ -22,16 +22,19 @@ Where the paper is silent, or differs from the authors' code, this file does the
    actions, zero reward and value, uniform policy target (authors' code).
 2. An episode that ends without a terminal state is bootstrapped; the rest of the window is ignored
    (--truncation-as-termination: the authors' code).
-3. Eq. 3 is taken literally; in the authors' code the network's own value counts as one more visit.
+3. The root's value in Eq. 3 is the mean of Q over the visits; in the authors' code (mctx) the
+   network's own value counts as one more visit.
 4. MZU-Q fills in the Q of actions that were not visited with the value of the state.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
-   weights only; the gradient is halved at every unrolled state (authors' code).
-6. Batch, K and dynamics are Table 4's (authors' code: 512, 3 and [32, 32]). The 20 bins are the
-   integers -9 to 10, and targets stop at 9; initial weights (authors' code).
+   weights only; the gradient is halved at every unrolled state, its heads' too (authors' code;
+   A.2: at the start of the dynamics function).
+6. Batch, K and dynamics are Table 4's (authors' code: 512, 3 and [32, 32]). The 20 bins, integers
+   -9 to 10 of h-space of which targets reach ±9, and the initial weights are the authors' code's.
 7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
    [0, 1] over a node and its children, as for targets (authors' code; --eval-dirichlet-fraction 0:
-   no noise); the final evaluation reports the greedy policy beside it. Ties are broken at random,
-   in one order for each tree (mctx: anew at every step).
+   no noise); the final evaluation reports the greedy policy beside it. Ties in the tree are broken
+   at random, in one order for each tree (mctx: anew at every step); of equal visits the greedy
+   policy takes the first action.
 """
 
 import dataclasses
@@ -44,7 +47,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -72,8 +74,7 @@ from bsuite.environments.catch import Catch
 from bsuite.environments.mountain_car import MountainCar
 from filelock import FileLock, Timeout
 from flax import serialization
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 
@@ -112,7 +113,7 @@ class Args:
     max_grad_norm: float = 5.0  # largest global norm of the gradient
     target_update_every: int = 200  # updates between two copies to the target network
 
-    # algorithm
+    # algorithm (Table 4, D.2.2)
     discount: float = 0.997**4  # discount factor γ
     unroll_steps: int = 5  # K, steps that the model is unrolled for the loss (Fig. 4c: 1)
     td_steps: int = 3  # n, rewards in the value target (Eq. 3)
@@ -120,7 +121,7 @@ class Args:
     max_depth: int | None = None  # depth of the tree at which a simulation ends; None: N
     policy_target: Literal["visits", "mpo"] = "visits"  # visits (Eq. 3) or MZU-Q's π exp(Q/τ)
     mpo_temperature: float = 0.1  # τ of MZU-Q
-    dirichlet_fraction: float = 0.25  # share of noise in the prior of a root, for targets
+    dirichlet_fraction: float = 0.25  # share of Dirichlet noise in a root's prior, for targets
     policy_coef: float = 1.0  # weight of the policy loss
     value_coef: float = 0.25  # weight of the value loss
 
@@ -162,7 +163,8 @@ class Prediction(NamedTuple):
 class MuZeroNetwork(nn.Module):
     """Representation h, dynamics g and prediction f (Table 4).
 
-    Inputs may have any leading axes. The compiler drops the heads that a caller does not use.
+    Inputs may have any leading axes. The reward, g's in the paper, is read from the state that g
+    returns (authors' code). The compiler drops the heads that a caller does not use.
     """
 
     num_actions: int
@@ -294,8 +296,12 @@ def log_gamma(key, alpha: float, shape: tuple[int, ...]):
     return math.log(d) + log_v[accepted].reshape(shape) + log_u / alpha
 
 
-def search(params, state, prediction, key, noise: float, network, args):
+def search(params, state, prediction, key, fraction: float, network, args):
     """Searches the tree below latent states [...] with N simulations (Eq. 2).
+
+    Args:
+      prediction: the network's, of the states.
+      fraction: share of Dirichlet noise (α = 0.3) in the prior of the states.
 
     Returns:
       The policy [..., actions], visits (Eq. 3, T = 1) or π exp(Q/τ), and the mean of Q over the
@@ -315,10 +321,10 @@ def search(params, state, prediction, key, noise: float, network, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2; n counts the node itself, and Q is scaled to [0, 1] over it and its children."""
-        n, visits = tree.node_visits[node], tree.children_visits[node]
+        """Eq. 2; Q is scaled to [0, 1] over the node and its children."""
+        n, visits = tree.node_visits[node], tree.children_visits[node]  # n = 1 + Σ_b n(s, b)
         q = mctx.qtransform_by_parent_and_siblings(tree, node)
-        c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)
+        c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)  # MuZero's c1 = 1.25 and c2 = 19,652
         bonus = c * jnp.exp(tree.children_prior_logits[node]) * jnp.sqrt(n) / (1 + visits)
         return jnp.argmax(q + bonus + tree.extra_data)
 
@@ -329,7 +335,7 @@ def search(params, state, prediction, key, noise: float, network, args):
     )
     noise_key, tie_key, key = jax.random.split(key, 3)
     dirichlet = jax.nn.softmax(log_gamma(noise_key, 0.3, log_prior.shape))
-    noisy = jnp.log((1 - noise) * jnp.exp(log_prior) + noise * dirichlet)
+    noisy = jnp.log((1 - fraction) * jnp.exp(log_prior) + fraction * dirichlet)
     summary = mctx.search(
         params,
         key,
@@ -343,7 +349,7 @@ def search(params, state, prediction, key, noise: float, network, args):
     ).summary()
     policy = summary.visit_probs
     root_value = jnp.sum(policy * summary.qvalues, axis=-1)
-    if args.policy_target == "mpo":
+    if args.policy_target == "mpo":  # MZU-Q, Section 4.2(b)
         q = jnp.where(summary.visit_counts > 0, summary.qvalues, value[:, None])
         policy = jax.nn.softmax(log_prior + q / args.mpo_temperature)
     return policy.reshape(*shape, -1), root_value.reshape(shape)
@@ -353,7 +359,7 @@ def search(params, state, prediction, key, noise: float, network, args):
 
 
 def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork, args: Args):
-    """The loss of Eq. 1 on windows of K + 1 + n steps.
+    """The loss of Eq. 1 on windows of K + 1 + n steps (Algorithm 2 with a search as IMPROVE).
 
     Returns:
       The total loss and a dictionary of scalars to log.
@@ -362,8 +368,7 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
     moving, absorbing, known = window_positions(batch.is_last, is_terminal)  # [B, K+1+n]
     action_key, tree_key = jax.random.split(key)
-    shape = (len(batch.action), K + 1)
-    random_action = jax.random.randint(action_key, shape, 0, num_actions)
+    random_action = jax.random.randint(action_key, (len(batch.action), K + 1), 0, num_actions)
     action = jnp.where(moving[:, : K + 1], batch.action[:, : K + 1], random_action)
 
     # Unroll the online network from the encoding of the first observation.
@@ -373,11 +378,11 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
         states.append(optax.scale_gradient(next_state, 0.5))  # point 5 at the top
     prediction = network.apply(params, jnp.stack(states, axis=1), method="prediction")
 
-    # Targets from the target network: the value z and the policy p.
+    # Targets from the target network: the value z and the policy p (Eq. 3).
     target_state = network.apply(target_params, batch.observation, method="representation")
     target = network.apply(target_params, target_state, method="prediction")
     value = to_scalar(target.value_logits)  # [B, K+1+n]
-    # Search the K + 1 states of the policy targets, first, and those that bootstrap n-step returns.
+    # Search the states of the K + 1 policy targets, which come first, and of the bootstrap values.
     searched = np.union1d(np.arange(K + 1), np.arange(K + 1) + args.td_steps)
     roots = jax.tree.map(lambda x: x[:, searched], (target_state, target))
     p, root_value = search(target_params, *roots, tree_key, args.dirichlet_fraction, network, args)
@@ -386,7 +391,7 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
     moving, absorbing, known = (x[:, : K + 1] for x in (moving, absorbing, known))  # [B, K+1]
     p = jnp.where(absorbing[..., None], 1 / num_actions, p[:, : K + 1])
 
-    # Eq. 12-14: means over K + 1 steps, of the reward over the K behind an action (authors' code).
+    # Eq. 12-14, means over the K + 1 steps; the root has no reward, so K for it (authors' code).
     reward = jnp.where(moving[:, :K], batch.reward[:, :K], 0.0)
     reward_bins, z_bins = (two_hot(x, args.num_bins) for x in (reward, z))
     reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward_bins)
@@ -448,15 +453,13 @@ def update(state: TrainState, key, batch: Steps, network: MuZeroNetwork, args: A
     metrics["charts/grad_norm"] = optax.tree.norm(gradient)
     delta, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.params)
     params, step = optax.apply_updates(state.params, delta), state.step + 1
-    target_params = optax.periodic_update(
-        params, state.target_params, step, args.target_update_every
-    )
-    return TrainState(params, target_params, opt_state, step), metrics
+    target = optax.periodic_update(params, state.target_params, step, args.target_update_every)
+    return TrainState(params, target, opt_state, step), metrics
 
 
 @partial(jax.jit, static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Args):
-    """Actions [E] for observations [E, ...], from the policy that the search finds."""
+    """Actions [E] for observations [E, ...], sampled from the search's policy, or its mode."""
     state = network.apply(params, observation, method="representation")
     prediction = network.apply(params, state, method="prediction")
     tree_key, key = jax.random.split(key)
@@ -514,16 +517,13 @@ ENVIRONMENTS = {"catch": Catch, "cartpole": Cartpole, "mountain_car": MountainCa
 
 def load_dataset(args) -> Steps:
     """All steps of the arguments' dataset; benchmark/collect_bsuite.py collects what is missing."""
-    name = f"{args.env_id}-noise{args.noise:g}-seed0.npz"
-    path = args.dataset or args.data_dir / "bsuite" / name
+    path = args.dataset or args.data_dir / f"bsuite/{args.env_id}-noise{args.noise:g}-seed0.npz"
     if not path.exists():
         tool = Path(__file__).resolve().parent / "benchmark" / "collect_bsuite.py"
-        command = [str(tool), "--env-id", args.env_id, "--noise", f"{args.noise:g}"]
-        command += ["--out", str(path)]
+        command = [str(tool), f"--env-id={args.env_id}", f"--noise={args.noise:g}", f"--out={path}"]
         if args.dataset or not tool.exists():
-            where = "" if tool.exists() else ", in the repository that this script comes from"
-            advice = f"give another --dataset, or make it: python {shlex.join(command)}{where}"
-            raise SystemExit(f"There is no dataset {path}; {advice}.")
+            advice = f"give another --dataset, or make it: python {shlex.join(command)}"
+            raise SystemExit(f"There is no dataset {path}; {advice}, in the repository's folder.")
         # This process holds the accelerator; the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
@@ -595,13 +595,7 @@ def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
 
 # --- evaluate (identical in *_bsuite.py) ---
 def evaluate(
-    act: Callable,
-    env_id: str,
-    seeds: list[int],
-    done: int,
-    num_episodes: int,
-    noise: float,
-    report: Callable = lambda *_: None,
+    act: Callable, env_id: str, seeds: list[int], done: int, num_episodes: int, noise: float
 ):
     """Plays complete episodes in the real environment, those of all seeds side by side.
 
@@ -610,7 +604,6 @@ def evaluate(
         or to None, which breaks off.
       done: updates; with the seed and the episode it determines the initial states.
       noise: probability that an action is replaced by a uniformly random one.
-      report: is called when episodes end, with their number and the number of all.
 
     Returns:
       Undiscounted returns, float64 [seeds, episodes], or None if it was broken off.
@@ -621,26 +614,22 @@ def evaluate(
     rngs = [np.random.default_rng((s, done, e)) for s in seeds for e in range(num_episodes)]
     environments = [ENVIRONMENTS[env_id](seed=int(rng.integers(2**31))) for rng in rngs]
     num_actions = environments[0].action_spec().num_values
-    observations = np.stack([environment.reset().observation for environment in environments])
-    returns = np.zeros(len(environments))
-    playing, t = range(len(environments)), 0
-    while playing:
-        actions = act(observations.reshape(*shape, *observations.shape[1:]), t)
-        if actions is None:
-            return None
-        actions = np.asarray(actions).ravel()
-        still_playing = []
-        for i in playing:
-            random_action = noise > 0 and rngs[i].random() < noise
-            action = rngs[i].integers(num_actions) if random_action else actions[i]
-            timestep = environments[i].step(int(action))
-            observations[i] = timestep.observation
-            returns[i] += timestep.reward
-            if not timestep.last():
-                still_playing.append(i)
-        if len(still_playing) < len(playing):
-            report(len(environments) - len(still_playing), len(environments))
-        playing, t = still_playing, t + 1
+    timesteps = [environment.reset() for environment in environments]
+    returns, running, t = np.zeros(len(rngs)), np.ones(len(rngs), bool), 0
+    with tqdm(total=len(rngs), desc="evaluation", leave=False, disable=None) as bar:
+        while running.any():
+            observations = np.stack([timestep.observation for timestep in timesteps])
+            actions = act(observations.reshape(*shape, *observations.shape[1:]), t)
+            if actions is None:
+                return None
+            actions = np.asarray(actions).ravel()
+            for i in np.flatnonzero(running):
+                action = rngs[i].integers(num_actions) if rngs[i].random() < noise else actions[i]
+                timesteps[i] = environments[i].step(int(action))
+                returns[i] += timesteps[i].reward
+                running[i] = not timesteps[i].last()
+                bar.update(timesteps[i].last())
+            t += 1
     return returns.reshape(shape)
 
 
@@ -792,15 +781,11 @@ class Run:
         """
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
-            shapes = jax.tree.map(np.shape, state)
-            try:
-                state = serialization.from_state_dict(state, saved["state"])
-                fits = jax.tree.map(np.shape, state) == shapes
-            except ValueError:  # it has other layers
-                fits = False
-            if not fits:
+            ours = serialization.to_state_dict(state)
+            if jax.tree.map(np.shape, ours) != jax.tree.map(np.shape, saved["state"]):
                 message = f"{self.dir} has checkpoints of another network; give another --run-dir"
                 raise SystemExit(f"{message}, or --overwrite to delete the run in it.")
+            state = serialization.from_state_dict(state, saved["state"])
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
         self.started -= saved["wall_time"]
         if self.writes:
@@ -857,9 +842,6 @@ class Run:
         if self.writes and self.bar.disable:
             print(f"update {done:,}: {status}", flush=True)
 
-    def show_evaluation(self, finished: int, episodes: int) -> None:
-        self.bar.set_postfix_str(f"evaluation: {finished} of {episodes} episodes")
-
     def interrupt(self, number: int, _) -> None:
         if self.stopping and number == signal.SIGINT:  # a second Ctrl-C does not wait
             raise KeyboardInterrupt
@@ -867,8 +849,7 @@ class Run:
 
     def exit(self) -> None:
         self.bar.close()
-        if self.writes:
-            self.plot()
+        self.plot()
         but = " without --overwrite" if self.args.overwrite else ""
         print(f"Stopped at update {self.saved:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
@@ -892,7 +873,7 @@ class Run:
         from matplotlib.figure import Figure  # without pyplot's global state
 
         lines = [line for line in self.lines() if "eval/return_mean" in line]
-        if not lines:
+        if not lines or not self.writes:
             return
         updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
         returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
@@ -967,12 +948,10 @@ def main(args: Args) -> None:
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     keys = [jax.random.split(jax.random.key(seed), 3) for seed in seeds]
     init_keys, train_keys, act_keys = jnp.stack(keys).T
-    init = jax.jit(init_state, static_argnums=(1, 3))
-    states = [init(key, network, steps.observation[0], args) for key in init_keys]
-    done, states, sums = run.restore(jax.tree.map(lambda *x: jnp.stack(x), *states))
+    init = jax.jit(jax.vmap(init_state, (0, None, None, None)), static_argnums=(1, 3))
+    done, states, sums = run.restore(init(init_keys, network, steps.observation[0], args))
     data = jax.device_put((train_keys, steps, starts, num_starts), replicated)
-    update_all = partial(update_seeds, network=network, args=args, by_device=by_device)
-    _, metrics = jax.eval_shape(update_all, states, *data)
+    _, metrics = jax.eval_shape(lambda x: update_seeds(x, *data, network, args, by_device), states)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
     states, sums = jax.device_put((states, sums or zeros), replicated)
 
@@ -988,7 +967,7 @@ def main(args: Args) -> None:
 
         noise = args.noise if args.eval_noise else 0.0
         with run.time("evaluation"):
-            return evaluate(policy, args.env_id, seeds, done, number, noise, run.show_evaluation)
+            return evaluate(policy, args.env_id, seeds, done, number, noise)
 
     run.show(done, "compiling")
     longest, part, played = 1, "compilation", ""
@@ -1035,9 +1014,8 @@ def main(args: Args) -> None:
 # --- end main ---
 
 
-# --- entry (identical in *_atari.py and *_bsuite.py) ---
+# --- entry (identical in *_bsuite.py) ---
 if __name__ == "__main__":
-    status: Any = 130
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
     for stream in filter(None, (sys.stdout, sys.stderr)):  # those that are open
@@ -1045,21 +1023,14 @@ if __name__ == "__main__":
     try:
         head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines
         main(tyro.cli(Args, description=head))
-        status = 0
     except KeyboardInterrupt:
         print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
+        raise SystemExit(130) from None
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        status = f"{error}: put that right, then the same command{but} goes on."
+        raise SystemExit(f"{error}: put that right, then the same command{but} goes on.") from None
     except Exception as error:
-        status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            status = traceback.format_exc()
-    except SystemExit as end:
-        status = end.code
-    if status and jax.distributed.is_initialized():  # the other processes do not wait for this one
-        if isinstance(status, str):
-            print(status, file=sys.stderr, flush=True)
-        time.sleep(3 * (jax.process_index() == 0))  # its end aborts those that have not ended
-        os._exit(status if isinstance(status, int) else 1)
-    raise SystemExit(status)
+            raise
+        message = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        raise SystemExit(message) from None
 # --- end entry ---

@@ -28,13 +28,14 @@ Where the paper is silent, or differs from the authors' code, this file does the
 3. Eq. 11's advantage is the model's, with the logged action (the paper; the authors' code takes
    the next observation: --behavior-advantage next-observation).
 4. Eq. 6 is a softmax of log π + adv, as exp(adv) overflows; the weights of Eq. 9 stop at e^20.
-   Rewards are not clipped (authors' code).
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
-   weights only; the gradient is halved at every unrolled state (authors' code).
+   weights only; the gradient is halved at every unrolled state, its heads' too (authors' code;
+   A.2: at the start of the dynamics function).
 6. The network is D.2.1's, with the heads, the input of the dynamics, the initial weights and
    LayerNorm's ε of the authors' code.
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
    final evaluation reports the greedy policy beside it.
+8. Rewards are not clipped (authors' code).
 """
 
 import dataclasses
@@ -80,8 +81,7 @@ from ale_py.vector_env import AtariVectorEnv
 from filelock import FileLock, Timeout
 from flax import serialization
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 
@@ -101,8 +101,7 @@ class Args:
     rlu_run: int = 1  # run of RL Unplugged, 1 to 5
     data_percent: float = 100.0  # learn from this part of each checkpoint's data, from its start
     data_dir: Path = Path("data")  # folder of the datasets, which are made when they are missing
-    dataset: Path | None = None
-    """open this store instead, for example one that benchmark/collect_atari.py wrote"""
+    dataset: Path | None = None  # store to open instead, such as benchmark/collect_atari.py's
     loader_threads: int = 4  # threads that decode batches
     truncation_as_termination: bool = False  # treat every last step as terminal
 
@@ -120,12 +119,11 @@ class Args:
     max_grad_norm: float = 5.0  # largest global norm of the gradient
     target_update_every: int = 200  # updates between two copies to the target network
 
-    # algorithm
+    # algorithm (Table 3, D.2.2)
     discount: float = 0.997**4  # discount factor γ
     unroll_steps: int = 5  # K, steps that the model is unrolled for the loss (Fig. 4c: 1)
     td_steps: int = 5  # n, rewards in the value target (Eq. 8)
-    num_samples: int | None = None
-    """N, actions sampled for the policy target (Eq. 9); None: every action (Eq. 6)"""
+    num_samples: int | None = None  # N, actions sampled for p (Eq. 9); None: every action (Eq. 6)
     policy_coef: float = 1.0  # weight of the policy loss
     value_coef: float = 0.25  # weight of the value loss
     behavior_coef: float = 0.2  # α, weight of the behaviour regularisation (Eq. 11)
@@ -246,7 +244,8 @@ class Dynamics(nn.Module):
 class MuZeroNetwork(nn.Module):
     """Representation h, dynamics g and prediction f (D.2.1).
 
-    Inputs may have any leading axes. The compiler drops the heads that a caller does not use.
+    Inputs may have any leading axes. The reward, g's in the paper, is read from the state that g
+    returns (authors' code). The compiler drops the heads that a caller does not use.
     """
 
     num_actions: int
@@ -446,8 +445,7 @@ def rosmo_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork,
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
     moving, absorbing, known = window_positions(batch.is_last, is_terminal)  # [B, K+1+n]
     action_key, sample_key = jax.random.split(key)
-    shape = (len(batch.action), K + 1)
-    random_action = jax.random.randint(action_key, shape, 0, num_actions)
+    random_action = jax.random.randint(action_key, (len(batch.action), K + 1), 0, num_actions)
     action = jnp.where(moving[:, : K + 1], batch.action[:, : K + 1], random_action)
 
     observation = [stack_frames(batch.frames, batch.history, t) for t in range(length)]
@@ -460,7 +458,7 @@ def rosmo_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork,
         states.append(optax.scale_gradient(next_state, 0.5))  # point 5 at the top
     prediction = network.apply(params, jnp.stack(states, axis=1), method="prediction")
 
-    # Targets from the target network: the value z and the policy p.
+    # Targets from the target network: the value z (Eq. 8) and the policy p (Eq. 6, or 9-10).
     target_state = network.apply(target_params, observation, method="representation")
     target = network.apply(target_params, target_state, method="prediction")
     value = to_scalar(target.value_logits)  # [B, K+1+n]
@@ -473,7 +471,7 @@ def rosmo_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork,
         adv_logged = next_reward + args.discount * value[:, 1 : K + 2] - value[:, : K + 1]
     p = jnp.where(absorbing[..., None], 1 / num_actions, p)
 
-    # Eq. 12-14: means over K + 1 steps, of the reward over the K behind an action (authors' code).
+    # Eq. 12-14, means over the K + 1 steps; the root has no reward, so K for it (authors' code).
     reward = jnp.where(moving[:, :K], batch.reward[:, :K], 0.0)
     reward_bins, z_bins = (two_hot(x, args.num_bins) for x in (reward, z))
     reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward_bins)
@@ -545,10 +543,8 @@ def update(state: TrainState, key, batch: Batch, network: MuZeroNetwork, args: A
     metrics["charts/grad_norm"] = optax.tree.norm(gradient)
     delta, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.params)
     params, step = optax.apply_updates(state.params, delta), state.step + 1
-    target_params = optax.periodic_update(
-        params, state.target_params, step, args.target_update_every
-    )
-    return TrainState(params, target_params, opt_state, step), metrics
+    target = optax.periodic_update(params, state.target_params, step, args.target_update_every)
+    return TrainState(params, target, opt_state, step), metrics
 
 
 # --- act (identical in rosmo_*.py) ---
@@ -585,6 +581,7 @@ class Store(NamedTuple):
     steps: np.ndarray  # action, reward, is_last, is_terminal and age of every frame
     episodes: np.ndarray  # start, length and return of those selected
     index: np.ndarray  # of their steps, one after the other
+    facts: dict  # what a run writes down of them, and compares when it goes on
 
 
 def select_episodes(store: Store, selected: np.ndarray) -> Store:
@@ -603,14 +600,10 @@ def find_store(args) -> Path | None:
     return found.get(min((p for p in found if p >= args.data_percent), default=None))
 
 
-def plays(args) -> bool:
-    """Whether the run is evaluated in the game; data without a simulator can do without."""
-    return args.eval_episodes > 0 or args.final_eval_episodes > 0
-
-
 def open_store(args) -> Store:
     """The store that the arguments name; benchmark/prepare_atari.py makes it if it is missing."""
-    if plays(args) or not args.dataset:
+    plays = args.eval_episodes > 0 or args.final_eval_episodes > 0  # else no simulator is needed
+    if plays or not args.dataset:
         game_name(args.env_id)  # an unknown game ends here
     path = args.dataset or find_store(args)
     if path is None:
@@ -618,9 +611,8 @@ def open_store(args) -> Store:
         command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
         command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
         if jax.process_count() > 1 or not tool.exists():
-            where = "" if tool.exists() else ", in the repository that this script comes from"
             message = f"The data are missing; make them first: python {shlex.join(command)}"
-            raise SystemExit(f"{message}{where}; or give a --dataset.")
+            raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
         # This process holds the accelerator; the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
@@ -638,10 +630,10 @@ def open_store(args) -> Store:
         blob = memoryview(np.memmap(path / "frames.bin", np.uint8, "r"))
         if len(blob) != offsets[-1]:
             raise ValueError("frames.bin is not whole")
-        game, num_actions, _ = (meta[name] for name in ("env_id", "num_actions", "source"))
+        game, num_actions, source = (meta[name] for name in ("env_id", "num_actions", "source"))
         if game != args.env_id or steps["action"].max() >= num_actions:
             raise ValueError(f"it is of {game} with {num_actions} actions")
-        if plays(args) and make_env(game, 1).single_action_space.n != num_actions:
+        if plays and make_env(game, 1).single_action_space.n != num_actions:
             raise ValueError(f"it has {num_actions} actions, and the game has another number")
         if meta["percent"] < args.data_percent:
             percent = f"{meta['percent']:g}"
@@ -650,21 +642,16 @@ def open_store(args) -> Store:
         first = np.searchsorted(episodes["checkpoint"], episodes["checkpoint"])
         before = episodes["start"] - episodes["start"][first]
         limit = args.data_percent / 100 * meta["steps_per_checkpoint"]
-        selected = (before < limit) | (args.data_percent == 100)
-        store = Store(meta, blob, offsets, steps, episodes, np.arange(0))
-        return select_episodes(store, selected)
+        store = Store(meta, blob, offsets, steps, episodes, np.arange(0), {})
+        store = select_episodes(store, (before < limit) | (args.data_percent == 100))
+        facts = {"episodes": len(store.episodes), "steps": len(store.index), "source": source}
+        facts["mean_return"] = float(store.episodes["return"].mean())
+        facts["crc32"] = zlib.crc32(steps[store.index])
+        facts["rom"] = rom_digest(game) if plays else None
+        return store._replace(facts=facts)
     except Exception as error:  # a damaged file can raise almost anything
         message = f"{path} cannot be used as a store of {args.env_id}: {error!r}"
         raise SystemExit(f"{message}. Give another --dataset, or make it again.") from None
-
-
-def describe(store: Store, args) -> dict:
-    """What a run writes down of its data, and compares when it goes on."""
-    steps = zlib.crc32(store.steps[store.index])
-    facts = {"episodes": len(store.episodes), "steps": len(store.index), "crc32": steps}
-    facts["mean_return"] = float(store.episodes["return"].mean())
-    rom = rom_digest(args.env_id) if plays(args) else None
-    return facts | {"source": store.meta["source"], "rom": rom}
 
 
 def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
@@ -684,7 +671,7 @@ def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
 
 
 def sample_batch(
-    store: Store, seed: int, step: int, batch_size: int, length: int, rows: slice = slice(None)
+    store: Store, seed: int, step: int, batch_size: int, length: int, rows: Any = slice(None)
 ) -> Batch:
     """Batch number `step`, or those `rows` of it: windows that start anywhere.
 
@@ -705,15 +692,13 @@ def sample_batch(
 
 def load_batches(load: Callable, first: int, num_threads: int) -> Iterator:
     """Yields load(first), load(first + 1), ... in order, made ahead by threads."""
-    ahead, pool = max(4, num_threads), ThreadPoolExecutor(num_threads)
-    try:
+    ahead = max(4, num_threads)
+    with ThreadPoolExecutor(num_threads) as pool:
         pending = deque(pool.submit(load, step) for step in range(first, first + ahead))
         for step in itertools.count(first + ahead):
             batch = pending.popleft().result()
             pending.append(pool.submit(load, step))
             yield batch
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # --- end data ---
@@ -753,18 +738,12 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 
 # --- evaluate (identical in *_atari.py) ---
 def evaluate(
-    act: Callable,
-    env_id: str,
-    num_episodes: int,
-    seed: int,
-    report: Callable = lambda *_: None,
-    max_frames: int = 108_000,
+    act: Callable, env_id: str, num_episodes: int, seed: int, max_frames: int = 108_000
 ) -> list[float] | None:
     """Raw returns of `num_episodes` episodes, played side by side, each in its own environment.
 
     `act` takes observations uint8 [E, 84, 84, 4] (newest frame last, zeros before the first) and a
-    key, and returns actions [E], or None to break off; `report(finished, num_episodes)` is called
-    when episodes end, the latest after `max_frames` frames of the emulator.
+    key, and returns actions [E], or None to break off. `max_frames` of the game end an episode.
     """
     if num_episodes == 0:
         return []
@@ -774,21 +753,21 @@ def evaluate(
     observations, _ = env.reset(seed=seeds)
     returns, running = np.zeros(num_episodes), np.ones(num_episodes, bool)
     actions, size = np.zeros(num_episodes, np.int32), num_episodes
-    while running.any():
-        if 8 * running.sum() <= size:  # the last few go on in a smaller batch
-            size = int(running.sum())
-        rows = np.resize(np.flatnonzero(running), size)  # repeated, as each size has its program
-        act_key, key = jax.random.split(key)
-        chosen = act(np.ascontiguousarray(observations[rows].transpose(0, 2, 3, 1)), act_key)
-        if chosen is None:
-            return None
-        actions[rows] = chosen
-        observations, rewards, terminated, truncated, _ = env.step(actions)
-        returns += running * rewards
-        ended = running & (terminated | truncated)
-        running &= ~ended
-        if ended.any():
-            report(num_episodes - running.sum(), num_episodes)
+    with tqdm(total=num_episodes, desc="evaluation", leave=False, disable=None) as bar:
+        while running.any():
+            if 8 * running.sum() <= size:  # the last few go on in a smaller batch
+                size = int(running.sum())
+            rows = np.resize(np.flatnonzero(running), size)  # repeated: each size has its program
+            act_key, key = jax.random.split(key)
+            chosen = act(np.ascontiguousarray(observations[rows].transpose(0, 2, 3, 1)), act_key)
+            if chosen is None:
+                return None
+            actions[rows] = chosen
+            observations, rewards, terminated, truncated, _ = env.step(actions)
+            returns += running * rewards
+            ended = running & (terminated | truncated)
+            running &= ~ended
+            bar.update(ended.sum())
     return returns.tolist()
 
 
@@ -940,15 +919,11 @@ class Run:
         """
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
-            shapes = jax.tree.map(np.shape, state)
-            try:
-                state = serialization.from_state_dict(state, saved["state"])
-                fits = jax.tree.map(np.shape, state) == shapes
-            except ValueError:  # it has other layers
-                fits = False
-            if not fits:
+            ours = serialization.to_state_dict(state)
+            if jax.tree.map(np.shape, ours) != jax.tree.map(np.shape, saved["state"]):
                 message = f"{self.dir} has checkpoints of another network; give another --run-dir"
                 raise SystemExit(f"{message}, or --overwrite to delete the run in it.")
+            state = serialization.from_state_dict(state, saved["state"])
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
         self.started -= saved["wall_time"]
         if self.writes:
@@ -1005,9 +980,6 @@ class Run:
         if self.writes and self.bar.disable:
             print(f"update {done:,}: {status}", flush=True)
 
-    def show_evaluation(self, finished: int, episodes: int) -> None:
-        self.bar.set_postfix_str(f"evaluation: {finished} of {episodes} episodes")
-
     def interrupt(self, number: int, _) -> None:
         if self.stopping and number == signal.SIGINT:  # a second Ctrl-C does not wait
             raise KeyboardInterrupt
@@ -1015,8 +987,7 @@ class Run:
 
     def exit(self) -> None:
         self.bar.close()
-        if self.writes:
-            self.plot()
+        self.plot()
         but = " without --overwrite" if self.args.overwrite else ""
         print(f"Stopped at update {self.saved:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
@@ -1040,7 +1011,7 @@ class Run:
         from matplotlib.figure import Figure  # without pyplot's global state
 
         lines = [line for line in self.lines() if "eval/return_mean" in line]
-        if not lines:
+        if not lines or not self.writes:
             return
         updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
         returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
@@ -1065,8 +1036,7 @@ RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "num_bins": (3, 1
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
 RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "rlu_run": (1, 5)}
 RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
-RANGES |= {"eval_max_frames": (4, 10**9)}
-RANGES |= {"num_samples": (1, 10_000)}
+RANGES |= {"eval_max_frames": (4, 10**9), "num_samples": (1, 10_000)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---
@@ -1116,9 +1086,8 @@ def join_processes(args, *shared: int) -> None:
         raise SystemExit(f"{message}; the first is HOST:PORT, the last counts from 0.")
     if jax.config.jax_num_cpu_devices < 0:  # not set by JAX's own JAX_NUM_CPU_DEVICES
         sizes = [value for name, value in vars(args).items() if name.endswith("batch_size")]
-        share, cores = math.gcd(*sizes, *shared) // int(number or 1), os.cpu_count() or 1
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))
+        share = math.gcd(*sizes, *shared) // int(number or 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         numbers = [n for n in range(1, cores + 1) if share % n == 0]
         jax.config.update("jax_num_cpu_devices", max(numbers))
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM for itself
@@ -1144,7 +1113,7 @@ def main(args: Args) -> None:
     join_processes(args)
     args = check_args(args, RANGES)
     store = open_store(args)
-    run = Run(args, [args.seed], describe(store, args))
+    run = Run(args, [args.seed], store.facts)
     network = make_network(store.meta["num_actions"], args)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
@@ -1152,8 +1121,7 @@ def main(args: Args) -> None:
     state = jax.jit(init_state, static_argnums=(1, 2))(init_key, network, args)
     done, state, sums = run.restore(state)
     state, sums = jax.device_put((state, sums), replicated)
-    share = args.batch_size // jax.process_count()
-    rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    rows = np.split(np.arange(args.batch_size), jax.process_count())[jax.process_index()]
 
     def load(step: int) -> Batch:
         batch = sample_batch(store, args.seed, step, args.batch_size, window_length(args), rows)
@@ -1169,8 +1137,7 @@ def main(args: Args) -> None:
             return None if run.stopping else act(params, observation, key, greedy, network, args)
 
         with run.time("evaluation"):
-            report, frames = run.show_evaluation, args.eval_max_frames
-            return evaluate(policy, args.env_id, num_episodes, seed, report, frames)
+            return evaluate(policy, args.env_id, num_episodes, seed, args.eval_max_frames)
 
     run.show(done, "compiling")
     batches, metrics, played = load_batches(load, done, args.loader_threads), None, ""
@@ -1220,7 +1187,7 @@ def main(args: Args) -> None:
 # --- end main ---
 
 
-# --- entry (identical in *_atari.py and *_bsuite.py) ---
+# --- entry (identical in *_atari.py) ---
 if __name__ == "__main__":
     status: Any = 130
     but = " without --overwrite" if "--overwrite" in sys.argv else ""

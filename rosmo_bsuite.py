@@ -26,9 +26,10 @@ Where the paper is silent, or differs from the authors' code, this file does the
    the next observation: --behavior-advantage next-observation).
 4. Eq. 6 is a softmax of log π + adv, as exp(adv) overflows; the weights of Eq. 9 stop at e^20.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
-   weights only; the gradient is halved at every unrolled state (authors' code).
-6. Batch, K and dynamics are Table 4's (authors' code: 512, 3 and [32, 32]). The 20 bins are the
-   integers -9 to 10, and targets stop at 9; initial weights (authors' code).
+   weights only; the gradient is halved at every unrolled state, its heads' too (authors' code;
+   A.2: at the start of the dynamics function).
+6. Batch, K and dynamics are Table 4's (authors' code: 512, 3 and [32, 32]). The 20 bins, integers
+   -9 to 10 of h-space of which targets reach ±9, and the initial weights are the authors' code's.
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
    final evaluation reports the greedy policy beside it.
 """
@@ -43,7 +44,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -70,8 +70,7 @@ from bsuite.environments.catch import Catch
 from bsuite.environments.mountain_car import MountainCar
 from filelock import FileLock, Timeout
 from flax import serialization
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 
@@ -110,12 +109,11 @@ class Args:
     max_grad_norm: float = 5.0  # largest global norm of the gradient
     target_update_every: int = 200  # updates between two copies to the target network
 
-    # algorithm
+    # algorithm (Table 4, D.2.2)
     discount: float = 0.997**4  # discount factor γ
     unroll_steps: int = 5  # K, steps that the model is unrolled for the loss (Fig. 4c: 1)
     td_steps: int = 3  # n, rewards in the value target (Eq. 8)
-    num_samples: int | None = None
-    """N, actions sampled for the policy target (Eq. 9); None: every action (Eq. 6)"""
+    num_samples: int | None = None  # N, actions sampled for p (Eq. 9); None: every action (Eq. 6)
     policy_coef: float = 1.0  # weight of the policy loss
     value_coef: float = 0.25  # weight of the value loss
     behavior_coef: float = 0.2  # α, weight of the behaviour regularisation (Eq. 11)
@@ -159,7 +157,8 @@ class Prediction(NamedTuple):
 class MuZeroNetwork(nn.Module):
     """Representation h, dynamics g and prediction f (Table 4).
 
-    Inputs may have any leading axes. The compiler drops the heads that a caller does not use.
+    Inputs may have any leading axes. The reward, g's in the paper, is read from the state that g
+    returns (authors' code). The compiler drops the heads that a caller does not use.
     """
 
     num_actions: int
@@ -275,7 +274,7 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
 
 
 def look_ahead(params, state, action, network: MuZeroNetwork, discount: float):
-    """q_g(s, a) = r_g + γ v(s'_g) (Eq. 7): states [..., 32], actions [..., M] -> [..., M]."""
+    """q_g(s, a) = r_g + γ v(s'_g) (Eq. 7): states [..., 32], M actions [..., M] -> [..., M]."""
     state = jnp.broadcast_to(state[..., None, :], (*action.shape, state.shape[-1]))
     next_state = network.apply(params, state, action, method="dynamics")
     prediction = network.apply(params, next_state, method="prediction")
@@ -348,8 +347,7 @@ def rosmo_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork,
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
     moving, absorbing, known = window_positions(batch.is_last, is_terminal)  # [B, K+1+n]
     action_key, sample_key = jax.random.split(key)
-    shape = (len(batch.action), K + 1)
-    random_action = jax.random.randint(action_key, shape, 0, num_actions)
+    random_action = jax.random.randint(action_key, (len(batch.action), K + 1), 0, num_actions)
     action = jnp.where(moving[:, : K + 1], batch.action[:, : K + 1], random_action)
 
     # Unroll the online network from the encoding of the first observation.
@@ -359,7 +357,7 @@ def rosmo_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork,
         states.append(optax.scale_gradient(next_state, 0.5))  # point 5 at the top
     prediction = network.apply(params, jnp.stack(states, axis=1), method="prediction")
 
-    # Targets from the target network: the value z and the policy p.
+    # Targets from the target network: the value z (Eq. 8) and the policy p (Eq. 6, or 9-10).
     target_state = network.apply(target_params, batch.observation, method="representation")
     target = network.apply(target_params, target_state, method="prediction")
     value = to_scalar(target.value_logits)  # [B, K+1+n]
@@ -372,7 +370,7 @@ def rosmo_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork,
         adv_logged = next_reward + args.discount * value[:, 1 : K + 2] - value[:, : K + 1]
     p = jnp.where(absorbing[..., None], 1 / num_actions, p)
 
-    # Eq. 12-14: means over K + 1 steps, of the reward over the K behind an action (authors' code).
+    # Eq. 12-14, means over the K + 1 steps; the root has no reward, so K for it (authors' code).
     reward = jnp.where(moving[:, :K], batch.reward[:, :K], 0.0)
     reward_bins, z_bins = (two_hot(x, args.num_bins) for x in (reward, z))
     reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward_bins)
@@ -439,10 +437,8 @@ def update(state: TrainState, key, batch: Steps, network: MuZeroNetwork, args: A
     metrics["charts/grad_norm"] = optax.tree.norm(gradient)
     delta, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.params)
     params, step = optax.apply_updates(state.params, delta), state.step + 1
-    target_params = optax.periodic_update(
-        params, state.target_params, step, args.target_update_every
-    )
-    return TrainState(params, target_params, opt_state, step), metrics
+    target = optax.periodic_update(params, state.target_params, step, args.target_update_every)
+    return TrainState(params, target, opt_state, step), metrics
 
 
 # --- act (identical in rosmo_*.py) ---
@@ -512,16 +508,13 @@ ENVIRONMENTS = {"catch": Catch, "cartpole": Cartpole, "mountain_car": MountainCa
 
 def load_dataset(args) -> Steps:
     """All steps of the arguments' dataset; benchmark/collect_bsuite.py collects what is missing."""
-    name = f"{args.env_id}-noise{args.noise:g}-seed0.npz"
-    path = args.dataset or args.data_dir / "bsuite" / name
+    path = args.dataset or args.data_dir / f"bsuite/{args.env_id}-noise{args.noise:g}-seed0.npz"
     if not path.exists():
         tool = Path(__file__).resolve().parent / "benchmark" / "collect_bsuite.py"
-        command = [str(tool), "--env-id", args.env_id, "--noise", f"{args.noise:g}"]
-        command += ["--out", str(path)]
+        command = [str(tool), f"--env-id={args.env_id}", f"--noise={args.noise:g}", f"--out={path}"]
         if args.dataset or not tool.exists():
-            where = "" if tool.exists() else ", in the repository that this script comes from"
-            advice = f"give another --dataset, or make it: python {shlex.join(command)}{where}"
-            raise SystemExit(f"There is no dataset {path}; {advice}.")
+            advice = f"give another --dataset, or make it: python {shlex.join(command)}"
+            raise SystemExit(f"There is no dataset {path}; {advice}, in the repository's folder.")
         # This process holds the accelerator; the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
@@ -593,13 +586,7 @@ def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
 
 # --- evaluate (identical in *_bsuite.py) ---
 def evaluate(
-    act: Callable,
-    env_id: str,
-    seeds: list[int],
-    done: int,
-    num_episodes: int,
-    noise: float,
-    report: Callable = lambda *_: None,
+    act: Callable, env_id: str, seeds: list[int], done: int, num_episodes: int, noise: float
 ):
     """Plays complete episodes in the real environment, those of all seeds side by side.
 
@@ -608,7 +595,6 @@ def evaluate(
         or to None, which breaks off.
       done: updates; with the seed and the episode it determines the initial states.
       noise: probability that an action is replaced by a uniformly random one.
-      report: is called when episodes end, with their number and the number of all.
 
     Returns:
       Undiscounted returns, float64 [seeds, episodes], or None if it was broken off.
@@ -619,26 +605,22 @@ def evaluate(
     rngs = [np.random.default_rng((s, done, e)) for s in seeds for e in range(num_episodes)]
     environments = [ENVIRONMENTS[env_id](seed=int(rng.integers(2**31))) for rng in rngs]
     num_actions = environments[0].action_spec().num_values
-    observations = np.stack([environment.reset().observation for environment in environments])
-    returns = np.zeros(len(environments))
-    playing, t = range(len(environments)), 0
-    while playing:
-        actions = act(observations.reshape(*shape, *observations.shape[1:]), t)
-        if actions is None:
-            return None
-        actions = np.asarray(actions).ravel()
-        still_playing = []
-        for i in playing:
-            random_action = noise > 0 and rngs[i].random() < noise
-            action = rngs[i].integers(num_actions) if random_action else actions[i]
-            timestep = environments[i].step(int(action))
-            observations[i] = timestep.observation
-            returns[i] += timestep.reward
-            if not timestep.last():
-                still_playing.append(i)
-        if len(still_playing) < len(playing):
-            report(len(environments) - len(still_playing), len(environments))
-        playing, t = still_playing, t + 1
+    timesteps = [environment.reset() for environment in environments]
+    returns, running, t = np.zeros(len(rngs)), np.ones(len(rngs), bool), 0
+    with tqdm(total=len(rngs), desc="evaluation", leave=False, disable=None) as bar:
+        while running.any():
+            observations = np.stack([timestep.observation for timestep in timesteps])
+            actions = act(observations.reshape(*shape, *observations.shape[1:]), t)
+            if actions is None:
+                return None
+            actions = np.asarray(actions).ravel()
+            for i in np.flatnonzero(running):
+                action = rngs[i].integers(num_actions) if rngs[i].random() < noise else actions[i]
+                timesteps[i] = environments[i].step(int(action))
+                returns[i] += timesteps[i].reward
+                running[i] = not timesteps[i].last()
+                bar.update(timesteps[i].last())
+            t += 1
     return returns.reshape(shape)
 
 
@@ -790,15 +772,11 @@ class Run:
         """
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
-            shapes = jax.tree.map(np.shape, state)
-            try:
-                state = serialization.from_state_dict(state, saved["state"])
-                fits = jax.tree.map(np.shape, state) == shapes
-            except ValueError:  # it has other layers
-                fits = False
-            if not fits:
+            ours = serialization.to_state_dict(state)
+            if jax.tree.map(np.shape, ours) != jax.tree.map(np.shape, saved["state"]):
                 message = f"{self.dir} has checkpoints of another network; give another --run-dir"
                 raise SystemExit(f"{message}, or --overwrite to delete the run in it.")
+            state = serialization.from_state_dict(state, saved["state"])
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
         self.started -= saved["wall_time"]
         if self.writes:
@@ -855,9 +833,6 @@ class Run:
         if self.writes and self.bar.disable:
             print(f"update {done:,}: {status}", flush=True)
 
-    def show_evaluation(self, finished: int, episodes: int) -> None:
-        self.bar.set_postfix_str(f"evaluation: {finished} of {episodes} episodes")
-
     def interrupt(self, number: int, _) -> None:
         if self.stopping and number == signal.SIGINT:  # a second Ctrl-C does not wait
             raise KeyboardInterrupt
@@ -865,8 +840,7 @@ class Run:
 
     def exit(self) -> None:
         self.bar.close()
-        if self.writes:
-            self.plot()
+        self.plot()
         but = " without --overwrite" if self.args.overwrite else ""
         print(f"Stopped at update {self.saved:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
@@ -890,7 +864,7 @@ class Run:
         from matplotlib.figure import Figure  # without pyplot's global state
 
         lines = [line for line in self.lines() if "eval/return_mean" in line]
-        if not lines:
+        if not lines or not self.writes:
             return
         updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
         returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
@@ -913,9 +887,8 @@ class Run:
 TINY = 1e-30
 RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
-RANGES |= {"learning_rate_decay": (TINY, 1), "noise": (0, 1)}
+RANGES |= {"learning_rate_decay": (TINY, 1), "noise": (0, 1), "num_samples": (1, 10_000)}
 RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
-RANGES |= {"num_samples": (1, 10_000)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---
@@ -964,12 +937,10 @@ def main(args: Args) -> None:
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     keys = [jax.random.split(jax.random.key(seed), 3) for seed in seeds]
     init_keys, train_keys, act_keys = jnp.stack(keys).T
-    init = jax.jit(init_state, static_argnums=(1, 3))
-    states = [init(key, network, steps.observation[0], args) for key in init_keys]
-    done, states, sums = run.restore(jax.tree.map(lambda *x: jnp.stack(x), *states))
+    init = jax.jit(jax.vmap(init_state, (0, None, None, None)), static_argnums=(1, 3))
+    done, states, sums = run.restore(init(init_keys, network, steps.observation[0], args))
     data = jax.device_put((train_keys, steps, starts, num_starts), replicated)
-    update_all = partial(update_seeds, network=network, args=args, by_device=by_device)
-    _, metrics = jax.eval_shape(update_all, states, *data)
+    _, metrics = jax.eval_shape(lambda x: update_seeds(x, *data, network, args, by_device), states)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
     states, sums = jax.device_put((states, sums or zeros), replicated)
 
@@ -985,7 +956,7 @@ def main(args: Args) -> None:
 
         noise = args.noise if args.eval_noise else 0.0
         with run.time("evaluation"):
-            return evaluate(policy, args.env_id, seeds, done, number, noise, run.show_evaluation)
+            return evaluate(policy, args.env_id, seeds, done, number, noise)
 
     run.show(done, "compiling")
     longest, part, played = 1, "compilation", ""
@@ -1032,9 +1003,8 @@ def main(args: Args) -> None:
 # --- end main ---
 
 
-# --- entry (identical in *_atari.py and *_bsuite.py) ---
+# --- entry (identical in *_bsuite.py) ---
 if __name__ == "__main__":
-    status: Any = 130
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
     for stream in filter(None, (sys.stdout, sys.stderr)):  # those that are open
@@ -1042,21 +1012,14 @@ if __name__ == "__main__":
     try:
         head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines
         main(tyro.cli(Args, description=head))
-        status = 0
     except KeyboardInterrupt:
         print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
+        raise SystemExit(130) from None
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
-        status = f"{error}: put that right, then the same command{but} goes on."
+        raise SystemExit(f"{error}: put that right, then the same command{but} goes on.") from None
     except Exception as error:
-        status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            status = traceback.format_exc()
-    except SystemExit as end:
-        status = end.code
-    if status and jax.distributed.is_initialized():  # the other processes do not wait for this one
-        if isinstance(status, str):
-            print(status, file=sys.stderr, flush=True)
-        time.sleep(3 * (jax.process_index() == 0))  # its end aborts those that have not ended
-        os._exit(status if isinstance(status, int) else 1)
-    raise SystemExit(status)
+            raise
+        message = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        raise SystemExit(message) from None
 # --- end entry ---

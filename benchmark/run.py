@@ -329,7 +329,7 @@ def data_here(args: Any) -> dict:
     if not hasattr(script, "find_store"):
         return data_facts(script.describe(script.load_dataset(args)))
     if args.dataset or script.find_store(args):
-        return data_facts(script.describe(script.open_store(args), args))
+        return data_facts(script.open_store(args).facts)
     return {}
 
 

@@ -37,8 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -103,9 +102,8 @@ def bsuite_step(script, args: Args, mesh) -> Step:
     network, by_device = script.make_network(3, settings), NamedSharding(mesh, P("data"))
     starts, num_starts = script.window_starts(is_last, 100.0, list(range(args.num_seeds)))
     keys = jax.random.split(jax.random.key(0), args.num_seeds)
-    init = jax.jit(script.init_state, static_argnums=(1, 3))
-    states = [init(key, network, steps.observation[0], settings) for key in keys]
-    states = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    init = jax.jit(jax.vmap(script.init_state, (0, None, None, None)), static_argnums=(1, 3))
+    states = init(keys, network, steps.observation[0], settings)
     data = (keys, steps, starts, num_starts)
     static = {"network": network, "args": settings, "by_device": by_device}
     states, data = jax.device_put((states, data), NamedSharding(mesh, P()))

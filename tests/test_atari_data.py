@@ -58,10 +58,6 @@ def copy(path, tmp_path) -> Path:
     return Path(shutil.copytree(path, tmp_path / "copy"))
 
 
-def describe(store) -> dict:
-    return script.describe(store, script.Args(env_id=store.meta["env_id"]))
-
-
 def open_store(path: Path, percent: float = 100.0, env_id: str = "Pong"):
     return helpers.open_store(path, env_id, percent)
 
@@ -131,7 +127,7 @@ def test_smaller_percent_is_the_same_from_a_larger_store(path, tmp_path):
     batches = [script.sample_batch(store, 0, 0, 64, 11) for store in (small, large)]
     for x, y in zip(*batches, strict=True):
         np.testing.assert_array_equal(x, y)
-    assert describe(small) == describe(large) != describe(open_store(path))
+    assert small.facts == large.facts != open_store(path).facts
 
 
 def test_all_of_a_store_is_read_if_all_of_the_data_are_asked_for(tmp_path):
@@ -142,7 +138,7 @@ def test_all_of_a_store_is_read_if_all_of_the_data_are_asked_for(tmp_path):
 
 
 def test_the_data_are_known_by_what_is_learned_from(path, tmp_path):
-    facts = describe(open_store(path))
+    facts = open_store(path).facts
     assert facts["episodes"] == 9
     assert facts["steps"] == sum(LENGTHS)
     assert facts["source"] == "run1"
@@ -152,7 +148,7 @@ def test_the_data_are_known_by_what_is_learned_from(path, tmp_path):
     other = [EPISODES[0] | {"action": (EPISODES[0]["action"] + 1) % 6}, *EPISODES[1:]]
     meta = {"source": "run1", "steps_per_checkpoint": PER_CHECKPOINT}
     changed = open_store(write_store(tmp_path / "other", "Pong", other, 6, **meta))
-    assert describe(changed)["crc32"] != facts["crc32"]
+    assert changed.facts["crc32"] != facts["crc32"]
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])
@@ -249,7 +245,7 @@ def test_without_evaluations_the_game_need_not_be_one_of_ale(copy):
     args = script.Args(env_id="Mine", dataset=copy, eval_episodes=0, final_eval_episodes=0)
     (copy / "meta.json").write_text(json.dumps(meta | {"num_actions": 7}))
     store = script.open_store(args)
-    assert script.describe(store, args)["rom"] is None
+    assert store.facts["rom"] is None
     with pytest.raises(SystemExit, match="There is no game 'Mine'"):
         script.open_store(dataclasses.replace(args, final_eval_episodes=1))
     (copy / "meta.json").write_text(json.dumps(meta | {"num_actions": 4}))
@@ -302,7 +298,7 @@ def test_what_the_tool_recorded_instead_is_taken(tmp_path, monkeypatch):
 
     monkeypatch.setattr(script.subprocess, "run", run)
     store = script.open_store(script.Args(env_id="Pong", data_dir=tmp_path))
-    assert describe(store)["source"] == "dqn"
+    assert store.facts["source"] == "dqn"
 
 
 def test_a_tool_that_fails_or_is_not_there_ends_the_script(tmp_path, monkeypatch):

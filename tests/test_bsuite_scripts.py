@@ -70,7 +70,7 @@ def test_final_evaluations_sample_then_take_the_best_and_need_no_noise(
     def act(params, observation, key, greedy, network, args):
         return jnp.full(len(observation), int(greedy))
 
-    def evaluate(policy, env_id, seeds, done, num_episodes, noise, report):
+    def evaluate(policy, env_id, seeds, done, num_episodes, noise):
         noises.append(noise)
         return np.array(policy(np.zeros((len(seeds), num_episodes, 10, 5), np.float32), 0))
 
@@ -166,7 +166,7 @@ def test_actions_are_drawn_anew_for_every_seed_update_and_step(in_process, monke
     def act(params, observation, key, greedy, network, args):
         return jax.random.randint(key, (len(observation),), 0, 2**30)
 
-    def evaluate(policy, env_id, seeds, done, number, noise, report):
+    def evaluate(policy, env_id, seeds, done, number, noise):
         boards = np.zeros((len(seeds), number, 10, 5), np.float32)
         drawn.extend(x for t in range(2) for x in np.ravel(policy(boards, t)[:, 0]))
         return np.zeros((len(seeds), number))

@@ -407,7 +407,7 @@ def save_world_model(folder, members, data: dict) -> None:
 def world_model(members, store, tmp_path):
     folder = tmp_path / "world-model"
     folder.mkdir()
-    save_world_model(folder, with_ends(members), combo.describe(store, ARGS))
+    save_world_model(folder, with_ends(members), store.facts)
     return folder
 
 
@@ -427,7 +427,7 @@ def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(
         with pytest.raises(SystemExit, match="130"):
             run("stopped", *options, stop=stop)
         assert f"Stopped at update {update}; the same" in capsys.readouterr().err
-    data = combo.describe(store, ARGS)
+    data = store.facts
     save_world_model(world_model, with_ends(members, bias=-23.0), data)
     with pytest.raises(SystemExit, match="holds a run with another world model"):
         run("stopped", *options)

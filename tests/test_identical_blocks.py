@@ -43,7 +43,7 @@ MANIFEST = {
         "bsuite": files("", among=BSUITE),
     },
     "signals": files(""),
-    "entry": files(""),
+    "entry": BY_DOMAIN,
     "world model": MODEL_BASED,
     "world model data": MODEL_BASED,
     "world model training": MODEL_BASED,

@@ -528,7 +528,7 @@ def save_world_model(folder, args, members, data: dict) -> None:
 def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
     members, toy_path, toy_store, cache_dir, tmp_path, monkeypatch, capsys
 ):
-    model, handlers, data = tmp_path / "model", {}, morel.describe(toy_store, ARGS)
+    model, handlers, data = tmp_path / "model", {}, toy_store.facts
     options = f"{TINY} --channels 4 --batch-size 4 --starts 2 --halt-batches 2 --log-every 2"
     options += " --bc-updates 2 --bc-batch-size 4 --total-updates 5 --eval-every 2"
     options += " --checkpoint-every 3 --eval-episodes 1 --final-eval-episodes 1"
@@ -618,13 +618,13 @@ def test_evaluations_have_games_of_their_own_and_the_final_ones_sample_first(mon
     """combo_atari.py has the same functions."""
     games, final = [], []
 
-    def evaluate(policy, env_id, number, seed, report, frames):
+    def evaluate(policy, env_id, number, seed, frames):
         games.append((seed, frames, policy(None, None)))
         return [1.0] * number
 
     monkeypatch.setattr(morel, "evaluate", evaluate)
     monkeypatch.setattr(morel, "act", lambda params, x, key, greedy, *_: greedy)
-    run = SimpleNamespace(stopping=False, writes=True, show_evaluation=None, show=lambda *_: None)
+    run = SimpleNamespace(stopping=False, writes=True, show=lambda *_: None)
     run.time, run.log = lambda part: nullcontext(), lambda *_: None
     run.finish = lambda *inputs: final.append(inputs)
     for seed in (0, 1):

@@ -178,8 +178,8 @@ def test_intervals_of_any_kind_end_the_same_wherever_they_are_interrupted(
 
 @pytest.mark.parametrize("name", ["bc_bsuite", "bc_atari"])
 def test_what_takes_long_is_said_before(in_process, monkeypatch, name):
-    shown = []
-    monkeypatch.setattr(tqdm, "set_postfix_str", lambda bar, text: shown.append(text))
+    bars, module = [], importlib.import_module(name)
+    monkeypatch.setattr(module, "tqdm", lambda **given: bars.append(given) or tqdm(**given))
     result = in_process(name)
     assert result.returncode == 0, result.stderr
     first, *_, last = [x for x in result.stdout.splitlines() if x.startswith("update ")]
@@ -187,8 +187,7 @@ def test_what_takes_long_is_said_before(in_process, monkeypatch, name):
     episodes = 1 if name == "bc_atari" else 3
     assert f"final evaluation: {episodes} sampled, {episodes} greedy episodes" in last
     episodes *= 1 if name == "bc_atari" else 2  # seeds
-    final = shown[1 + shown.index(last.split(": ", 1)[1]) :]
-    assert final.count(f"evaluation: {episodes} of {episodes} episodes") == 2
+    assert [x["total"] for x in bars if x.get("desc") == "evaluation"][-2:] == 2 * [episodes]
 
 
 def test_neither_evaluations_nor_a_final_one(in_process, tmp_path):
@@ -386,7 +385,7 @@ def test_a_seed_has_batches_and_games_of_its_own_and_final_evaluations_sample_fi
 ):
     games, batches, sample = [], [], bc_atari.sample_batch
 
-    def evaluate(policy, env_id, number, seed, report, frames):
+    def evaluate(policy, env_id, number, seed, frames):
         greedy = policy(np.zeros((number, 84, 84, 4), np.uint8), jax.random.key(0))
         games.append((seed, frames, greedy))
         return [1.0] * number

@@ -656,7 +656,7 @@ def test_the_curve_is_the_moving_average_of_the_evaluations(monkeypatch, tmp_pat
     drawn, save = [], lambda figure, *_, **__: drawn.extend(figure.axes[0].lines)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
     rows = [{"update": u, "seed": s, "eval/return_mean": u + s} for u in range(50) for s in (0, 1)]
-    run = SimpleNamespace(lines=lambda: rows, seeds=[0, 1], dir=tmp_path)
+    run = SimpleNamespace(lines=lambda: rows, seeds=[0, 1], dir=tmp_path, writes=True)
     run.args, run.config = bc_bsuite.Args(), {"data": {"mean_return": 7.0}}
     bc_bsuite.Run.plot(run)
     first, second, mean, data = [line.get_ydata() for line in drawn]

@@ -331,9 +331,9 @@ def train(toy_path, store, first_members):
             patch.setattr(morel, "init_members", lambda *_: jax.tree.map(jnp.copy, first_members))
             if not draws:  # it takes longer than the training
                 patch.setattr(morel, "draw_predictions", lambda *_: None)
-            run = morel.Run(args, [args.seed], morel.describe(store, args))
+            run = morel.Run(args, [args.seed], store.facts)
             between(run)
-            inputs = (run, store, morel.describe(store, args), NETWORK, mesh)
+            inputs = (run, store, NETWORK, mesh)
             return morel.get_world_model(*inputs, dataclasses.replace(args, run_dir=None))
 
     return start
