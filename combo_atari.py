@@ -110,17 +110,14 @@ class Args:
     truncation_as_termination: bool = False  # treat every last step as terminal
 
     # world model
-    world_model: Path | None = None
-    """take the ensemble from this folder, {run folder}-world-model of another run"""
+    world_model: Path | None = None  # folder of the ensemble: {run folder}-world-model of a run
     members: int = 4  # E, members of the ensemble of world models
     deter: int = 1024  # world model: size of the recurrent state h
     hidden: int = 1000  # world model: units of the layers around the recurrent state
     latents: int = 32  # world model: categorical variables of the latent state z
     classes: int = 32  # world model: classes of each
-    depth: int = 48
-    """world model: channels of the encoder's first convolution; all of its others scale with it"""
-    head_units: int = 400
-    """world model: units of the four layers of the reward's and of the terminal's head"""
+    depth: int = 48  # world model: channels of its first convolution; all others scale with it
+    head_units: int = 400  # world model: units of the layers of the reward's and terminal's heads
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """arithmetic of the networks (auto: bfloat16 on accelerators); the rest is always float32"""
 
@@ -129,13 +126,11 @@ class Args:
     model_batch_size: int = 32  # world model: windows in a member's batch, over all devices
     model_length: int = 48  # T, steps of a window of the world model
     model_learning_rate: float = 3e-4  # world model: AdamW's learning rate
-    model_weight_decay: float = 0.01
-    """world model: AdamW's weight decay, on weight matrices only"""
+    model_weight_decay: float = 0.01  # world model: AdamW's weight decay, on weight matrices only
     model_max_grad_norm: float = 200.0  # world model: largest global norm of a member's gradient
     kl_coef: float = 0.1  # β, weight of the KL divergence in the loss of the world model
     kl_balance: float = 0.8  # share of its gradient that moves the prior to the posterior
-    model_eval_every: int = 1_000
-    """world model: updates between two evaluations on held-out episodes, each with a checkpoint"""
+    model_eval_every: int = 1_000  # world model: updates between evaluations, which save, too
     model_eval_batches: int = 8  # world model: batches of held-out windows in an evaluation
     model_patience: int = 10_000
     """world model: updates without enough improvement of the held-out loss before training ends"""
@@ -158,16 +153,14 @@ class Args:
     rollout_starts: int = 2048  # rollouts in a generation, shared out evenly to the members
     rollout_length: int = 10  # steps of a rollout
     rollout_generations: int = 5  # generations that are kept
-    rollout_warm_up: int = 16
-    """logged frames that a member filters, up to the one from which a rollout starts"""
+    rollout_warm_up: int = 16  # logged frames that the member filters, up to a rollout's start
     rollout_epsilon: float = 0.05  # probability of a random action in rollouts
 
     # Q: algorithm
     discount: float = 0.99  # discount factor γ
     cql_alpha: float = 1.0  # α, weight of the conservative penalty
     model_share: float = 0.5  # part of a batch that comes from rollouts
-    push_up: Literal["mix", "real"] = "mix"
-    """transitions whose action the penalty pushes up: all, or logged ones"""
+    push_up: Literal["mix", "real"] = "mix"  # whose action the penalty pushes up: all, or logged
 
     # Q: evaluation
     eval_every: int = 1_000  # updates of Q between two evaluations
@@ -230,12 +223,8 @@ class WorldModel(nn.Module):
     dtype: Any
 
     def setup(self):
-        def dense(**settings):
-            return nn.Dense(self.hidden, dtype=self.dtype, **settings)
-
-        def logits():
-            return nn.Dense(self.latents * self.classes, dtype=jnp.float32)
-
+        dense = partial(nn.Dense, self.hidden, dtype=self.dtype)
+        logits = partial(nn.Dense, self.latents * self.classes, dtype=jnp.float32)
         self.encoder = Encoder(self.depth, self.dtype)
         self.latent_input, self.action_input = dense(), dense(use_bias=False)
         self.input_norm = nn.LayerNorm(dtype=self.dtype)
@@ -271,9 +260,8 @@ class WorldModel(nn.Module):
 
     def decode(self, state: State) -> Decoded:
         latent = state.latent.reshape(*state.latent.shape[:-2], -1)
-        features = jnp.concatenate([state.deter, latent], axis=-1)
-        heads = (self.decoder, self.reward_head, self.terminal_head)
-        return Decoded(*(head(features) for head in heads))
+        x = jnp.concatenate([state.deter, latent], axis=-1)
+        return Decoded(self.decoder(x), self.reward_head(x), self.terminal_head(x))
 
     def __call__(self, state: State, action, frame):
         """One filtered step, for `init`."""
@@ -410,17 +398,15 @@ def observe(network: WorldModel, params, windows: Windows, key=None):
     return states, network.apply(params, states.deter, method="prior"), posterior
 
 
-def kl_divergence(p_logits, q_logits):
-    """KL(p ‖ q) of independent categoricals: logits [..., latents, classes] -> [...]."""
-    log_p, log_q = jax.nn.log_softmax(p_logits), jax.nn.log_softmax(q_logits)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=(-2, -1))
-
-
 def balanced_kl(posterior, prior, balance: float):
-    """KL(posterior ‖ prior), of whose gradient the prior gets the share `balance`."""
+    """KL(posterior ‖ prior) of logits [..., latents, classes] -> [...].
+
+    The prior gets the share `balance` of its gradient.
+    """
+    log_p, log_q = jax.nn.log_softmax(posterior), jax.nn.log_softmax(prior)
+    kl = partial(optax.losses.kl_divergence_with_log_targets, axis=(-2, -1))  # (log q, log p)
     stop = jax.lax.stop_gradient
-    to_prior = kl_divergence(stop(posterior), prior)
-    return balance * to_prior + (1 - balance) * kl_divergence(posterior, stop(prior))
+    return balance * kl(log_q, stop(log_p)) + (1 - balance) * kl(stop(log_q), log_p)
 
 
 def world_model_loss(params, windows: Windows, key, network: WorldModel, args: Args):
@@ -543,7 +529,7 @@ CONTEXT, AHEAD = 5, 15  # frames that an evaluation filters and then predicts
 def predict_frames(network: WorldModel, params, windows: Windows) -> jax.Array:
     """Images [B, AHEAD, 84, 84] of a member after CONTEXT frames of windows [B, T].
 
-    Open loop: it sees the logged actions, and every latent is the prior's mode.
+    Open loop: it sees the logged actions alone, and every latent of them is the prior's mode.
     """
     states, _, _ = observe(network, params, jax.tree.map(lambda x: x[:, :CONTEXT], windows))
 
@@ -570,10 +556,9 @@ def evaluate_member(params, windows: Windows, key, network: WorldModel, args: Ar
     predicted = predict_frames(network, params, windows)
     image = to_image(windows.frame[:, : CONTEXT + AHEAD])
     inside = ~jnp.any(windows.is_first[:, 1 : CONTEXT + AHEAD], axis=1)  # [B]
-    error = jnp.mean((predicted - image[:, CONTEXT:]) ** 2, axis=(2, 3))  # [B, AHEAD]
-    copy_error = jnp.mean((image[:, CONTEXT - 1, None] - image[:, CONTEXT:]) ** 2, axis=(2, 3))
     sums = {f"heldout/{k}": x for k, x in losses.items()}
-    for name, errors in (("error", error), ("copy_error", copy_error)):
+    for name, guess in (("error", predicted), ("copy_error", image[:, CONTEXT - 1, None])):
+        errors = jnp.mean((guess - image[:, CONTEXT:]) ** 2, axis=(2, 3))  # [B, AHEAD]
         for step in (1, 5, AHEAD):
             sums[f"heldout/{name}_{step}"] = jnp.sum(errors[:, step - 1] * inside)
     return sums, jnp.sum(inside), to_frame(predicted)
@@ -895,18 +880,15 @@ def mix_batch(real: Batch, rollouts: Rollouts, key, args: Args) -> Batch:
     index = jnp.unravel_index(index, rollouts.valid.shape)
     *rollout, time = index
     window = (*(i[:, None] for i in rollout), time[:, None] + jnp.arange(5))  # [M, 5]
-    none, terminal = jnp.zeros(time.shape, bool), rollouts.terminal[index]
-
-    def pair(now, after):
-        return jnp.stack([now, after], axis=1)
-
+    terminal = rollouts.terminal[index]
+    pair = partial(jnp.stack, axis=1)
     model = Batch(
         frames=rollouts.frames[window],
         history=jnp.full((*time.shape, 2), 3, jnp.uint8),  # the zeros before an episode are there
-        action=pair(rollouts.action[index], 0 * time),
-        reward=pair(rollouts.reward[index], 0.0 * time),
-        is_last=pair(~rollouts.valid[index], terminal),
-        is_terminal=pair(none, terminal),
+        action=pair([rollouts.action[index], 0 * time]),
+        reward=pair([rollouts.reward[index], 0.0 * time]),
+        is_last=pair([~rollouts.valid[index], terminal]),
+        is_terminal=pair([jnp.zeros_like(terminal), terminal]),
     )
     return jax.tree.map(lambda *x: jnp.concatenate(x), real, model)
 
@@ -1598,88 +1580,80 @@ def finish_run(run: Run, done: int, params, network, args: Args) -> None:
 
 
 # --- world model training (identical in morel_atari.py and combo_atari.py) ---
-MODEL_SIZES = "members deter hidden latents classes depth head_units clip_rewards".split()
-MODEL_RUN = "world_model total_updates eval_every checkpoint_every".split()  # differ in its run
+MODEL_ARGS = "env_id members deter hidden latents classes depth head_units clip_rewards".split()
 
 
 class ModelRun(Run):
     """The world model's run. Signals reach the newest run, which passes them on to the policy's."""
 
-    def __init__(self, run: Run, args: Args, data: dict):
+    def __init__(self, run: Run, args: Args):
         self.policy_run = run
-        super().__init__(args, run.seeds, data)
+        super().__init__(args, run.seeds, run.config["data"])
         self.bar.set_description("world model")
         self.stopping = run.stopping
+
+    def open(self) -> None:
+        if self.args.overwrite:
+            (self.dir / "members.msgpack").unlink(missing_ok=True)
+        super().open()
 
     def interrupt(self, *arguments) -> None:
         self.policy_run.interrupt(*arguments)
         self.stopping = True
 
 
-def get_world_model(run: Run, store: Store, network: WorldModel, mesh, args: Args):
-    """Parameters of the ensemble, each leaf [members, ...]: loaded, or trained before."""
+def get_world_model(run: Run, store: Store, network: WorldModel, by_device, replicated, args: Args):
+    """Parameters of the ensemble, each leaf [members, ...], and their CRC-32: loaded, or trained.
+
+    Ends the program if the run would go on with another world model than it has learned from.
+    """
     folder = args.world_model or Path(f"{run.dir}-world-model")
     if args.world_model or ((folder / "members.msgpack").exists() and not args.overwrite):
-        members = load_world_model(run, folder)
+        content = load_world_model(run, folder)
     else:
-        members = train_world_model(run, folder, store, network, mesh, args)
+        content = train_world_model(run, folder, store, network, by_device, replicated, args)
+    saved, crc32 = run.checkpoint["state"], zlib.crc32(content)
+    if saved and (before := int(saved["world_model_crc32"])) != crc32:
+        change = f"its checksum {before:08x} -> {crc32:08x}"
+        message = f"{run.dir} holds a run with another world model ({change})"
+        raise SystemExit(f"{message}; give that one, or --overwrite to start again.")
     run.started = time.monotonic()  # the policy's time begins
     run.bar.unpause()
+    members = serialization.msgpack_restore(content).values()
     members = jax.tree.map(lambda *x: np.stack(x), *members)
-    return jax.device_put(members, NamedSharding(mesh, P()))
+    return jax.device_put(members, replicated), np.uint32(crc32)
 
 
-def load_world_model(run: Run, folder: Path) -> list:
-    """The members in the folder of a world model, or one sentence about why they are not there."""
-    args = run.args
+def load_world_model(run: Run, folder: Path) -> bytes:
+    """The ensemble in the folder of a world model, or one sentence about why it is not there."""
     try:
         config = json.loads((folder / "config.json").read_text())
         theirs = config["args"] | {"data of CRC-32": config["data"]["crc32"]}
         content = (folder / "members.msgpack").read_bytes()
-        env_id = theirs["env_id"]
     except (OSError, ValueError, KeyError, TypeError):
         raise SystemExit(f"There is no trained world model in {folder}.") from None
-    if env_id != args.env_id:
-        raise SystemExit(f"{folder} is a world model of {env_id}, not of {args.env_id}.")
     ours = run.config["args"] | {"data of CRC-32": run.config["data"]["crc32"]}
-    names = [*MODEL_SIZES, "data of CRC-32"]
-    if not args.world_model:  # the run's own, of an earlier start
-        names = [name for name in ours if name not in (*NOT_COMPARED, *MODEL_RUN)]
+    names, other = [*MODEL_ARGS, "data of CRC-32"], "--world-model"
+    if not run.args.world_model:  # the run's own, of an earlier start
+        names = [x for x in ours if x not in NOT_COMPARED | {"total_updates", "eval_every"}]
+        other = "--run-dir"
     pairs = [(name, theirs.get(name, getattr(Args, name, None)), ours[name]) for name in names]
     if changes := ", ".join(f"{name} {a}" for name, a, b in pairs if a != b):
         message = f"{folder} is a world model with {changes}"
-        raise SystemExit(f"{message}: give the same, or another --run-dir.")
-    if zlib.crc32(content[4:]) != int.from_bytes(content[:4], "little"):
+        raise SystemExit(f"{message}: give the same, or another {other}.")
+    crc32, content = content[:4], content[4:]
+    if not content or zlib.crc32(content) != int.from_bytes(crc32, "little"):
         raise SystemExit(f"{folder}/members.msgpack is damaged: copy or train it again.")
-    return list(serialization.msgpack_restore(content[4:]).values())
-
-
-def checksum(params) -> np.ndarray:
-    """CRC-32 of parameters, uint32."""
-    crc = 0
-    for leaf in jax.tree.leaves(params):
-        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
-    return np.uint32(crc)
-
-
-def check_world_model(run: Run, before: int, now: int) -> None:
-    """Ends the program if a run would go on with another world model than it has learned from."""
-    if before != now:
-        change = f"its checksum {before:08x} -> {now:08x}"
-        message = f"{run.dir} holds a run with another world model ({change})"
-        raise SystemExit(f"{message}; give that one, or --overwrite to start again.")
+    return content
 
 
 def train_world_model(
-    run: Run, folder: Path, store: Store, network: WorldModel, mesh, args: Args
-) -> list:
-    """Trains the ensemble in a run of its own -> parameters of the members."""
+    run: Run, folder: Path, store: Store, network: WorldModel, by_device, replicated, args: Args
+) -> bytes:
+    """Trains the ensemble in a run of its own -> its parameters, as `load_world_model`."""
     changed = {"run_dir": folder, "total_updates": args.model_updates, "track": False}
     changed |= dict.fromkeys(("eval_every", "checkpoint_every"), args.model_eval_every)
-    if run.writes and args.overwrite:
-        (folder / "members.msgpack").unlink(missing_ok=True)
-    model_run = ModelRun(run, dataclasses.replace(args, **changed), store.facts)
-    by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    model_run = ModelRun(run, dataclasses.replace(args, **changed))
     training, heldout = split_store(store, args.heldout_percent, args.seed)
     # The first two are the policy's.
     _, _, init_key, *keys = jax.random.split(jax.random.key(args.seed), 5)
@@ -1700,11 +1674,8 @@ def train_world_model(
         return update_model(state, windows, update_keys, network, args)
 
     def evaluate(done: int, state: ModelState):
-        params = [member.params for member in state.members]
         with model_run.time("evaluation"):
-            metrics = evaluate_model(
-                model_run, params, batches, eval_keys, network, by_device, args
-            )
+            metrics = evaluate_model(model_run, state, batches, eval_keys, network, by_device, args)
         loss = metrics["heldout/total"]
         model_run.check_finite(done, {"losses/total": loss})
         model_run.log(done, args.seed, metrics)
@@ -1715,23 +1686,22 @@ def train_world_model(
     done, state = train(model_run, done, state, sums, update, load, evaluate, mean_metrics)
     final = {"final/updates": done, "final/best_update": int(state.best_update)}
     model_run.log(done, args.seed, final | {"final/heldout_total": float(state.best_loss)})
-    members = jax.device_get(state.best)
+    content = serialization.to_bytes(jax.device_get(state.best))
     if model_run.writes:  # it is finished
-        content = serialization.to_bytes(members)
         model_run.write("members.msgpack", zlib.crc32(content).to_bytes(4, "little") + content)
     model_run.bar.close()
-    return members
+    return content
 
 
 def evaluate_model(
-    run: Run, params: list, heldout: list[Windows], keys, network: WorldModel, by_device, args: Args
+    run: Run, state: ModelState, heldout: list[Windows], keys, network, by_device, args: Args
 ) -> dict:
     """Held-out metrics, means of the members; also draws world_model.png of the first."""
     total, count = Counter(), 0
     for i, windows in enumerate(heldout):
         on_devices, outputs = put(windows, by_device), []
-        for member, key in zip(params, keys, strict=True):
-            output = evaluate_member(member, on_devices, key, network, args)
+        for member, key in zip(state.members, keys, strict=True):
+            output = evaluate_member(member.params, on_devices, key, network, args)
             outputs.append(multihost_utils.process_allgather(output, tiled=True))
             if any(all_processes(run.stopping)):
                 run.exit()
@@ -1751,21 +1721,18 @@ def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path) -> Non
     """
     from matplotlib.figure import Figure  # without pyplot's global state
 
-    steps = (-1, 0, 1, 2, 3, 5, 7, 10, 12, 15)  # after the last frame that was filtered
+    steps = np.array([-1, 0, 1, 2, 3, 5, 7, 10, 12, 15])  # after the last frame that was filtered
     crossing = windows.is_first[:, 1 : CONTEXT + AHEAD].any(axis=1)
     chosen = np.argsort(crossing, kind="stable")[:3]
-    figure = Figure((len(steps), 2 * len(chosen) + 0.3), layout="constrained")
-    grid = figure.subplots(2 * len(chosen), len(steps), squeeze=False)
-    for row, i in enumerate(chosen):
-        real = windows.frame[i, : CONTEXT + AHEAD]
-        frames = np.concatenate([real[:CONTEXT], predicted[i]])
-        for line, (label, shown) in enumerate((("real", real), ("predicted", frames))):
-            for column, step in enumerate(steps):
-                axes = grid[2 * row + line, column]
-                axes.imshow(shown[CONTEXT - 1 + step], cmap="gray", vmin=0, vmax=255)
-                axes.set(xticks=[], yticks=[], ylabel="" if column else label)
-                if row + line == 0:
-                    axes.set_title(f"{step:+d}" if step else "0, seen", fontsize=9)
+    frames = np.stack([windows.frame[chosen, : CONTEXT + AHEAD]] * 2, axis=1)  # real, predicted
+    frames[:, 1, CONTEXT:] = predicted[chosen]
+    frames = frames[:, :, CONTEXT - 1 + steps]  # [N, 2, 10, 84, 84]
+    tiles = np.pad(frames, [(0, 0)] * 3 + [(0, 4)] * 2, constant_values=255)
+    picture = tiles.transpose(0, 1, 3, 2, 4).reshape(-1, 88 * len(steps))
+    axes = (figure := Figure((10, 2 * len(chosen) + 0.3), layout="constrained")).subplots()
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+    axes.set_xticks(42 + 88 * np.arange(len(steps)), [f"{x:+d}" if x else "0, seen" for x in steps])
+    axes.set_yticks(42 + 88 * np.arange(2 * len(chosen)), ["real", "predicted"] * len(chosen))
     figure.savefig(path, dpi=120)
 
 
@@ -1776,7 +1743,7 @@ def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path) -> Non
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "heldout_percent": (TINY, 99)}
 RANGES |= {"model_learning_rate": (TINY, 1), "kl_balance": (0, 1), "rlu_run": (1, 5)}
-RANGES |= {"model_max_grad_norm": (TINY, 1e9), "model_min_improvement": (0, 1)}
+RANGES |= {"model_max_grad_norm": (TINY, 1e9), "model_min_improvement": (0, 0.5)}
 RANGES |= {"channels": (2, 10**6), "num_bins": (3, 10**6), "learning_rate_decay": (TINY, 1)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
 RANGES |= {"rollout_epsilon": (0, 1), "eval_epsilon": (0, 1), "model_share": (0, 1)}
@@ -1864,7 +1831,6 @@ def check_mix(args: Args) -> None:
         raise SystemExit(f"{message} {args.members}.")
     for name, number in (
         ("--batch-size times --model-share", model_rows(args)),
-        ("--batch-size times 1 - --model-share", args.batch_size - model_rows(args)),
         ("--rollout-starts / --members", args.rollout_starts // args.members),
     ):
         if number % jax.device_count():
@@ -1884,21 +1850,20 @@ def main(args: Args) -> None:
     world_model, network = make_world_model(num_actions, args), make_network(num_actions, args)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    members = get_world_model(run, store, world_model, mesh, args)
+    members, crc32 = get_world_model(run, store, world_model, by_device, replicated, args)
 
     init_key, key = jax.random.split(jax.random.key(args.seed))  # Q starts as in cql_atari.py
     rollout_key, mix_key = jax.random.split(key)
     shardings = TrainState(*[replicated] * len(TrainState._fields))
     shardings = shardings._replace(rollouts=NamedSharding(mesh, P(None, "data")))
     init = jax.jit(init_state, static_argnums=(1, 2), out_shardings=shardings)
-    state = init(init_key, network, args)._replace(world_model_crc32=checksum(members))
+    state = init(init_key, network, args)._replace(world_model_crc32=crc32)
 
     def saved(state: TrainState) -> TrainState:
         """Without what can be predicted again: all but the actions, since Q has changed since."""
         return state._replace(rollouts=state.rollouts.action)
 
     done, restored, sums = run.restore(saved(state))
-    check_world_model(run, int(restored.world_model_crc32), int(state.world_model_crc32))
     rollouts = state.rollouts._replace(action=restored.rollouts)
     state = jax.device_put(restored._replace(rollouts=rollouts), shardings)
     sums = jax.device_put(sums, replicated)

@@ -29,7 +29,7 @@ Where ROSMO's paper is silent, this is our reconstruction; F.1 names the parts, 
    that starts inside an episode begins with an empty state and the action before it.
 4. Training ends with the evaluation before which the loss on held-out episodes has not fallen by
    0.5% for 10,000 updates. The ensemble is that of the evaluation with the lowest held-out loss.
-5. Rewards are clipped to [-1, 1] (--no-clip-rewards).
+5. Logged rewards are clipped to [-1, 1] (--no-clip-rewards), predicted ones are not.
 6. AdamW decays weight matrices only.
 7. Members share no latent coordinates, so that they are compared in what they predict: the next
    frame and the reward. The prior's mode stands for its distribution.
@@ -111,17 +111,14 @@ class Args:
     heldout_percent: float = 5.0  # part of the episodes that the world model does not learn from
 
     # world model
-    world_model: Path | None = None
-    """take the ensemble from this folder, {run folder}-world-model of another run"""
+    world_model: Path | None = None  # folder of the ensemble: {run folder}-world-model of a run
     members: int = 4  # E, members of the ensemble of world models
     deter: int = 1024  # world model: size of the recurrent state h
     hidden: int = 1000  # world model: units of the layers around the recurrent state
     latents: int = 32  # world model: categorical variables of the latent state z
     classes: int = 32  # world model: classes of each
-    depth: int = 48
-    """world model: channels of the encoder's first convolution; all of its others scale with it"""
-    head_units: int = 400
-    """world model: units of the four layers of the reward's and of the terminal's head"""
+    depth: int = 48  # world model: channels of its first convolution; all others scale with it
+    head_units: int = 400  # world model: units of the layers of the reward's and terminal's heads
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """arithmetic of the networks (auto: bfloat16 on accelerators); the rest is always float32"""
 
@@ -130,21 +127,18 @@ class Args:
     model_batch_size: int = 32  # world model: windows in a member's batch, over all devices
     model_length: int = 48  # T, steps of a window of the world model
     model_learning_rate: float = 3e-4  # world model: AdamW's learning rate
-    model_weight_decay: float = 0.01
-    """world model: AdamW's weight decay, on weight matrices only"""
+    model_weight_decay: float = 0.01  # world model: AdamW's weight decay, on weight matrices only
     model_max_grad_norm: float = 200.0  # world model: largest global norm of a member's gradient
     kl_coef: float = 0.1  # β, weight of the KL divergence in the loss of the world model
     kl_balance: float = 0.8  # share of its gradient that moves the prior to the posterior
-    model_eval_every: int = 1_000
-    """world model: updates between two evaluations on held-out episodes, each with a checkpoint"""
+    model_eval_every: int = 1_000  # world model: updates between evaluations, which save, too
     model_eval_batches: int = 8  # world model: batches of held-out windows in an evaluation
     model_patience: int = 10_000
     """world model: updates without enough improvement of the held-out loss before training ends"""
     model_min_improvement: float = 0.005  # enough improvement, as a part of the held-out loss
 
     # policy: pessimistic MDP
-    discrepancy: Literal["frame", "block"] = "frame"
-    """members are compared on whole frames, or on the 7 x 7 block where they differ most"""
+    discrepancy: Literal["frame", "block"] = "frame"  # of whole frames, or of the worst 7 x 7 block
     halt_quantile: float = 0.999  # part of the steps of replayed logged episodes that do not halt
     halt_batches: int = 16  # batches of such replays from which the threshold is taken
     halt_penalty: float = -10.0  # reward of a step that halts
@@ -234,12 +228,8 @@ class WorldModel(nn.Module):
     dtype: Any
 
     def setup(self):
-        def dense(**settings):
-            return nn.Dense(self.hidden, dtype=self.dtype, **settings)
-
-        def logits():
-            return nn.Dense(self.latents * self.classes, dtype=jnp.float32)
-
+        dense = partial(nn.Dense, self.hidden, dtype=self.dtype)
+        logits = partial(nn.Dense, self.latents * self.classes, dtype=jnp.float32)
         self.encoder = Encoder(self.depth, self.dtype)
         self.latent_input, self.action_input = dense(), dense(use_bias=False)
         self.input_norm = nn.LayerNorm(dtype=self.dtype)
@@ -275,9 +265,8 @@ class WorldModel(nn.Module):
 
     def decode(self, state: State) -> Decoded:
         latent = state.latent.reshape(*state.latent.shape[:-2], -1)
-        features = jnp.concatenate([state.deter, latent], axis=-1)
-        heads = (self.decoder, self.reward_head, self.terminal_head)
-        return Decoded(*(head(features) for head in heads))
+        x = jnp.concatenate([state.deter, latent], axis=-1)
+        return Decoded(self.decoder(x), self.reward_head(x), self.terminal_head(x))
 
     def __call__(self, state: State, action, frame):
         """One filtered step, for `init`."""
@@ -414,17 +403,15 @@ def observe(network: WorldModel, params, windows: Windows, key=None):
     return states, network.apply(params, states.deter, method="prior"), posterior
 
 
-def kl_divergence(p_logits, q_logits):
-    """KL(p ‖ q) of independent categoricals: logits [..., latents, classes] -> [...]."""
-    log_p, log_q = jax.nn.log_softmax(p_logits), jax.nn.log_softmax(q_logits)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=(-2, -1))
-
-
 def balanced_kl(posterior, prior, balance: float):
-    """KL(posterior ‖ prior), of whose gradient the prior gets the share `balance`."""
+    """KL(posterior ‖ prior) of logits [..., latents, classes] -> [...].
+
+    The prior gets the share `balance` of its gradient.
+    """
+    log_p, log_q = jax.nn.log_softmax(posterior), jax.nn.log_softmax(prior)
+    kl = partial(optax.losses.kl_divergence_with_log_targets, axis=(-2, -1))  # (log q, log p)
     stop = jax.lax.stop_gradient
-    to_prior = kl_divergence(stop(posterior), prior)
-    return balance * to_prior + (1 - balance) * kl_divergence(posterior, stop(prior))
+    return balance * kl(log_q, stop(log_p)) + (1 - balance) * kl(stop(log_q), log_p)
 
 
 def world_model_loss(params, windows: Windows, key, network: WorldModel, args: Args):
@@ -547,7 +534,7 @@ CONTEXT, AHEAD = 5, 15  # frames that an evaluation filters and then predicts
 def predict_frames(network: WorldModel, params, windows: Windows) -> jax.Array:
     """Images [B, AHEAD, 84, 84] of a member after CONTEXT frames of windows [B, T].
 
-    Open loop: it sees the logged actions, and every latent is the prior's mode.
+    Open loop: it sees the logged actions alone, and every latent of them is the prior's mode.
     """
     states, _, _ = observe(network, params, jax.tree.map(lambda x: x[:, :CONTEXT], windows))
 
@@ -574,10 +561,9 @@ def evaluate_member(params, windows: Windows, key, network: WorldModel, args: Ar
     predicted = predict_frames(network, params, windows)
     image = to_image(windows.frame[:, : CONTEXT + AHEAD])
     inside = ~jnp.any(windows.is_first[:, 1 : CONTEXT + AHEAD], axis=1)  # [B]
-    error = jnp.mean((predicted - image[:, CONTEXT:]) ** 2, axis=(2, 3))  # [B, AHEAD]
-    copy_error = jnp.mean((image[:, CONTEXT - 1, None] - image[:, CONTEXT:]) ** 2, axis=(2, 3))
     sums = {f"heldout/{k}": x for k, x in losses.items()}
-    for name, errors in (("error", error), ("copy_error", copy_error)):
+    for name, guess in (("error", predicted), ("copy_error", image[:, CONTEXT - 1, None])):
+        errors = jnp.mean((guess - image[:, CONTEXT:]) ** 2, axis=(2, 3))  # [B, AHEAD]
         for step in (1, 5, AHEAD):
             sums[f"heldout/{name}_{step}"] = jnp.sum(errors[:, step - 1] * inside)
     return sums, jnp.sum(inside), to_frame(predicted)
@@ -739,10 +725,9 @@ def start_episodes(network: WorldModel, params, windows: Windows, member) -> Ima
     """Episodes in the worlds of `member` [B] from the last frames of windows [B, warm_up]."""
     # One member after the other: a vmap makes grouped convolutions, which devices do not share.
     states = jax.lax.map(lambda p: observe(network, p, windows)[0], params)  # [E, B, warm_up, ...]
-    # Frames from before the start of the game's episode, after which another one begins, are zero.
-    later = jnp.cumsum(windows.is_first[:, ::-1], axis=1)[:, ::-1] - windows.is_first
-    own = (later == 0)[:, -4:, None, None]
-    frames = jnp.moveaxis(jnp.where(own, windows.frame[:, -4:], 0), 1, -1)
+    newest_first = windows.is_first[:, ::-1]
+    history = jnp.where(newest_first.any(axis=1), jnp.argmax(newest_first, axis=1), 3)
+    frames = stack_frames(windows.frame[:, -4:], history[:, None], 0)
     state = jax.tree.map(lambda x: x[:, :, -1].swapaxes(0, 1), states)
     zeros = jnp.zeros(member.shape)
     return Imagined(state, frames, member, zeros.astype(jnp.int32), zeros)
@@ -790,8 +775,7 @@ def replay(params, windows: Windows, action, network: WorldModel, args: Args):
     """Imagined episodes from windows [B, warm_up] with given actions [B, horizon]; nothing halts.
 
     Returns:
-      The discrepancies [B, horizon], and whether the episode was still running (not so where an
-      action is -1).
+      The discrepancies [B, horizon]; nan after a predicted end, and where an action is -1.
     """
     member = jnp.arange(len(action)) % args.members
     env = start_episodes(network, params, windows, member)
@@ -799,23 +783,10 @@ def replay(params, windows: Windows, action, network: WorldModel, args: Args):
     def step(carry, action):
         env, running = carry
         env, outcome = imagined_step(network, params, env, action, jnp.inf, args)
-        valid = running & (action >= 0)
-        return (env, running & ~outcome.terminated), (outcome.discrepancy, valid)
+        disc = jnp.where(running & (action >= 0), outcome.discrepancy, jnp.nan)
+        return (env, running & ~outcome.terminated), disc
 
-    _, outputs = jax.lax.scan(step, (env, jnp.full(len(action), True)), action.T)
-    return jax.tree.map(jnp.transpose, outputs)
-
-
-def halt_threshold(logged, quantile: float) -> float:
-    """The quantile of the discrepancies of running steps; logged: (discrepancy, running)."""
-    disc, running = logged
-    return float(np.quantile(disc[running], quantile))
-
-
-def halt_rate(replays, threshold: float) -> float:
-    """Part of the replays (discrepancy, running) [N, horizon] that the threshold would halt."""
-    disc, running = replays
-    return float(np.mean(np.any((disc > threshold) & running, axis=1)))
+    return jax.lax.scan(step, (env, jnp.full(len(action), True)), action.T)[1].T
 
 
 def advantages(steps: Transitions, args: Args):
@@ -877,13 +848,10 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 def init_state(key, policy: PolicyNetwork, network: WorldModel, args: Args) -> TrainState:
     """The state before the first update, which starts all imagined episodes."""
     params = policy.init(key, jnp.zeros((84, 84, 4), jnp.uint8))
-    env = Imagined(
-        state=empty_state(network, args.batch_size, args.members),
-        frames=jnp.zeros((args.batch_size, 84, 84, 4), jnp.uint8),
-        member=jnp.zeros(args.batch_size, jnp.int32),
-        steps=jnp.zeros(args.batch_size, jnp.int32),
-        reward_sum=jnp.zeros(args.batch_size),
-    )
+    frames = jnp.zeros((args.batch_size, 84, 84, 4), jnp.uint8)
+    zeros = jnp.zeros(args.batch_size, jnp.int32)
+    state = empty_state(network, args.batch_size, args.members)
+    env = Imagined(state, frames, member=zeros, steps=zeros, reward_sum=0.0 * zeros)
     opt_state = make_optimizer(args).init(params)
     return TrainState(params, opt_state, env, jnp.float32(0), jnp.uint32(0), jnp.int32(0))
 
@@ -945,7 +913,7 @@ def rollout(params, env: Imagined, starts: Imagined, key, step: Callable, policy
 def collect(state: TrainState, windows: Windows, members, key, policy, network, args: Args):
     """The first half of an update: imagined steps in the members [E, ...].
 
-    windows [B, starts, warm_up]: up to the starts of the episodes that begin in it. They and the
+    windows [B · starts, warm_up]: up to the starts of the episodes that begin in it. They and the
     episodes are shared out to the devices.
 
     Returns:
@@ -955,11 +923,9 @@ def collect(state: TrainState, windows: Windows, members, key, policy, network, 
     # The key belongs to the step, so that a resumed run draws the same.
     start_key, key = jax.random.split(jax.random.fold_in(key, state.step))
     rollout_key, order_key = jax.random.split(key)
-    shape = windows.is_first.shape[:2]
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), windows)
-    member = jax.random.randint(start_key, (math.prod(shape),), 0, args.members)
-    starts = start_episodes(network, members, flat, member)
-    starts = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), starts)
+    member = jax.random.randint(start_key, (len(windows.action),), 0, args.members)
+    starts = start_episodes(network, members, windows, member)
+    starts = jax.tree.map(lambda x: x.reshape(-1, args.starts, *x.shape[1:]), starts)
     begin = state.step == 0
     env = jax.tree.map(lambda new, old: jnp.where(begin, new[:, -1], old), starts, state.env)
     step = partial(imagined_step, network, members, threshold=state.threshold, args=args)
@@ -1713,88 +1679,80 @@ def finish_run(run: Run, done: int, params, network, args: Args) -> None:
 
 
 # --- world model training (identical in morel_atari.py and combo_atari.py) ---
-MODEL_SIZES = "members deter hidden latents classes depth head_units clip_rewards".split()
-MODEL_RUN = "world_model total_updates eval_every checkpoint_every".split()  # differ in its run
+MODEL_ARGS = "env_id members deter hidden latents classes depth head_units clip_rewards".split()
 
 
 class ModelRun(Run):
     """The world model's run. Signals reach the newest run, which passes them on to the policy's."""
 
-    def __init__(self, run: Run, args: Args, data: dict):
+    def __init__(self, run: Run, args: Args):
         self.policy_run = run
-        super().__init__(args, run.seeds, data)
+        super().__init__(args, run.seeds, run.config["data"])
         self.bar.set_description("world model")
         self.stopping = run.stopping
+
+    def open(self) -> None:
+        if self.args.overwrite:
+            (self.dir / "members.msgpack").unlink(missing_ok=True)
+        super().open()
 
     def interrupt(self, *arguments) -> None:
         self.policy_run.interrupt(*arguments)
         self.stopping = True
 
 
-def get_world_model(run: Run, store: Store, network: WorldModel, mesh, args: Args):
-    """Parameters of the ensemble, each leaf [members, ...]: loaded, or trained before."""
+def get_world_model(run: Run, store: Store, network: WorldModel, by_device, replicated, args: Args):
+    """Parameters of the ensemble, each leaf [members, ...], and their CRC-32: loaded, or trained.
+
+    Ends the program if the run would go on with another world model than it has learned from.
+    """
     folder = args.world_model or Path(f"{run.dir}-world-model")
     if args.world_model or ((folder / "members.msgpack").exists() and not args.overwrite):
-        members = load_world_model(run, folder)
+        content = load_world_model(run, folder)
     else:
-        members = train_world_model(run, folder, store, network, mesh, args)
+        content = train_world_model(run, folder, store, network, by_device, replicated, args)
+    saved, crc32 = run.checkpoint["state"], zlib.crc32(content)
+    if saved and (before := int(saved["world_model_crc32"])) != crc32:
+        change = f"its checksum {before:08x} -> {crc32:08x}"
+        message = f"{run.dir} holds a run with another world model ({change})"
+        raise SystemExit(f"{message}; give that one, or --overwrite to start again.")
     run.started = time.monotonic()  # the policy's time begins
     run.bar.unpause()
+    members = serialization.msgpack_restore(content).values()
     members = jax.tree.map(lambda *x: np.stack(x), *members)
-    return jax.device_put(members, NamedSharding(mesh, P()))
+    return jax.device_put(members, replicated), np.uint32(crc32)
 
 
-def load_world_model(run: Run, folder: Path) -> list:
-    """The members in the folder of a world model, or one sentence about why they are not there."""
-    args = run.args
+def load_world_model(run: Run, folder: Path) -> bytes:
+    """The ensemble in the folder of a world model, or one sentence about why it is not there."""
     try:
         config = json.loads((folder / "config.json").read_text())
         theirs = config["args"] | {"data of CRC-32": config["data"]["crc32"]}
         content = (folder / "members.msgpack").read_bytes()
-        env_id = theirs["env_id"]
     except (OSError, ValueError, KeyError, TypeError):
         raise SystemExit(f"There is no trained world model in {folder}.") from None
-    if env_id != args.env_id:
-        raise SystemExit(f"{folder} is a world model of {env_id}, not of {args.env_id}.")
     ours = run.config["args"] | {"data of CRC-32": run.config["data"]["crc32"]}
-    names = [*MODEL_SIZES, "data of CRC-32"]
-    if not args.world_model:  # the run's own, of an earlier start
-        names = [name for name in ours if name not in (*NOT_COMPARED, *MODEL_RUN)]
+    names, other = [*MODEL_ARGS, "data of CRC-32"], "--world-model"
+    if not run.args.world_model:  # the run's own, of an earlier start
+        names = [x for x in ours if x not in NOT_COMPARED | {"total_updates", "eval_every"}]
+        other = "--run-dir"
     pairs = [(name, theirs.get(name, getattr(Args, name, None)), ours[name]) for name in names]
     if changes := ", ".join(f"{name} {a}" for name, a, b in pairs if a != b):
         message = f"{folder} is a world model with {changes}"
-        raise SystemExit(f"{message}: give the same, or another --run-dir.")
-    if zlib.crc32(content[4:]) != int.from_bytes(content[:4], "little"):
+        raise SystemExit(f"{message}: give the same, or another {other}.")
+    crc32, content = content[:4], content[4:]
+    if not content or zlib.crc32(content) != int.from_bytes(crc32, "little"):
         raise SystemExit(f"{folder}/members.msgpack is damaged: copy or train it again.")
-    return list(serialization.msgpack_restore(content[4:]).values())
-
-
-def checksum(params) -> np.ndarray:
-    """CRC-32 of parameters, uint32."""
-    crc = 0
-    for leaf in jax.tree.leaves(params):
-        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
-    return np.uint32(crc)
-
-
-def check_world_model(run: Run, before: int, now: int) -> None:
-    """Ends the program if a run would go on with another world model than it has learned from."""
-    if before != now:
-        change = f"its checksum {before:08x} -> {now:08x}"
-        message = f"{run.dir} holds a run with another world model ({change})"
-        raise SystemExit(f"{message}; give that one, or --overwrite to start again.")
+    return content
 
 
 def train_world_model(
-    run: Run, folder: Path, store: Store, network: WorldModel, mesh, args: Args
-) -> list:
-    """Trains the ensemble in a run of its own -> parameters of the members."""
+    run: Run, folder: Path, store: Store, network: WorldModel, by_device, replicated, args: Args
+) -> bytes:
+    """Trains the ensemble in a run of its own -> its parameters, as `load_world_model`."""
     changed = {"run_dir": folder, "total_updates": args.model_updates, "track": False}
     changed |= dict.fromkeys(("eval_every", "checkpoint_every"), args.model_eval_every)
-    if run.writes and args.overwrite:
-        (folder / "members.msgpack").unlink(missing_ok=True)
-    model_run = ModelRun(run, dataclasses.replace(args, **changed), store.facts)
-    by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    model_run = ModelRun(run, dataclasses.replace(args, **changed))
     training, heldout = split_store(store, args.heldout_percent, args.seed)
     # The first two are the policy's.
     _, _, init_key, *keys = jax.random.split(jax.random.key(args.seed), 5)
@@ -1815,11 +1773,8 @@ def train_world_model(
         return update_model(state, windows, update_keys, network, args)
 
     def evaluate(done: int, state: ModelState):
-        params = [member.params for member in state.members]
         with model_run.time("evaluation"):
-            metrics = evaluate_model(
-                model_run, params, batches, eval_keys, network, by_device, args
-            )
+            metrics = evaluate_model(model_run, state, batches, eval_keys, network, by_device, args)
         loss = metrics["heldout/total"]
         model_run.check_finite(done, {"losses/total": loss})
         model_run.log(done, args.seed, metrics)
@@ -1830,23 +1785,22 @@ def train_world_model(
     done, state = train(model_run, done, state, sums, update, load, evaluate, mean_metrics)
     final = {"final/updates": done, "final/best_update": int(state.best_update)}
     model_run.log(done, args.seed, final | {"final/heldout_total": float(state.best_loss)})
-    members = jax.device_get(state.best)
+    content = serialization.to_bytes(jax.device_get(state.best))
     if model_run.writes:  # it is finished
-        content = serialization.to_bytes(members)
         model_run.write("members.msgpack", zlib.crc32(content).to_bytes(4, "little") + content)
     model_run.bar.close()
-    return members
+    return content
 
 
 def evaluate_model(
-    run: Run, params: list, heldout: list[Windows], keys, network: WorldModel, by_device, args: Args
+    run: Run, state: ModelState, heldout: list[Windows], keys, network, by_device, args: Args
 ) -> dict:
     """Held-out metrics, means of the members; also draws world_model.png of the first."""
     total, count = Counter(), 0
     for i, windows in enumerate(heldout):
         on_devices, outputs = put(windows, by_device), []
-        for member, key in zip(params, keys, strict=True):
-            output = evaluate_member(member, on_devices, key, network, args)
+        for member, key in zip(state.members, keys, strict=True):
+            output = evaluate_member(member.params, on_devices, key, network, args)
             outputs.append(multihost_utils.process_allgather(output, tiled=True))
             if any(all_processes(run.stopping)):
                 run.exit()
@@ -1866,21 +1820,18 @@ def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path) -> Non
     """
     from matplotlib.figure import Figure  # without pyplot's global state
 
-    steps = (-1, 0, 1, 2, 3, 5, 7, 10, 12, 15)  # after the last frame that was filtered
+    steps = np.array([-1, 0, 1, 2, 3, 5, 7, 10, 12, 15])  # after the last frame that was filtered
     crossing = windows.is_first[:, 1 : CONTEXT + AHEAD].any(axis=1)
     chosen = np.argsort(crossing, kind="stable")[:3]
-    figure = Figure((len(steps), 2 * len(chosen) + 0.3), layout="constrained")
-    grid = figure.subplots(2 * len(chosen), len(steps), squeeze=False)
-    for row, i in enumerate(chosen):
-        real = windows.frame[i, : CONTEXT + AHEAD]
-        frames = np.concatenate([real[:CONTEXT], predicted[i]])
-        for line, (label, shown) in enumerate((("real", real), ("predicted", frames))):
-            for column, step in enumerate(steps):
-                axes = grid[2 * row + line, column]
-                axes.imshow(shown[CONTEXT - 1 + step], cmap="gray", vmin=0, vmax=255)
-                axes.set(xticks=[], yticks=[], ylabel="" if column else label)
-                if row + line == 0:
-                    axes.set_title(f"{step:+d}" if step else "0, seen", fontsize=9)
+    frames = np.stack([windows.frame[chosen, : CONTEXT + AHEAD]] * 2, axis=1)  # real, predicted
+    frames[:, 1, CONTEXT:] = predicted[chosen]
+    frames = frames[:, :, CONTEXT - 1 + steps]  # [N, 2, 10, 84, 84]
+    tiles = np.pad(frames, [(0, 0)] * 3 + [(0, 4)] * 2, constant_values=255)
+    picture = tiles.transpose(0, 1, 3, 2, 4).reshape(-1, 88 * len(steps))
+    axes = (figure := Figure((10, 2 * len(chosen) + 0.3), layout="constrained")).subplots()
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+    axes.set_xticks(42 + 88 * np.arange(len(steps)), [f"{x:+d}" if x else "0, seen" for x in steps])
+    axes.set_yticks(42 + 88 * np.arange(2 * len(chosen)), ["real", "predicted"] * len(chosen))
     figure.savefig(path, dpi=120)
 
 
@@ -1891,7 +1842,7 @@ def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path) -> Non
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "heldout_percent": (TINY, 99)}
 RANGES |= {"members": (2, 10**6), "model_learning_rate": (TINY, 1), "kl_balance": (0, 1)}
-RANGES |= {"model_max_grad_norm": (TINY, 1e9), "model_min_improvement": (0, 1)}
+RANGES |= {"model_max_grad_norm": (TINY, 1e9), "model_min_improvement": (0, 0.5)}
 RANGES |= {"halt_quantile": (0, 1), "halt_penalty": (-1e15, 1e15), "warm_up": (4, 10**6)}
 RANGES |= {"channels": (2, 10**6), "bc_updates": (0, 10**9), "bc_learning_rate": (TINY, 1)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "rlu_run": (1, 5)}
@@ -1981,45 +1932,41 @@ def check_policy_args(args: Args) -> None:
 
 def measure_halting(
     run: Run, store: Store, members, num_actions: int, network: WorldModel, by_device, args: Args
-) -> float:
+) -> np.float32:
     """The threshold of the discrepancy, from replays of logged episodes.
 
     Logs how many of these it would halt, and of those with random actions; draws discrepancy.png.
     """
-    replays, rows = {"logged": [], "random": []}, process_rows(args.batch_size)
+    parts, rows = {"logged": [], "random": []}, process_rows(args.batch_size)
     for i in range(args.halt_batches):
         windows, logged = sample_starts(store, (args.seed, i, 1), args.batch_size, rows, args)
         rng, shape = np.random.default_rng((args.seed, i, 2)), (args.batch_size, args.horizon)
         random = rng.integers(num_actions, size=shape, dtype=np.int32)[rows]
         for name, actions in (("logged", logged), ("random", random)):
-            outputs = replay(members, *put((windows, actions), by_device), network, args)
-            replays[name].append(multihost_utils.process_allgather(outputs, tiled=True))
+            disc = replay(members, *put((windows, actions), by_device), network, args)
+            parts[name].append(multihost_utils.process_allgather(disc, tiled=True))
         if any(all_processes(run.stopping)):
             run.exit()
-    logged, random = (jax.tree.map(lambda *x: np.concatenate(x), *x) for x in replays.values())
-    threshold = halt_threshold(logged, args.halt_quantile)
-    rates = [halt_rate(x, threshold) for x in (logged, random)]
-    names = ("charts/threshold", "charts/halt_rate_logged", "charts/halt_rate_random")
-    run.log(0, args.seed, dict(zip(names, (threshold, *rates), strict=True)))
+    replays = {name: np.concatenate(x) for name, x in parts.items()}  # [N, horizon]
+    threshold = np.nanquantile(replays["logged"], args.halt_quantile)
+    rates = {name: np.mean(np.any(x > threshold, axis=1)) for name, x in replays.items()}
+    metrics = {f"charts/halt_rate_{name}": rate for name, rate in rates.items()}
+    run.log(0, args.seed, {"charts/threshold": threshold} | metrics)
     if run.writes:
-        draw_discrepancies(logged, random, threshold, run.dir / "discrepancy.png")
-        print(
-            f"Discrepancies above {threshold:.4f} halt: {rates[0]:.1%} of the imagined episodes "
-            f"with logged actions, {rates[1]:.1%} of those with random actions.",
-            flush=True,
-        )
+        draw_discrepancies(replays, threshold, run.dir / "discrepancy.png")
+        halted = ", ".join(f"{rate:.1%} of those with {x} actions" for x, rate in rates.items())
+        print(f"Replays in which a discrepancy exceeds {threshold:.4f}: {halted}.", flush=True)
     return threshold
 
 
-def draw_discrepancies(logged, random, threshold: float, path: Path) -> None:
-    """Draws discrepancy.png, histograms of replays (discrepancy, running), and the threshold."""
+def draw_discrepancies(replays: dict, threshold: float, path: Path) -> None:
+    """Draws discrepancy.png, histograms of the discrepancies of replays, and the threshold."""
     from matplotlib.figure import Figure  # without pyplot's global state
 
-    samples = [disc[running] for disc, running in (logged, random)]
-    bins = np.linspace(0, max(threshold, *(x.max() for x in samples)) * 1.05, 100)
+    bins = np.linspace(0, 1.05 * max(map(np.nanmax, replays.values())), 100)
     axes = (figure := Figure((7, 4.5), layout="constrained")).subplots()
-    for sample, label in zip(samples, ("logged actions", "random actions"), strict=True):
-        axes.hist(sample, bins, density=True, alpha=0.6, label=label)
+    for name, disc in replays.items():
+        axes.hist(disc[disc >= 0], bins, density=True, alpha=0.6, label=f"{name} actions")
     axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label="threshold")
     axes.set(xlabel="discrepancy of the members", ylabel="density", yscale="log")
     axes.legend()
@@ -2062,26 +2009,23 @@ def main(args: Args) -> None:
     network, policy = make_world_model(num_actions, args), make_network(num_actions, args)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    members = get_world_model(run, store, network, mesh, args)
+    members, crc32 = get_world_model(run, store, network, by_device, replicated, args)
 
     init_key, key = jax.random.split(jax.random.key(args.seed))
     shardings = TrainState(*[replicated] * len(TrainState._fields))._replace(env=by_device)
     init = jax.jit(init_state, static_argnums=(1, 2, 3), out_shardings=shardings)
-    state = init(init_key, policy, network, args)._replace(world_model_crc32=checksum(members))
-    done, restored, sums = run.restore(state)
-    check_world_model(run, int(restored.world_model_crc32), int(state.world_model_crc32))
-    state, sums = jax.device_put((restored, sums), (shardings, replicated))
+    state = init(init_key, policy, network, args)._replace(world_model_crc32=crc32)
+    done, state, sums = run.restore(state)
+    state, sums = jax.device_put((state, sums), (shardings, replicated))
     if done == 0:
         threshold = measure_halting(run, store, members, num_actions, network, by_device, args)
         params = clone_behavior(run, state.params, store, policy, by_device, args)
-        threshold = jax.device_put(np.float32(threshold), replicated)
-        state = state._replace(params=params, threshold=threshold)
+        state = state._replace(params=params, threshold=jax.device_put(threshold, replicated))
 
     def load(step: int) -> Windows:
-        """Starts [B, starts] for update number `step`."""
-        count, each = args.batch_size * args.starts, (-1, args.starts)
+        """Starts for update number `step`."""
+        count = args.batch_size * args.starts
         windows, _ = sample_starts(store, (args.seed, step), count, process_rows(count), args)
-        windows = jax.tree.map(lambda x: x.reshape(*each, *x.shape[1:]), windows)
         return put(windows, by_device)
 
     def learner(state: TrainState, windows: Windows, step: int):

@@ -113,7 +113,7 @@ def morel_programs(module, policy, args):
     inputs = (model, windows(module, 4, 5), array(jnp.int32, 4, 3))
     yield "replay", module.replay.trace(*inputs, args=args, **network), member
     state = jax.eval_shape(partial(module.init_state, **network, **options), key)
-    inputs = (state, windows(module, 4, 2, 5), model, key)
+    inputs = (state, windows(module, 4 * args.starts, 5), model, key)
     traced, params = module.collect.trace(*inputs, **network, **options), state.params
     yield "collect", traced, both(params, member)
     as_arrays = partial(jax.tree.map, lambda x: array(x.dtype, *x.shape))

@@ -387,7 +387,6 @@ def test_imagined_steps_halt_above_the_threshold_of_the_state_in_worlds_of_all_m
         jax.random.key(0), policy, NETWORK, args
     )
     windows, _ = morel.sample_starts(toy_store, (0, 0), 8, slice(0, 8), args)
-    windows = jax.tree.map(lambda x: x[:, None], windows)
     inputs = windows, members, jax.random.key(0), policy, NETWORK, args
     terminated = []
     for threshold in (-1.0, np.inf):
@@ -496,23 +495,26 @@ def test_starts_are_half_first_frames_and_end_where_the_logged_actions_go_on(toy
 def test_replays_go_through_the_steps_of_the_pessimistic_mdp(members, toy_store):
     windows, actions = morel.sample_starts(toy_store, (0, 0), 4, slice(0, 4), ARGS)
     actions[2, 1:] = -1
-    disc, running = morel.replay(members, windows, actions, NETWORK, ARGS)
+    disc = morel.replay(members, windows, actions, NETWORK, ARGS)
     env, alive = START(members, windows, jnp.array([0, 1, 2, 0])), np.ones(4, bool)
     for t in range(3):
         env, outcome = STEP(members, env, actions[:, t], jnp.inf)
-        np.testing.assert_allclose(disc[:, t], outcome.discrepancy, rtol=1e-4)
-        np.testing.assert_array_equal(running[:, t], alive & (actions[:, t] >= 0))
+        expected = np.where(alive & (actions[:, t] >= 0), outcome.discrepancy, np.nan)
+        np.testing.assert_allclose(disc[:, t], expected, rtol=1e-4)
         alive &= ~np.asarray(outcome.terminated)
 
 
-def test_the_threshold_is_the_quantile_of_running_steps():
-    disc = np.arange(20.0).reshape(4, 5)
-    running = np.ones((4, 5), bool)
-    running[3, 2:] = False  # 17 to 19
-    threshold = morel.halt_threshold((disc, running), 0.75)
+def test_the_threshold_is_the_quantile_of_running_steps(monkeypatch, toy_store):
+    logged, lines = np.arange(20.0).reshape(4, 5), []
+    logged[3, 2:] = np.nan  # 17 to 19
+    replays = iter((logged, logged + 10))
+    monkeypatch.setattr(morel, "replay", lambda *_: next(replays))
+    monkeypatch.setattr(morel, "put", lambda tree, _: tree)
+    run = SimpleNamespace(stopping=False, writes=False, log=lambda *line: lines.append(line))
+    args = dataclasses.replace(ARGS, batch_size=4, halt_batches=1, halt_quantile=0.75)
+    threshold = morel.measure_halting(run, toy_store, None, 6, None, None, args)
     assert threshold == np.quantile(np.arange(17), 0.75) == 12
-    assert morel.halt_rate((disc, running), threshold) == 0.5
-    assert morel.halt_rate((disc, running), 16.5) == 0
+    assert lines == [(0, 0, dict(zip(HALTING, (12, 0.5, 1), strict=True)))]
 
 
 def save_world_model(folder, args, members, data: dict) -> None:

@@ -333,7 +333,7 @@ def test_several_processes_end_when_one_meets_an_error_that_nobody_foresaw(start
     # With one device each the processes are connected by now, and the first waits in an update.
     names = {"PYTHONPATH": str(tmp_path), "JAX_NUM_CPU_DEVICES": "1"}
     both = 2 * [["--run-dir", "run"]]
-    first, second = two_processes(started, "bc_atari", *both, timeout=30, **names)
+    first, second = two_processes(started, "bc_atari", *both, timeout=100, **names)
     assert first.returncode != 0
     assert second.returncode == 1
     assert second.stderr.count("TypeError: 'NoneType' object is not callable") == 1

@@ -598,7 +598,7 @@ def test_a_copied_script_names_the_command_that_makes_its_data(tmp_path):
     command = [sys.executable, "bc_bsuite.py", "--env-id", "mountain_car", "--noise", "0.3"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     one_sentence(
-        result, "--noise 0.3 --out data/bsuite/mountain_car-noise0.3-seed0.npz, in the repository"
+        result, "--noise=0.3 --out=data/bsuite/mountain_car-noise0.3-seed0.npz, in the repository"
     )
 
 
