@@ -616,7 +616,7 @@ def evaluate(
     num_actions = environments[0].action_spec().num_values
     timesteps = [environment.reset() for environment in environments]
     returns, running, t = np.zeros(len(rngs)), np.ones(len(rngs), bool), 0
-    with tqdm(total=len(rngs), desc="evaluation", leave=False, disable=None) as bar:
+    with tqdm(total=len(rngs), desc="evaluation", unit="episode", leave=False, disable=None) as bar:
         while running.any():
             observations = np.stack([timestep.observation for timestep in timesteps])
             actions = act(observations.reshape(*shape, *observations.shape[1:]), t)
