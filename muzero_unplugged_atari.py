@@ -761,7 +761,7 @@ def evaluate(
     observations, _ = env.reset(seed=seeds)
     returns, running = np.zeros(num_episodes), np.ones(num_episodes, bool)
     actions, size = np.zeros(num_episodes, np.int32), num_episodes
-    with tqdm(total=num_episodes, desc="evaluation", unit="episode", leave=False, disable=None) as bar:
+    with tqdm(total=num_episodes, desc="evaluation", unit="game", leave=False, disable=None) as bar:
         while running.any():
             if 8 * running.sum() <= size:  # the last few go on in a smaller batch
                 size = int(running.sum())
