@@ -851,7 +851,7 @@ def init_state(key, policy: PolicyNetwork, network: WorldModel, args: Args) -> T
     frames = jnp.zeros((args.batch_size, 84, 84, 4), jnp.uint8)
     zeros = jnp.zeros(args.batch_size, jnp.int32)
     state = empty_state(network, args.batch_size, args.members)
-    env = Imagined(state, frames, member=zeros, steps=zeros, reward_sum=0.0 * zeros)
+    env = Imagined(state, frames, member=zeros, steps=zeros, reward_sum=jnp.zeros(args.batch_size))
     opt_state = make_optimizer(args).init(params)
     return TrainState(params, opt_state, env, jnp.float32(0), jnp.uint32(0), jnp.int32(0))
 
@@ -1532,10 +1532,12 @@ class Run:
 
     def plot(self) -> None:
         """Draws learning_curve.png: the evaluations' mean returns, each seed's and their mean."""
+        if not self.writes:
+            return
         from matplotlib.figure import Figure  # without pyplot's global state
 
         lines = [line for line in self.lines() if "eval/return_mean" in line]
-        if not lines or not self.writes:
+        if not lines:
             return
         updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
         returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]

@@ -567,7 +567,7 @@ def end_with(parent: int) -> None:
 def import_store(
     path: Path, meta: dict, read: Callable, shards: list[str], workers: int | None
 ) -> None:
-    """Builds a store of `shards`, each of checkpoints of its own; goes on with a broken one."""
+    """Builds a store of `shards`, put in the order of checkpoints; goes on with a broken one."""
     limit = meta["percent"] / 100 * meta["steps_per_checkpoint"]
     limit = limit if meta["percent"] < 100 else float("inf")
     with building(path) as folder:
@@ -604,7 +604,8 @@ def import_store(
         checkpoints = {part: np.load(part / "episodes.npy")["checkpoint"] for part in parts}
         parts.sort(key=lambda part: checkpoints[part].min())
         if (np.diff(np.concatenate([checkpoints[part] for part in parts])) < 0).any():
-            raise SystemExit(f"Several shards of {path.name} have episodes of one checkpoint.")
+            message = f"The episodes of {path.name}'s shards are not in the order of checkpoints"
+            raise SystemExit(f"{message}: a shard must not begin before another ends.")
         writer = StoreWriter(folder / "store", meta["num_actions"])
         for part in parts:
             writer.append(part)

@@ -57,6 +57,8 @@ class Args:
     total_updates: int | None = None  # updates of every run; None: the paper's
     runs: tuple[Path, ...] = (Path("runs"), Path("benchmark/results"))
     """folders with runs; of two of a cell that share a seed, the one with more seeds counts"""
+    mix: bool = False
+    """run and draw runs of different data or evaluations together; the page says so"""
 
     # how they are run
     dry_run: bool = False  # print the commands, and run nothing
@@ -72,7 +74,6 @@ class Args:
     # report.py alone, which takes all of these, so that one command line fits both
     out: Path | None = None
     """folder of the results; None: benchmark/results, of own runs runs/report"""
-    mix: bool = False  # draw runs of different data or evaluations together; the page says so
 
 
 # Reading runs
@@ -333,20 +334,28 @@ def data_here(args: Any) -> dict:
     return {}
 
 
+def data_group(args: Any) -> tuple:
+    """What tells one dataset from another; runs on BSuite draw their shares themselves."""
+    names = ["env_id", "dataset", "noise", "truncation_as_termination"]
+    names += [] if hasattr(args, "num_seeds") else ["data_percent"]
+    return tuple(getattr(args, name, None) for name in names)
+
+
 def refuse_other_data(item: Item, runs: list[Run], args: Args, further: list[str]) -> None:
-    """Ends the program if finished runs of an item learned from other data than those here."""
-    here = {}
+    """Ends the program if runs would learn from other data than finished runs to compare with."""
+    wanted, cells, here = {*(args.seeds or item.seeds)}, [], {}
     for _, script_args in cell_args(item, args, further):
-        names = ("env_id", "dataset", "noise", "data_percent")
-        key = tuple(getattr(script_args, name, None) for name in names)
-        for run in find_runs(runs, script_args, args.seeds or item.seeds):
-            ours = here[key] if key in here else here.setdefault(key, data_here(script_args))
+        cells.append((data_group(script_args), script_args, find_runs(runs, script_args, wanted)))
+    lacking = {group for group, _, found in cells if wanted - {s for x in found for s in x.seeds}}
+    for group, script_args, found in cells:
+        for run in found if group in lacking else []:
+            ours = here[group] if group in here else here.setdefault(group, data_here(script_args))
             theirs = data_facts(run.config["data"])
             differing = sorted(k for k in ours.keys() & theirs.keys() if ours[k] != theirs[k])
             if differing:
                 message = f"{run.folder} learned from other data than those here: their "
                 message += f"{', '.join(differing)} differ, and the report would refuse to mix them"
-                raise SystemExit(f"{message}. Give --runs runs to do without it, or --mix.")
+                raise SystemExit(f"{message}. Name other folders with --runs, or give --mix.")
 
 
 class Job(NamedTuple):

@@ -541,7 +541,7 @@ def test_checkpoints_stand_in_order_whatever_the_shards_are_called(tmp_path):
     found, expected = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert found == expected
     both = lambda _: iter([EPISODES[0] | {"checkpoint": i, "id": 0} for i in (0, 1)])  # noqa: E731
-    with ends_with("^Several shards of c have episodes of one checkpoint"):
+    with ends_with("^The episodes of c's shards are not in the order of checkpoints"):
         prepare_atari.import_store(tmp_path / "c", META, both, ["0", "1"], 1)
 
 

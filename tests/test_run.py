@@ -352,8 +352,12 @@ def test_runs_of_other_data_are_refused_before_anything_runs(stand_in, catch_dat
     write_run(tmp_path / "a", "bc_bsuite", [1.0], data=facts, dataset=catch_dataset)
     with pytest.raises(SystemExit, match="their crc32 differ") as end:
         start(*words, tmp_path / "a")
-    assert end.value.code.endswith("Give --runs runs to do without it, or --mix.")
+    assert end.value.code.endswith("Name other folders with --runs, or give --mix.")
     assert not (tmp_path / "commands").exists()
+    words[5:5] = ["cartpole", "--seeds", 0]  # of catch nothing is left to run
+    start(*words, tmp_path / "a")
+    assert len((tmp_path / "commands").read_text().splitlines()) == 1
+    del words[5:8]
     start(*words, tmp_path / "a", "--mix")
     (tmp_path / "commands").unlink()
     start(*words, tmp_path / "b")

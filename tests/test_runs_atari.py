@@ -178,8 +178,18 @@ def test_intervals_of_any_kind_end_the_same_wherever_they_are_interrupted(
 
 @pytest.mark.parametrize("name", ["bc_bsuite", "bc_atari"])
 def test_what_takes_long_is_said_before(in_process, monkeypatch, name):
-    bars, module = [], importlib.import_module(name)
-    monkeypatch.setattr(module, "tqdm", lambda **given: bars.append(given) or tqdm(**given))
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            super().__init__(**options)
+            bars.append(self)
+            self.evaluation, self.counted = options.get("desc") == "evaluation", 0
+
+        def update(self, n=1):
+            self.counted += int(n)
+
+    monkeypatch.setattr(importlib.import_module(name), "tqdm", Bar)
     result = in_process(name)
     assert result.returncode == 0, result.stderr
     first, *_, last = [x for x in result.stdout.splitlines() if x.startswith("update ")]
@@ -187,7 +197,8 @@ def test_what_takes_long_is_said_before(in_process, monkeypatch, name):
     episodes = 1 if name == "bc_atari" else 3
     assert f"final evaluation: {episodes} sampled, {episodes} greedy episodes" in last
     episodes *= 1 if name == "bc_atari" else 2  # seeds
-    assert [x["total"] for x in bars if x.get("desc") == "evaluation"][-2:] == 2 * [episodes]
+    final = [x for x in bars if x.evaluation][-2:]
+    assert [(x.total, x.counted) for x in final] == 2 * [(episodes, episodes)]
 
 
 def test_neither_evaluations_nor_a_final_one(in_process, tmp_path):
