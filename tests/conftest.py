@@ -54,16 +54,6 @@ def hurry():
         jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture
-def optimized(hurry):
-    """For a test of such a module that trains for long."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @pytest.fixture(scope="session")
 def catch_dataset(tmp_path_factory) -> Path:
     return helpers.write_catch_dataset(tmp_path_factory.mktemp("data") / "catch.npz", 100)
@@ -106,7 +96,7 @@ def script(cache_dir, tmp_path):
     """Starts a script of the suite as a user would: script("rosmo_bsuite.py", "--seed", 1)."""
     processes = []
 
-    def start(name: str, *arguments, wait: bool = True, shell: str = "", **environment):
+    def start(name: str | Path, *arguments, wait: bool = True, shell: str = "", **environment):
         command = [sys.executable, str(ROOT / name), *map(str, arguments)]
         if shell:  # what the shell that starts it does before
             command = ["sh", "-c", f'{shell}; exec "$@"', "sh", *command]
@@ -132,13 +122,14 @@ def script(cache_dir, tmp_path):
 
 
 @pytest.fixture
-def started(script, catch_dataset, asterix_store):
+def started(script, catch_dataset, asterix_store, tmp_path):
     """A tiny run as a user starts it: started("rosmo_bsuite", "--seed", 1)."""
 
-    def start(name: str, *arguments, **options):
+    def start(name: str, *arguments, blocks: bool = True, **options):
         dataset = catch_dataset if name.endswith("_bsuite") else asterix_store
         arguments = [*helpers.tiny(name), "--dataset", dataset, *arguments]
-        return script(f"{name}.py", *arguments, **options)
+        program = f"{name}.py" if blocks else helpers.copy_without_blocks(name, tmp_path)
+        return script(program, *arguments, **options)
 
     return start
 

@@ -4,8 +4,9 @@ import importlib
 import json
 import math
 import re
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -227,6 +228,14 @@ def script_and_args(name: str, **settings):
     return module, module.Args(**{k: v for k, v in settings.items() if k in fields})
 
 
+@lru_cache
+def compiled_init(network):
+    """The same function for equal networks, which else would be compiled at every call."""
+    import jax
+
+    return jax.jit(network.init)
+
+
 def make_params(module, network, seed: int, scale: float = 0.1):
     """Random parameters of a script's network without a head of zeros."""
     import jax
@@ -235,8 +244,44 @@ def make_params(module, network, seed: int, scale: float = 0.1):
     atari = module.__name__.endswith("_atari")
     inputs = [jnp.zeros((84, 84, 4), jnp.uint8) if atari else jnp.zeros((10, 5))]
     inputs += [jnp.int32(0)] if module.__name__.startswith(("rosmo", "muzero")) else []
-    params = jax.jit(network.init)(jax.random.key(seed), *inputs)
+    params = compiled_init(network)(jax.random.key(seed), *inputs)
     return with_noise(params, seed, scale)
+
+
+def without_blocks(patch, *names: str) -> None:
+    """Takes the residual blocks from scripts, as their compilation is most of the work of a test.
+
+    Each is x -> x. They are the same to the byte in all scripts; bc_atari.py runs with them.
+    """
+    for name in names:
+        patch.setattr(importlib.import_module(name), "ResidualBlock", lambda *_: lambda x: x)
+
+
+def with_small_representation(patch, *names: str) -> None:
+    """Takes the representation from scripts, of one convolution in place of its ten blocks."""
+    import flax.linen as nn
+
+    class Representation(nn.Module):
+        channels: int
+        dtype: Any
+
+        @nn.compact
+        def __call__(self, observation):
+            x = observation.astype(self.dtype) / 255
+            return nn.Conv(self.channels, (14, 14), 14, dtype=self.dtype)(x)  # 6 x 6
+
+    for name in names:
+        patch.setattr(importlib.import_module(name), "Representation", Representation)
+
+
+def copy_without_blocks(name: str, folder: Path) -> Path:
+    """The same for a script that is started as a process."""
+    path, end = folder / f"{name}.py", "# --- end torso ---\n"
+    if not path.exists():  # else a process may be reading it
+        text = (ROOT / path.name).read_text()
+        assert text.count(end) == 1
+        path.write_text(text.replace(end, f"ResidualBlock = lambda *_: lambda x: x\n{end}"))
+    return path
 
 
 def train_seeds(module, steps, args, network, seeds: list[int], num_updates: int):
@@ -246,9 +291,8 @@ def train_seeds(module, steps, args, network, seeds: list[int], num_updates: int
 
     mesh = jax.make_mesh((1,), ("data",), axis_types=(module.AxisType.Auto,))
     by_device = module.NamedSharding(mesh, module.P("data"))
-    states = [
-        module.init_state(jax.random.key(s), network, steps.observation[0], args) for s in seeds
-    ]
+    init = jax.jit(module.init_state, static_argnums=(1, 3))
+    states = [init(jax.random.key(s), network, steps.observation[0], args) for s in seeds]
     states = jax.tree.map(lambda *x: jnp.stack(x), *states)
     keys = jnp.stack([jax.random.key(s) for s in seeds])
     data = keys, steps, *module.window_starts(steps.is_last, args.data_percent, seeds)

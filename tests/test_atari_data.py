@@ -166,7 +166,7 @@ def test_loader_keeps_the_order_and_starts_anywhere(num_threads):
 
 def test_loader_keeps_all_of_its_threads_busy():
     meeting = threading.Barrier(8)  # passed when eight wait in it
-    batches = script.load_batches(lambda step: meeting.wait(timeout=5), 0, 8)
+    batches = script.load_batches(lambda step: meeting.wait(timeout=60), 0, 8)
     assert {next(batches) for _ in range(8)} == set(range(8))
     meeting.abort()  # those that wait already
     batches.close()
@@ -183,7 +183,7 @@ def test_loader_stays_ahead_by_four_and_passes_errors_on():
 
     batches = script.load_batches(load, 0, 2)
     assert next(batches) == 0
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while len(made) < 5 and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.05)  # in which no further one begins

@@ -25,7 +25,7 @@ SETTINGS |= {"discount": 0.5}
 KEY = jax.random.key(0)
 TRUNCATION = {"truncation_as_termination": True}
 VARIANTS = {
-    "rosmo": [{"num_samples": 2}, {"behavior_advantage": "next-observation"} | TRUNCATION],
+    "rosmo": [{"num_samples": 2, "behavior_advantage": "next-observation"} | TRUNCATION],
     "muzero_unplugged": [TRUNCATION],
     "bc": [{}],
     "crr": [{}, {"weight": "binary", "num_action_samples": 2, "clip_rewards": False} | TRUNCATION],
@@ -76,10 +76,10 @@ def test_losses(pair):
         """And the metrics, of which one is the loss."""
         function = getattr(script, helpers.LOSSES[name])
         inputs = {"target_params": target_params, "batch": batch, "key": KEY}
-        inputs |= {"network": network, "args": args}
         names = inspect.signature(function).parameters.keys() & inputs.keys()
-        loss = partial(function, **{k: inputs[k] for k in names})
-        return jax.jit(jax.grad(loss, has_aux=True))(params)
+        loss = partial(function, network=network, args=args)
+        gradient = jax.jit(jax.grad(loss, has_aux=True))
+        return gradient(params, **{k: inputs[k] for k in names})
 
     for variant in VARIANTS[name]:
         changed = dataclasses.replace(args, **variant)

@@ -2,15 +2,20 @@
 
 import importlib
 import json
+import os
+import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 from helpers import SCRIPTS
 
 import bc_bsuite
+import collect_bsuite
 import rosmo_bsuite as rosmo
 
 pytestmark = pytest.mark.usefixtures("hurry")
@@ -113,6 +118,29 @@ def test_whole_episodes_are_taken_in_the_types_of_the_suite():
     assert dtypes == [np.float32, np.int32, np.float32, np.dtype(bool), np.dtype(bool)]
     for name, array in ROWS.items():
         np.testing.assert_array_equal(getattr(steps, name), array)
+
+
+def test_a_missing_dataset_is_made_by_the_tool(catch_dataset, tmp_path, monkeypatch):
+    commands = []
+
+    def run(command, env):
+        assert (env["JAX_PLATFORMS"], env["ROSMO_PARENT"]) == ("cpu", str(os.getpid()))
+        commands.append(command)
+        path = tyro.cli(collect_bsuite.Args, args=command[2:]).out
+        path.parent.mkdir(parents=True)
+        shutil.copy(catch_dataset, path)
+        return SimpleNamespace(returncode=len(commands) - 1)
+
+    monkeypatch.setattr(rosmo.subprocess, "run", run)
+    args = rosmo.Args(env_id="catch", noise=0.25, data_dir=tmp_path)
+    for _ in range(2):  # the second time it is there
+        assert len(rosmo.load_dataset(args).action) == 1_000
+    ((_, tool, *words),) = commands
+    assert tool.endswith("benchmark/collect_bsuite.py")
+    given = tyro.cli(collect_bsuite.Args, args=words)
+    assert (given.env_id, given.noise) == ("catch", 0.25)
+    with pytest.raises(SystemExit, match="1"):  # the tool has said why
+        rosmo.load_dataset(rosmo.Args(env_id="catch", noise=0.5, data_dir=tmp_path / "other"))
 
 
 @pytest.mark.parametrize(

@@ -186,13 +186,21 @@ def test_every_number_has_limits():
     collect_atari.check_args(collect_atari.Args())
 
 
-def test_a_memory_learns_as_soon_as_it_can(tmp_path):
+def test_a_memory_learns_as_soon_as_it_can(tmp_path, monkeypatch):
     """Of episodes of two states, one of them the last."""
+    batches = []
+
+    def update(network, tx, learner, batch):
+        batches.append(batch)
+        return learner
+
+    monkeypatch.setattr(collect_atari, "update", update)
     options = {"num_steps": 200, "num_envs": 2, "max_frames": 4, "width": 0.1, "n_step": 1}
     args = collect_atari.Args(**options, replay_size=100, replay_start=1)
     recorder = collect_atari.Recorder(tmp_path / "r", args)
     collect_atari.collect(args, recorder)
     assert sum(recorder.lengths) >= 200
+    assert batches
 
 
 @pytest.mark.parametrize("seed", [2147, 2148, 2**31, 2**63, 2**64])

@@ -33,10 +33,21 @@ MEMBER = {"prior_logits", "posterior_logits", "reward_head/Dense_0", "terminal_h
 FLOAT32 |= {"combo_atari": MEMBER | {"Head_0/Dense_2"}}
 FLOAT32 |= {"morel_atari": MEMBER | {"Head_0/Dense_2", "Head_1/Dense_2"}}
 
+# Scripts whose networks are those of others to the byte.
+SAME_NETWORKS = ("muzero_unplugged_atari", "muzero_unplugged_bsuite", "combo_atari")
+
 # Layers that a program leaves out.
 UNUSED = {"crr_atari act": "q/", "crr_bsuite act": "q|g/", "morel_atari act": "Head_1/"}
 UNUSED |= {"morel_atari clone": "Head_1/"}
 UNUSED |= {f"rosmo_{domain} act num_samples": "g/|value|reward" for domain in ("atari", "bsuite")}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_representation():
+    """But for bc_atari.py, which has the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        helpers.with_small_representation(patch, *(x for x in helpers.ATARI if x != "bc_atari"))
+        yield
 
 
 def array(dtype, *shape: int) -> jax.ShapeDtypeStruct:
@@ -160,7 +171,7 @@ def operations(text: str, names: set[str]) -> Counter:
 def test_accelerators_compute_every_layer_in_its_type(name, settings):
     programs, counts = atari_programs if name.endswith("_atari") else bsuite_programs, {}
     cases = [("bfloat16", "bf16", ("cuda", "tpu")), ("float32", "f32", ("cuda",))]
-    for dtype, short, platforms in cases[:1] if settings else cases:
+    for dtype, short, platforms in cases[:1] if settings or name in SAME_NETWORKS else cases:
         module, args = helpers.script_and_args(name, dtype=dtype, **SETTINGS, **settings)
         for program, traced, params in programs(module, args):
             label = " ".join([name, program, *settings])

@@ -48,10 +48,10 @@ def test_an_accelerator_that_is_not_there(started, name):
 
 
 def test_memory_that_is_not_enough(started):
-    result = started("rosmo_bsuite", "--batch-size", 8 * 10**8)
+    result = started("bc_bsuite", "--batch-size", 10**9)
     assert result.returncode == 1
     assert_one_sentence(result.stderr)
-    assert "--batch-size" in result.stderr
+    assert "The memory is not enough: give a smaller --batch-size" in result.stderr
 
 
 @by_script
@@ -83,6 +83,7 @@ def test_help_where_a_terminal_knows_ascii_alone(script, name):
 def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
     import watch
 
+    helpers.without_blocks(monkeypatch, "bc_atari")
     in_process("bc_atari", "--eval-episodes", 0, "--final-eval-episodes", 0)
     run = tmp_path / "run"
     watch.main(watch.Args(run, seed=3, greedy=True, max_frames=40))

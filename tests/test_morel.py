@@ -229,7 +229,7 @@ def counting_step(lengths):
 
 def empty_episodes(*shape: int, frame: int = 0) -> morel.Imagined:
     zeros = jnp.zeros(shape, jnp.int32)
-    frames = jnp.full((*shape, 84, 84, 4), frame, jnp.uint8)
+    frames = jnp.full((*shape, 2, 2, 4), frame, jnp.uint8)  # no network looks at them
     return morel.Imagined(zeros, frames, zeros, zeros, jnp.zeros(shape))
 
 
@@ -437,13 +437,13 @@ def test_cloning_learns_the_logged_actions_but_those_of_last_steps():
     rng, args = np.random.default_rng(0), dataclasses.replace(ARGS, bc_learning_rate=0.1)
     action = rng.integers(0, 3, (60, 1)).astype(np.int32)
     is_last = (rng.random((60, 1)) < 0.5) & (action == 2)
-    frames = np.broadcast_to(100 * action[..., None, None], (60, 4, 84, 84)).astype(np.uint8)
+    frames = np.broadcast_to(100 * action[..., None, None], (60, 4, 2, 2)).astype(np.uint8)
     batch = morel.Batch(
         *(frames, np.full((60, 1), 3, np.uint8), np.where(is_last, 0, action)),
         *(np.zeros((60, 1), np.float32), is_last, is_last),
     )
     policy = Linear()
-    params = policy.init(jax.random.key(0), jnp.zeros((84, 84, 4), jnp.uint8))
+    params = policy.init(jax.random.key(0), jnp.zeros((2, 2, 4), jnp.uint8))
     opt_state = optax.adam(0.1).init(params)
     for _ in range(300):
         params, opt_state, loss = morel.clone(params, opt_state, batch, policy, args)
@@ -543,6 +543,7 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
         action = act(np.zeros((1, 84, 84, 4), np.uint8), jax.random.key(0))
         return None if action is None else [float(action[0])]
 
+    helpers.without_blocks(monkeypatch, "morel_atari")
     save_world_model(model, parse(), members, data)
     no_lock = SimpleNamespace(acquire=lambda blocking: None)  # the runs come one by one
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
@@ -607,7 +608,7 @@ def test_bad_arguments_give_one_sentence(change, message):
 
 
 def test_acting_samples_the_policy_or_takes_its_most_probable_action():
-    policy, observation = Linear(), jnp.full((4000, 84, 84, 4), 100, jnp.uint8)
+    policy, observation = Linear(), jnp.full((4000, 2, 2, 4), 100, jnp.uint8)
     params = policy.init(jax.random.key(0), observation[:1])
     probs = jax.nn.softmax(policy.apply(params, observation[:1])[0][0])
     inputs = params, observation, jax.random.key(0)

@@ -318,7 +318,7 @@ def test_the_scripts_differ_from_their_siblings_in_few_lines(domain):
     ]
     changes = difflib.SequenceMatcher(None, *texts, autojunk=False).get_opcodes()
     changed = sum(b - a + d - c for tag, a, b, c, d in changes if tag != "equal")
-    assert changed < 225
+    assert changed < 235
 
 
 def test_learns_a_known_problem_from_random_data():
@@ -329,9 +329,7 @@ def test_learns_a_known_problem_from_random_data():
     reward = 1.0 * ((state == 0) & (action == 1)) + 2.0 * ((state == 1) & (action == 2))
     observation = np.eye(3, dtype=np.float32)[state][:, None]
     steps = muzero.Steps(observation, action, reward.astype(np.float32), state == 2, state == 2)
-    args = dataclasses.replace(
-        ARGS, num_seeds=1, learning_rate=3e-3, batch_size=64, num_simulations=4
-    )
+    args = dataclasses.replace(ARGS, learning_rate=0.01, target_update_every=50, batch_size=32)
     states, metrics = helpers.train_seeds(muzero, steps, args, NETWORK, [0], 600)
     params = jax.tree.map(lambda x: x[0], states.params)
     actions = muzero.act(params, observation[:2], jax.random.key(0), True, NETWORK, args)

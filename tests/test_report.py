@@ -730,13 +730,6 @@ def test_runs_of_the_printed_commands_fill_every_cell(tmp_path, monkeypatch, cap
         assert item.argument not in page  # but words
 
 
-def test_the_command_line_names_the_items():
-    command = [sys.executable, "benchmark/report.py", "table99"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert "figure2a" in result.stderr + result.stdout
-
-
 def test_throughput_replaces_the_section_of_its_title_alone(tmp_path):
     path = tmp_path / "page.md"
     for title in ("## bsuite --num-seeds 5", "## bsuite", "## bsuite"):
@@ -774,6 +767,7 @@ def test_what_cannot_be_measured_ends_in_one_sentence(tool, options, message):
 @pytest.mark.parametrize(
     ("words", "options", "message"),
     [
+        (["table99"], {}, "There is no table99; the items are .*figure2a"),
         (["compare"], {}, "Give LABEL=FOLDER"),
         (["compare", "x=runs"], {"seeds": (0,)}, "compare draws the folders that are named"),
         (["curves", "runs"], {"env_ids": ("catch",)}, "curves draws the folders that are named"),

@@ -85,12 +85,14 @@ def test_the_representation_pools_before_the_seventh_and_the_sixth_last_block():
     assert shapes == [(42, 42, 2)] + 2 * [(21, 21, 4)] + [(11, 11, 4)] + 6 * [(6, 6, 4)]
 
 
-def test_observations_are_scaled_states_carried_on_and_rewards_read_from_states():
+def test_observations_are_scaled_states_carried_on_and_rewards_read_from_states(monkeypatch):
     params, white = random_params(0), jnp.full((84, 84, 4), 255, jnp.uint8)
-    options = {"method": "representation", "capture_intermediates": True}
-    outputs = jax.jit(lambda: NETWORK.apply(params, white, **options)[1]["intermediates"])()
-    first = outputs["h"]["Conv_0"]["__call__"][0][20, 20]
-    kernel = params["params"]["h"]["Conv_0"]["kernel"]
+    h, options = params["params"]["h"], {"capture_intermediates": True}
+    with monkeypatch.context() as patch:
+        helpers.without_blocks(patch, "rosmo_atari")  # behind the first convolution
+        representation = rosmo.Representation(ARGS.channels, jnp.dtype("float32"))
+        outputs = representation.apply({"params": h}, white, **options)[1]["intermediates"]
+    first, kernel = outputs["Conv_0"]["__call__"][0][20, 20], h["Conv_0"]["kernel"]
     np.testing.assert_allclose(first, kernel.sum(axis=(0, 1, 2)), rtol=1e-3, atol=1e-5)
     state = np.random.default_rng(0).normal(size=(6, 6, 4)).astype(np.float32)
     nothing = jax.tree.map(jnp.zeros_like, params)
@@ -152,12 +154,18 @@ def test_look_ahead_is_the_reward_and_the_discounted_value_of_each_action():
         np.testing.assert_allclose(q[..., i], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_updates_reach_every_parameter():
-    """Also those of heads, which are zero at first: both sides of every gradient must flow."""
-    state = jax.jit(rosmo.init_state, static_argnums=(1, 2))(jax.random.key(0), NETWORK, ARGS)
-    state = state._replace(params=random_params(0), target_params=random_params(1))
-    batch = helpers.random_batch(4, rosmo.window_length(ARGS))
-    state, metrics = rosmo.update(state, jax.random.key(1), batch, NETWORK, ARGS)
+def test_updates_reach_every_parameter(monkeypatch):
+    """Also those of heads, which are zero at first: both sides of every gradient must flow.
+
+    Through the blocks of the representation it does in test_morel.py.
+    """
+    helpers.with_small_representation(monkeypatch, "rosmo_atari")
+    network = rosmo.MuZeroNetwork(5, ARGS.num_bins, ARGS.channels, jnp.dtype("float32"))
+    params, target_params = (helpers.make_params(rosmo, network, i, scale=0.05) for i in range(2))
+    opt_state = rosmo.make_optimizer(ARGS).init(params)
+    state = rosmo.TrainState(params, target_params, opt_state, jnp.int32(0))
+    batch = helpers.random_batch(4, rosmo.window_length(ARGS), num_actions=5)
+    state, metrics = rosmo.update(state, jax.random.key(1), batch, network, ARGS)
     gradient = optax.tree_utils.tree_get(state.opt_state, "mu")  # a tenth of it
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)

@@ -1,12 +1,12 @@
 """The mathematics of rosmo_bsuite.py against naive loops and known answers."""
 
 import dataclasses
+import importlib.util
 import itertools
-import json
 import math
-import subprocess
 import sys
 from functools import partial
+from types import ModuleType
 
 import helpers
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+import bc_bsuite as bc
 import muzero_unplugged_bsuite as muzero
 import rosmo_bsuite as rosmo
 
@@ -36,14 +37,14 @@ def random_batch(batch_size: int, args=ARGS, seed: int = 0) -> rosmo.Steps:
 # Value transform and categorical representation (Appendix A.2).
 
 
-def test_transform_is_inverted_and_equals_rlax():
+def test_transform_is_inverted_and_equals_rlax(monkeypatch):
     x = jnp.concatenate([jnp.linspace(-300.0, 300.0, 601), jnp.array([1e-3, -1e-3, 1e5])])
-    # In its own process: rlax cannot be imported once another test has imported TensorFlow.
-    code = (
-        f"import jax, rlax; print(rlax.signed_hyperbolic(jax.numpy.array({x.tolist()})).tolist())"
-    )
-    expected = subprocess.check_output([sys.executable, "-c", code], text=True)
-    np.testing.assert_allclose(rosmo.transform(x), json.loads(expected), rtol=1e-5, atol=1e-6)
+    # This module of rlax alone: the others need TensorFlow, whose import takes seconds.
+    package = ModuleType("rlax")
+    package.__path__ = importlib.util.find_spec("rlax").submodule_search_locations
+    monkeypatch.setitem(sys.modules, "rlax", package)
+    expected = importlib.import_module("rlax._src.transforms").signed_hyperbolic(x)
+    np.testing.assert_allclose(rosmo.transform(x), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rosmo.inverse_transform(rosmo.transform(x)), x, rtol=1e-4, atol=1e-5)
     assert rosmo.transform(jnp.float32(3.0)) == pytest.approx(1.003)
 
@@ -295,7 +296,9 @@ def naive_losses(params, target_params, batch, b, args):
 
 @pytest.mark.parametrize("behavior_advantage", ["model", "next-observation"])
 def test_losses_against_a_naive_algorithm_2(behavior_advantage):
-    args = dataclasses.replace(ARGS, behavior_advantage=behavior_advantage, discount=0.3)
+    """With coefficients of its own, as Fig. 4(d) sets them to zero."""
+    coefs = {"value_coef": 0.5, "policy_coef": 0.7, "behavior_coef": 0.4}
+    args = dataclasses.replace(ARGS, behavior_advantage=behavior_advantage, discount=0.3, **coefs)
     params, target_params = random_params(0), random_params(1, 0.2)
     batch = random_batch(40, args)
     whole = [b for b in range(40) if not batch.is_last[b, : args.unroll_steps].any()]
@@ -330,7 +333,8 @@ def one_window(is_last, is_terminal):
 
 def constant_heads(policy_bias):
     """Parameters with uniform distributions of values and rewards, and with one policy."""
-    params = NETWORK.init(jax.random.key(0), jnp.zeros((10, 5)), jnp.int32(0))["params"]
+    init = helpers.compiled_init(NETWORK)
+    params = init(jax.random.key(0), jnp.zeros((10, 5)), jnp.int32(0))["params"]
     policy = params["policy"] | {"bias": jnp.array(policy_bias)}
     return {"params": params | {"policy": policy}}
 
@@ -392,25 +396,13 @@ def test_every_parameter_gets_a_gradient():
         assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize(
-    ("change", "zero"),
-    [({"behavior_coef": 0.0}, "losses/behavior"), ({"policy_coef": 0.0}, "losses/policy")],
-)
-def test_ablations_of_figure_4d(change, zero):
-    args = dataclasses.replace(ARGS, **change)
-    params, batch = random_params(0), random_batch(16)
-    _, metrics = rosmo_loss(params, random_params(1), batch, jax.random.key(0), NETWORK, args)
-    assert metrics[zero] == 0
-    assert metrics["losses/policy"] + metrics["losses/behavior"] > 0
-
-
 def test_sampled_loss_approaches_the_exact_one():
     """From below: the 1 in Eq. 10 makes the weights small while N mean(exp(adv)) is near 1."""
     params, target_params, batch = random_params(0), random_params(1), random_batch(16)
     key = jax.random.key(0)
     _, exact = rosmo_loss(params, target_params, batch, key, NETWORK, ARGS)
     policy_losses = []
-    for num_samples in (16, 128, 1024):
+    for num_samples in (16, 1024):
         args = dataclasses.replace(ARGS, num_samples=num_samples)
         _, sampled = rosmo_loss(params, target_params, batch, key, NETWORK, args)
         np.testing.assert_allclose(sampled["losses/behavior"], exact["losses/behavior"], rtol=1e-5)
@@ -430,11 +422,11 @@ def test_gradients_through_the_dynamics_are_halved(module, monkeypatch):
         zeros = jnp.zeros((16, 4, 3)), jnp.zeros((16, 4))
         monkeypatch.setattr(muzero, "search", lambda *_: zeros)
         loss = muzero.muzero_loss
-    inputs = random_params(1), random_batch(16, args), jax.random.key(0), NETWORK, args
+    inputs = random_params(0), random_params(1), random_batch(16, args), jax.random.key(0)
 
     def gradient():
-        of_params = jax.jit(jax.grad(lambda params: loss(params, *inputs)[0]))
-        gradient = of_params(random_params(0))["params"]
+        of_params = jax.jit(jax.grad(lambda *inputs: loss(*inputs, NETWORK, args)[0]))
+        gradient = of_params(*inputs)["params"]
         return jax.tree.leaves((gradient["h"], gradient["g"]))
 
     halved = gradient()
@@ -525,12 +517,6 @@ def test_window_starts_are_whole_episodes_of_the_seed():
 # Learning.
 
 
-def train_on(steps, args, num_updates):
-    seeds, network = list(range(args.num_seeds)), rosmo.make_network(3, args)
-    states, metrics = helpers.train_seeds(rosmo, steps, args, network, seeds, num_updates)
-    return network, states, metrics
-
-
 def test_learns_a_known_problem_from_random_data():
     """Two states; action 1 earns 1 in the first and moves on, action 2 earns 2 in the second."""
     rng = np.random.default_rng(0)
@@ -541,8 +527,9 @@ def test_learns_a_known_problem_from_random_data():
     is_last = state == 2
     observation = np.eye(3, dtype=np.float32)[state][:, None]
     steps = rosmo.Steps(observation, action, reward.astype(np.float32), is_last, is_last)
-    args = dataclasses.replace(ARGS, num_seeds=1, learning_rate=3e-3, batch_size=64)
-    network, states, metrics = train_on(steps, args, 1500)
+    args = dataclasses.replace(ARGS, learning_rate=0.01, target_update_every=50, batch_size=64)
+    network = rosmo.make_network(3, args)
+    states, metrics = helpers.train_seeds(rosmo, steps, args, network, [0], 600)
     params = jax.tree.map(lambda x: x[0], states.params)
     actions = rosmo.act(params, observation[:2], KEY, True, network, args)
     assert actions.tolist() == [1, 2]
@@ -558,11 +545,12 @@ def test_learns_a_known_problem_from_random_data():
 
 
 def test_a_seed_learns_the_same_alone_and_among_others(catch_dataset):
-    steps = rosmo.load_dataset(dataclasses.replace(ARGS, dataset=catch_dataset))
-    together = dataclasses.replace(ARGS, num_seeds=2, batch_size=16, data_percent=50.0)
-    _, both, _ = train_on(steps, together, 20)
-    _, alone, _ = train_on(steps, dataclasses.replace(together, num_seeds=1), 20)
+    """Of bc_bsuite.py, which has the same functions and is the quickest."""
+    args = bc.Args(dataset=catch_dataset, batch_size=16, data_percent=50.0, learning_rate=0.1)
+    steps, network = bc.load_dataset(args), bc.make_network(3, args)
+    both, _ = helpers.train_seeds(bc, steps, args, network, [0, 1], 20)
+    alone, _ = helpers.train_seeds(bc, steps, args, network, [0], 20)
     for a, b in zip(jax.tree.leaves(both.params), jax.tree.leaves(alone.params), strict=True):
         np.testing.assert_allclose(a[0], b[0], atol=1e-5)
-    kernels = both.params["params"]["h"]["Dense_0"]["kernel"]
-    assert np.abs(kernels[0] - kernels[1]).max() > 0.1
+    kernels = both.params["params"]["Dense_0"]["kernel"]  # zero at first
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-3

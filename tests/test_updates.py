@@ -150,8 +150,10 @@ def test_the_optimizer_clips_decays_and_changes_its_rate_as_the_authors(name, mo
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_begins_with_the_weights_of_the_authors(name):
+def test_a_run_begins_with_the_weights_of_the_authors(name, monkeypatch):
     """Truncated normals of standard deviation √0.774 / √fan_in, heads of zeros, ε = 1e-5."""
+    if name.endswith("_atari") and name != "rosmo_atari":
+        helpers.without_blocks(monkeypatch, name)
     module, args = helpers.script_and_args(name, channels=16)
     network, epsilons = module.make_network(3, args), set()
 

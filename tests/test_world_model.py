@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import signal
-import time
 import zlib
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 import tyro
+from conftest import Killed
 from flax import serialization
 from helpers import metrics
 from scipy.special import softmax
@@ -280,29 +280,29 @@ def test_the_best_parameters_are_kept_and_the_reference_tells_when_training_ends
     assert float(state.best_loss) == 98
 
 
-def test_a_small_model_overfits_real_segments_and_beats_copying_the_last_frame(optimized):
-    """One-step predictions of the prior; five segments of random play in the game."""
-    env, rng, length = morel.make_env("Riverraid", 5), np.random.default_rng(0), 4
+def test_a_small_model_overfits_real_segments_and_beats_copying_the_last_frame():
+    """One-step predictions of the prior; two segments of random play in the game."""
+    env, rng, length = morel.make_env("Riverraid", 2), np.random.default_rng(0), 4
     num_actions = int(env.single_action_space.n)
-    observation, _ = env.reset(seed=np.arange(5, dtype=np.int32))
-    frames, actions = [observation[:, -1]], [np.full(5, -1)]
+    observation, _ = env.reset(seed=np.arange(2, dtype=np.int32))
+    frames, actions = [observation[:, -1]], [np.full(2, -1)]
     for _ in range(60):
-        actions.append(rng.integers(num_actions, size=5))
+        actions.append(rng.integers(num_actions, size=2))
         observation, *_ = env.step(actions[-1].astype(np.int32))
         frames.append(observation[:, -1])
-    frames = np.stack(frames[-length:], axis=1)  # [5, T, 84, 84]
+    frames = np.stack(frames[-length:], axis=1)  # [2, T, 84, 84]
     actions = np.stack(actions[-length:], axis=1).astype(np.int32)
     zeros = np.zeros(actions.shape, bool)
     windows = morel.Windows(frames, actions, zeros.astype(np.float32), zeros, zeros)
     args = morel.Args(
-        **dict(members=1, deter=32, hidden=32, latents=8, classes=8, depth=6, head_units=16),
-        model_learning_rate=4e-3,
+        **dict(members=1, deter=32, hidden=32, latents=8, classes=8, depth=4, head_units=16),
+        model_learning_rate=8e-3,
     )
     network = morel.make_world_model(num_actions, args)
     (params,) = morel.init_members(jax.random.key(0), network, 1)
     opt_state = morel.model_optimizer(args).init(params)
     state = morel.MemberState(params, opt_state, jnp.int32(0))
-    for _ in range(100):
+    for _ in range(60):
         state, _ = morel.update_member(state, windows, jax.random.key(1), network, args)
 
     @jax.jit
@@ -315,7 +315,7 @@ def test_a_small_model_overfits_real_segments_and_beats_copying_the_last_frame(o
     image = np.array(morel.to_image(frames))
     error = np.mean((predict(state.params) - image[:, 1:]) ** 2)
     copy_error = np.mean((image[:, :-1] - image[:, 1:]) ** 2)
-    assert error < copy_error
+    assert error < 0.8 * copy_error
 
 
 @pytest.fixture(scope="module")
@@ -375,18 +375,23 @@ def test_a_world_model_leaves_its_folder(trained, train):
     assert train.crc32 == int.from_bytes(written[:4], "little") == zlib.crc32(written[4:])
 
 
-def test_kill_and_resume_give_the_numbers_of_a_whole_run(
-    trained, train, script, toy_path, tmp_path
-):
-    whole, members = trained
-    options = [*TINY.split(), "--dataset", toy_path, "--run-dir", "killed"]
-    process = script("morel_atari.py", *options, wait=False)
+def test_kill_and_resume_give_the_numbers_of_a_whole_run(trained, train, tmp_path, monkeypatch):
+    """It leaves what a kill would; test_runs_atari.py kills a process."""
+    (whole, members), log = trained, morel.Run.log
     model = tmp_path / "killed-world-model"
-    while not (model / "checkpoints" / "4.msgpack").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+
+    def log_and_leave(run, done, seed, values):
+        log(run, done, seed, values)
+        if done == 6:
+            with (run.dir / "metrics.jsonl").open("a") as file:
+                file.write('{"update": 8')  # a line that is cut short
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(morel.Run, "log", log_and_leave)
+        with pytest.raises(Killed):
+            train(tmp_path / "killed")
+    assert [path.stem for path in (model / "checkpoints").iterdir()] == ["4"]
     assert not (model / "members.msgpack").exists()
     resumed = train(tmp_path / "killed")
     assert len(json.loads((model / "config.json").read_text())["starts"]) == 2
