@@ -178,7 +178,7 @@ def test_a_stopped_one_goes_on(stand_in, tmp_path, name):
     words = ["table2", "--methods", "BC", "--env-ids", "catch", "cartpole", "--total-updates", 7]
     first = process(stand_in, *words)
     wait_for(tmp_path / "commands")
-    (os.killpg if number in run.TERMINAL else os.kill)(first.pid, number)
+    (os.killpg if name in ("SIGINT", "SIGHUP") else os.kill)(first.pid, number)
     out, err = first.communicate(timeout=30)
     assert wait_for(tmp_path / "saved") == ["saved"]
     assert len((tmp_path / "commands").read_text().splitlines()) == 1
