@@ -15,7 +15,7 @@ categorical as ROSMO's value.
     python cql_bsuite.py --env-id catch  # five seeds
     python cql_bsuite.py --cql-alpha 0   # plain Q-learning
 
-Where ROSMO's paper only refers to the official code, this file does the following.
+ROSMO's paper refers to the official code for the rest; this file does the following.
 1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
    a terminal one is not bootstrapped, a truncated one is (--truncation-as-termination: it is not).
 2. The loss of Q is the cross entropy with the two-hot target, for which the official code has a sum
@@ -23,8 +23,8 @@ Where ROSMO's paper only refers to the official code, this file does the followi
 3. The target network is copied every 2,000 updates and γ is 0.99 (official code). Targets stop at
    ±9 of h-space, ±97 in units of reward: cartpole's and mountain_car's reach ±100 at this γ.
 4. The final evaluation's two policies are ε-greedy with ε = 0.001 (official code) and greedy.
-5. The optimiser is ROSMO's (official code: Adam at 5e-5): AdamW, a warm-up of 1,000 updates, a
-   tenth of the learning rate every 100,000 updates, weight decay on weight matrices only.
+5. Optimiser and batch size are ROSMO's, not the official code's (Adam at 5e-5): AdamW, a warm-up
+   of 1,000 updates, a tenth of the learning rate every 100,000, weight decay on weight matrices.
 """
 
 import dataclasses

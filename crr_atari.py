@@ -17,7 +17,7 @@ that of Fig. 5(c), and Q is categorical as ROSMO's value.
     python crr_atari.py --weight binary         # clone where A > 0
     python crr_atari.py --num-action-samples 4  # V from samples, as acme
 
-Where ROSMO's paper only refers to acme, this file does the following.
+ROSMO's paper refers to acme for the rest; this file does the following.
 1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
    a terminal one is not bootstrapped, a truncated one is (--truncation-as-termination: it is not).
 2. V and the bootstrap are exact means of Q under π (acme: over four samples for V, which is
@@ -25,8 +25,8 @@ Where ROSMO's paper only refers to acme, this file does the following.
 3. The advantage comes from the network that is trained, the bootstrap from a copy of its policy and
    critic, made every 100 updates (acme).
 4. γ = 0.99 and β = 1 are acme's; rewards are clipped to [-1, 1] (--no-clip-rewards).
-5. The optimiser is ROSMO's (acme: Adam at 3e-4): AdamW, a warm-up of 1,000 updates, a tenth of the
-   learning rate every 100,000 updates, weight decay on weight matrices only.
+5. Optimiser and batch size are ROSMO's, not acme's (Adam at 3e-4): AdamW, a warm-up of 1,000
+   updates, a tenth of the learning rate every 100,000, weight decay on weight matrices only.
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ that of Fig. 5(c), and Q is categorical as ROSMO's value.
     python crr_bsuite.py --weight binary         # clone where A > 0
     python crr_bsuite.py --num-action-samples 4  # V from samples, as acme
 
-Where ROSMO's paper only refers to acme, this file does the following.
+ROSMO's paper refers to acme for the rest; this file does the following.
 1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
    a terminal one is not bootstrapped, a truncated one is (--truncation-as-termination: it is not).
 2. V and the bootstrap are exact means of Q under π (acme: over four samples for V, which is
@@ -25,8 +25,8 @@ Where ROSMO's paper only refers to acme, this file does the following.
    critic, made every 100 updates (acme).
 4. γ is acme's 0.99, not ROSMO's; β is 0.3, from a sweep on catch (acme: 1). Targets stop at ±9
    of h-space, ±97 in units of reward: cartpole's and mountain_car's reach ±100 at this γ.
-5. The optimiser is ROSMO's (acme: Adam at 3e-4): AdamW, a warm-up of 1,000 updates, a tenth of the
-   learning rate every 100,000 updates, weight decay on weight matrices only.
+5. Optimiser and batch size are ROSMO's, not acme's (Adam at 3e-4): AdamW, a warm-up of 1,000
+   updates, a tenth of the learning rate every 100,000, weight decay on weight matrices only.
 """
 
 import dataclasses

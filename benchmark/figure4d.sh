@@ -3,7 +3,7 @@
 #   bash benchmark/figure4d.sh [--workers 8]
 # Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
 # Cost: 9 runs of one seed, 200,000 updates (three are Table 8's). Disk: 10 GB of data, 1 of runs.
-# Not measured; by the paper's footnote 3 a seed of Table 8's five methods takes 16 days of a V100.
+# Not measured; by the paper's footnote 3 Table 8's five methods on a game take 16 V100 days a seed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python benchmark/run.py figure4d "$@"

@@ -3,7 +3,7 @@
 #   bash benchmark/figure7.sh [--env-ids Pong Breakout] [--workers 8]
 # Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
 # Cost: 72 runs of one seed, 200,000 updates (36 are Table 8's). Disk: 120 GB of data, 8 GB of runs.
-# Not measured; by the paper's footnote 3 a seed of Table 8's five methods takes 16 days of a V100.
+# Not measured; by the paper's footnote 3 Table 8's five methods on a game take 16 V100 days a seed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python benchmark/run.py figure7 "$@"

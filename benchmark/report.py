@@ -598,7 +598,7 @@ def level_table(item: Item, curves: dict, with_time: bool) -> list[str]:
         rows.append([method, f"{updates[first]:,}" if len(reached) else "never"])
         rows[-1].append(f"{time[first]:.2f}" if len(reached) and with_time else "-")
         rows[-1].append(f"{hours[method]:g}" if method in hours else "-")
-    head = ["method", f"updates until {level:.0%}", "hours here", "hours in the paper"]
+    head = ["method", f"updates until {level:.0%}", "hours here", "hours in the paper (TPUv3-8)"]
     return table(head, rows)
 
 

@@ -22,7 +22,7 @@ OWN = {k: item for k, item in paper.ITEMS.items() if item.of is None}
 def test_every_table_and_figure_is_there():
     names = "table1 table2 table7 table8 figure2a figure2b figure2c figure3 figure4a figure4b"
     names += " figure4c figure4d figure6 figure7 figure8 figure9 figure10 atari_small"
-    names += " table7_small"
+    names += " table7_small morel_small"
     assert set(names.split()) <= paper.ITEMS.keys()
     for item in paper.ITEMS.values():
         assert item.title
@@ -119,7 +119,7 @@ def test_sweeps_share_shell_scripts(name):
     assert second == first.replace("run.py", "report.py")
 
 
-@pytest.mark.parametrize("name", ["atari_small", "table7_small", "sweep_baselines_atari"])
+@pytest.mark.parametrize("name", ["atari_small", "table7_small", "morel_small", "sweep_baselines_atari"])
 def test_data_are_collected_when_runs_need_them_alone(name, tmp_path):
     shutil.copytree(ROOT / "benchmark", tmp_path / "benchmark", ignore=lambda *_: ["results"])
     python = tmp_path / "python"
