@@ -547,7 +547,7 @@ def init_state(key, network: MuZeroNetwork, args: Args) -> TrainState:
     return TrainState(params, target_params, make_optimizer(args).init(params), jnp.int32(0))
 
 
-@partial(jax.jit, static_argnames=("network", "args"), donate_argnames="state")
+@jax.jit(static_argnames=("network", "args"), donate_argnames="state")
 def update(state: TrainState, key, batch: Batch, network: MuZeroNetwork, args: Args):
     """One update -> (state, metrics); the batch is shared out to the devices, the state is not."""
     # The key belongs to the step, so that a resumed run draws the same actions.
@@ -562,7 +562,7 @@ def update(state: TrainState, key, batch: Batch, network: MuZeroNetwork, args: A
     return TrainState(params, target, opt_state, step), metrics
 
 
-@partial(jax.jit, static_argnames=("greedy", "network", "args"))
+@jax.jit(static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Args):
     """Actions [E] for observations [E, ...], sampled from the search's policy, or its mode."""
     state = network.apply(params, observation, method="representation")
@@ -590,13 +590,6 @@ class Store(NamedTuple):
     episodes: np.ndarray  # start, length and return of those selected
     index: np.ndarray  # of their steps, one after the other
     facts: dict  # what a run writes down of them, and compares when it goes on
-
-
-def select_episodes(store: Store, selected: np.ndarray) -> Store:
-    """The store with those of its episodes for which `selected` [episodes] is true."""
-    episodes = store.episodes[selected]
-    index = [np.arange(e["start"], e["start"] + e["length"]) for e in episodes]
-    return store._replace(episodes=episodes, index=np.concatenate(index))
 
 
 def find_store(args) -> Path | None:
@@ -644,21 +637,21 @@ def open_store(args) -> Store:
         if plays and make_env(game, 1).single_action_space.n != num_actions:
             raise ValueError(f"it has {num_actions} actions, and the game has another number")
         if meta["percent"] < args.data_percent:
-            percent = f"{meta['percent']:g}"
-            raise ValueError(f"it has {percent}% of the data: give --data-percent {percent}")
+            raise ValueError(f"it has {meta['percent']:g}% of the data: lower --data-percent")
         # p% of a checkpoint are its episodes from the start until they hold p% of its steps.
         first = np.searchsorted(episodes["checkpoint"], episodes["checkpoint"])
         before = episodes["start"] - episodes["start"][first]
         limit = args.data_percent / 100 * meta["steps_per_checkpoint"]
-        store = Store(meta, blob, offsets, steps, episodes, np.arange(0), {})
-        store = select_episodes(store, (before < limit) | (args.data_percent == 100))
-        facts = {"episodes": len(store.episodes), "steps": len(store.index), "source": source}
-        facts["mean_return"] = float(store.episodes["return"].mean())
-        facts["crc32"] = zlib.crc32(steps[store.index])
+        episodes = episodes[(before < limit) | (args.data_percent == 100)]
+        index = np.concatenate([np.arange(e["start"], e["start"] + e["length"]) for e in episodes])
+        facts = {"episodes": len(episodes), "steps": len(index), "source": source}
+        facts["mean_return"] = float(episodes["return"].mean())
+        facts["crc32"] = zlib.crc32(steps[index])
         facts["rom"] = rom_digest(game) if plays else None
-        return store._replace(facts=facts)
+        return Store(meta, blob, offsets, steps, episodes, index, facts)
     except Exception as error:  # a damaged file can raise almost anything
-        message = f"{path} cannot be used as a store of {args.env_id}: {error!r}"
+        reason = error if type(error) is ValueError else repr(error)
+        message = f"{path} cannot be used as a store of {args.env_id}: {reason}"
         raise SystemExit(f"{message}. Give another --dataset, or make it again.") from None
 
 
@@ -801,9 +794,8 @@ class Run:
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
         defaults = vars(type(args)())
-        changed = {k: v for k, v in vars(args).items() if v != defaults[k] and k not in NOT_NAMED}
-        named = {k.replace("_", "-"): getattr(v, "name", v) for k, v in changed.items()}
-        variant = "".join(f"-{name}={value}" for name, value in named.items())
+        changed = [(k, v) for k, v in vars(args).items() if v != defaults[k] and k not in NOT_NAMED]
+        variant = "".join(f"-{k.replace('_', '-')}={getattr(v, 'name', v)}" for k, v in changed)
         if len(variant) > 160:  # a name has 255 bytes at most
             variant = f"{variant[:150]}-{zlib.crc32(variant.encode()):08x}"
         if data.get("source") == "dqn" and not args.dataset:  # not the paper's data
@@ -838,11 +830,10 @@ class Run:
             return
         try:
             before = json.loads((self.dir / "config.json").read_text())
-            theirs = defaults | before["args"]  # an argument that came later has its default
-            if theirs["total_updates"] < self.args.total_updates:
-                theirs["total_updates"] = self.args.total_updates  # it begins as the shorter run
-            theirs |= {"script": before["script"], "data": before["data"]}
+            # A longer run begins as the shorter one; an argument that came later has its default.
+            theirs = defaults | before["args"] | {k: before[k] for k in ("script", "data")}
             ours = self.config["args"] | {k: self.config[k] for k in ("script", "data")}
+            theirs["total_updates"] = max(theirs["total_updates"], ours["total_updates"])
             pairs = [(k, theirs[k], ours[k]) for k in ours if k not in NOT_COMPARED]
             changes = ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b)
             mine, starts = theirs["script"] == ours["script"], [*before["starts"]]
@@ -914,9 +905,8 @@ class Run:
         """Updates done and content of the newest whole checkpoint, or of the start."""
         for path in [] if self.args.overwrite else self.checkpoints()[::-1]:
             data = path.read_bytes()
-            crc32, content = data[:4], data[4:]
-            if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
-                return int(path.stem), serialization.msgpack_restore(content)
+            if data[4:] and zlib.crc32(data[4:]).to_bytes(4, "little") == data[:4]:
+                return int(path.stem), serialization.msgpack_restore(data[4:])
             print(f"{path} is damaged: it is not used.", file=sys.stderr)
         return 0, {"state": None, "sums": None, "lines": 0, "wall_time": 0.0}
 
@@ -1016,13 +1006,11 @@ class Run:
 
     def plot(self) -> None:
         """Draws learning_curve.png: the evaluations' mean returns, each seed's and their mean."""
-        if not self.writes:
+        lines = [line for line in self.lines() if "eval/return_mean" in line]
+        if not (self.writes and lines):
             return
         from matplotlib.figure import Figure  # without pyplot's global state
 
-        lines = [line for line in self.lines() if "eval/return_mean" in line]
-        if not lines:
-            return
         updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
         returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
         n = 1 + len(updates) // 25  # evaluations in the moving average
@@ -1060,7 +1048,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
             least, most = ranges.get(name, (1 if type(value) is int else 0, 1e9))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
-                raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
+                raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:.10g}.")
         if name.endswith("batch_size") and value % jax.device_count():
             message = f"--{flag} {value} cannot be shared by {jax.device_count()} devices"
             raise SystemExit(f"{message}; give a multiple.")
@@ -1076,7 +1064,7 @@ def prepare_jax() -> None:
         message = f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
         raise SystemExit(f"{message}: install jax for it, or unset it.") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not cache.startswith("~"):
+    if not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -1096,14 +1084,15 @@ def join_processes(args, *shared: int) -> None:
     if any(given) and not (":" in address and joins):
         message = f"A run of several processes needs all of {', '.join(names)}"
         raise SystemExit(f"{message}; the first is HOST:PORT, the last counts from 0.")
+    tasks = int(number or os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if jax.config.jax_num_cpu_devices < 0:  # not set by JAX's own JAX_NUM_CPU_DEVICES
         sizes = [value for name, value in vars(args).items() if name.endswith("batch_size")]
-        share = math.gcd(*sizes, *shared) // int(number or 1)
+        share = math.gcd(*sizes, *shared) // tasks
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         numbers = [n for n in range(1, cores + 1) if share % n == 0]
         jax.config.update("jax_num_cpu_devices", max(numbers))
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM for itself
-    if address or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    if address or tasks > 1:
         for one in (signal.SIGINT, signal.SIGTERM):  # no handler is heard while it waits
             signal.signal(one, signal.SIG_DFL)
         jax.distributed.initialize(*((address, int(number), int(index)) if address else ()))
@@ -1137,7 +1126,7 @@ def main(args: Args) -> None:
 
     def load(step: int) -> Batch:
         batch = sample_batch(store, args.seed, step, args.batch_size, window_length(args), rows)
-        return jax.tree.map(partial(jax.make_array_from_process_local_data, by_device), batch)
+        return jax.make_array_from_process_local_data(by_device, batch)
 
     def play(num_episodes: int, greedy: bool) -> list[float] | None:
         if run.stopping:
@@ -1160,9 +1149,8 @@ def main(args: Args) -> None:
         stops = agrees and any(all_processes(run.stopping))  # all ask at the same updates
         if stops or evaluates or done % args.checkpoint_every == 0:
             run.save(done, state, sums)
-        if evaluates and run.writes and not stops and args.eval_episodes:
-            returns = play(args.eval_episodes, args.eval_greedy)
-            if returns is not None:
+        if evaluates and run.writes and not stops:
+            if returns := play(args.eval_episodes, args.eval_greedy):
                 mean = np.mean(returns)
                 run.log(done, args.seed, {"eval/return_mean": mean, "eval/returns": returns})
                 played = f", return {mean:.1f}"
@@ -1204,7 +1192,8 @@ if __name__ == "__main__":
     status: Any = 130
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # those that are open
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
         head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines

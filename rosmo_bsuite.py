@@ -442,7 +442,7 @@ def update(state: TrainState, key, batch: Steps, network: MuZeroNetwork, args: A
 
 
 # --- act (identical in rosmo_*.py) ---
-@partial(jax.jit, static_argnames=("greedy", "network", "args"))
+@jax.jit(static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Args):
     """Actions [E] for observations [E, ...], of the improved policy or, with num_samples, of π."""
     state = network.apply(params, observation, method="representation")
@@ -487,7 +487,7 @@ def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, 
     return jax.vmap(update_seed)(states, keys, starts, num_starts)
 
 
-@partial(jax.jit, static_argnames=("network", "args", "by_device"))
+@jax.jit(static_argnames=("network", "args", "by_device"))
 def train(num_updates: int, states, sums, data, network, args, by_device):
     """`num_updates` times update_seeds(states, *data, ...) -> (states, sums + metrics)."""
 
@@ -646,9 +646,8 @@ class Run:
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
         defaults = vars(type(args)())
-        changed = {k: v for k, v in vars(args).items() if v != defaults[k] and k not in NOT_NAMED}
-        named = {k.replace("_", "-"): getattr(v, "name", v) for k, v in changed.items()}
-        variant = "".join(f"-{name}={value}" for name, value in named.items())
+        changed = [(k, v) for k, v in vars(args).items() if v != defaults[k] and k not in NOT_NAMED]
+        variant = "".join(f"-{k.replace('_', '-')}={getattr(v, 'name', v)}" for k, v in changed)
         if len(variant) > 160:  # a name has 255 bytes at most
             variant = f"{variant[:150]}-{zlib.crc32(variant.encode()):08x}"
         if data.get("source") == "dqn" and not args.dataset:  # not the paper's data
@@ -683,11 +682,10 @@ class Run:
             return
         try:
             before = json.loads((self.dir / "config.json").read_text())
-            theirs = defaults | before["args"]  # an argument that came later has its default
-            if theirs["total_updates"] < self.args.total_updates:
-                theirs["total_updates"] = self.args.total_updates  # it begins as the shorter run
-            theirs |= {"script": before["script"], "data": before["data"]}
+            # A longer run begins as the shorter one; an argument that came later has its default.
+            theirs = defaults | before["args"] | {k: before[k] for k in ("script", "data")}
             ours = self.config["args"] | {k: self.config[k] for k in ("script", "data")}
+            theirs["total_updates"] = max(theirs["total_updates"], ours["total_updates"])
             pairs = [(k, theirs[k], ours[k]) for k in ours if k not in NOT_COMPARED]
             changes = ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b)
             mine, starts = theirs["script"] == ours["script"], [*before["starts"]]
@@ -759,9 +757,8 @@ class Run:
         """Updates done and content of the newest whole checkpoint, or of the start."""
         for path in [] if self.args.overwrite else self.checkpoints()[::-1]:
             data = path.read_bytes()
-            crc32, content = data[:4], data[4:]
-            if content and zlib.crc32(content) == int.from_bytes(crc32, "little"):
-                return int(path.stem), serialization.msgpack_restore(content)
+            if data[4:] and zlib.crc32(data[4:]).to_bytes(4, "little") == data[:4]:
+                return int(path.stem), serialization.msgpack_restore(data[4:])
             print(f"{path} is damaged: it is not used.", file=sys.stderr)
         return 0, {"state": None, "sums": None, "lines": 0, "wall_time": 0.0}
 
@@ -861,13 +858,11 @@ class Run:
 
     def plot(self) -> None:
         """Draws learning_curve.png: the evaluations' mean returns, each seed's and their mean."""
-        if not self.writes:
+        lines = [line for line in self.lines() if "eval/return_mean" in line]
+        if not (self.writes and lines):
             return
         from matplotlib.figure import Figure  # without pyplot's global state
 
-        lines = [line for line in self.lines() if "eval/return_mean" in line]
-        if not lines:
-            return
         updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
         returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
         n = 1 + len(updates) // 25  # evaluations in the moving average
@@ -902,7 +897,7 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
             least, most = ranges.get(name, (1 if type(value) is int else 0, 1e9))
             if not least <= value <= most:
                 low = "more than 0" if least == TINY else f"at least {least:g}"
-                raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:g}.")
+                raise SystemExit(f"--{flag} is {value}; give {low} and at most {most:.10g}.")
         if name.endswith("batch_size") and value % jax.device_count():
             message = f"--{flag} {value} cannot be shared by {jax.device_count()} devices"
             raise SystemExit(f"{message}; give a multiple.")
@@ -918,7 +913,7 @@ def prepare_jax() -> None:
         message = f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
         raise SystemExit(f"{message}: install jax for it, or unset it.") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not cache.startswith("~"):
+    if not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -946,7 +941,7 @@ def main(args: Args) -> None:
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
     states, sums = jax.device_put((states, sums or zeros), replicated)
 
-    @partial(jax.jit, static_argnames="greedy")
+    @jax.jit(static_argnames="greedy")
     def act_seeds(params, observation, done, t, greedy):
         fold = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, done), t))
         policy = partial(act, greedy=greedy, network=network, args=args)
@@ -1009,7 +1004,8 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # those that are open
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
         head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines

@@ -49,7 +49,6 @@ import sys
 import zipfile
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,12 +150,12 @@ def optimizer(args: Args) -> optax.GradientTransformation:
     return optax.adam(args.learning_rate, eps=1.5e-4)
 
 
-@partial(jax.jit, static_argnums=0)
+@jax.jit(static_argnums=0)
 def greedy(network: QNetwork, params: Any, stacks: jax.Array) -> jax.Array:
     return network.apply(params, stacks).argmax(-1)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@jax.jit(static_argnums=(0, 1), donate_argnums=2)
 def update(network: QNetwork, tx: Any, learner: Learner, batch: dict) -> Learner:
     """One step on the Huber loss of n-step Q-learning."""
     bootstrap = network.apply(learner.target, batch["next"]).max(-1)

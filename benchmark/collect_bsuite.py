@@ -140,6 +140,8 @@ PAPER_TABLE6 = {  # random agent, online DQN agent
     "catch": (-0.66, 1.0),
     "mountain_car": (-1000.0, -102.16),
 }
+CHECKSUMS = {  # of seed 0, as a run's config.json has them
+}
 
 
 # JAX may swallow an exception that a signal handler raises. The handler therefore only takes note.
@@ -410,6 +412,19 @@ def print_tables(header: dict[str, Any]) -> None:
     row(env_id, header["random_return"], random_return, header["online_return"], online_return)
 
 
+def compare(args: Args, steps: dict[str, np.ndarray]) -> None:
+    """Warns if the data of a command of docs/bsuite_data.md are not those that the page has."""
+    names = ("observation", "action", "reward", "is_last", "is_terminal")
+    crc32 = zlib.crc32(b"".join(steps[name].tobytes() for name in names))
+    theirs = CHECKSUMS.get((args.env_id, args.noise), crc32)
+    if (args.seed, args.num_episodes) == (0, None) and crc32 != theirs:
+        print(
+            f"Warning: the data have the CRC-32 {crc32}, those of docs/bsuite_data.md {theirs}: "
+            "another kind of processor, or other versions of packages. Results can differ.",
+            file=sys.stderr,
+        )
+
+
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if an argument makes no sense."""
     if args.env_id not in TASKS:
@@ -502,6 +517,7 @@ def main(args: Args) -> None:
         sys.exit(f"Cannot write {path}: {error.strerror or error}.")
     if not args.from_rlds:
         print_tables(header)
+        compare(args, steps)
     print(
         f"{path}: {len(returns)} episodes, {header['num_transitions']} transitions, "
         f"mean return {header['mean_return']:.2f}, {path.stat().st_size / 1e6:.1f} MB "

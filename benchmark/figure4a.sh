@@ -2,7 +2,7 @@
 # Fig. 4(a): ROSMO and MuZero Unplugged on MsPacman with 10% and 1% of the data.
 #   bash benchmark/figure4a.sh [--workers 8]
 # Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
-# Cost: 12 runs of one seed, 200,000 updates. Disk: 1 GB of data, 1.5 GB of runs.
+# Cost: 12 runs of one seed, 200,000 updates. Disk: 1 GB of data, 1.3 GB of runs.
 # Not measured; by the paper's footnote 3 Table 8's five methods on a game take 16 V100 days a seed.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -2,7 +2,7 @@
 # Fig. 4(c): ROSMO and MuZero Unplugged on MsPacman, the model unrolled for 5 steps or for one.
 #   bash benchmark/figure4c.sh [--workers 8]
 # Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
-# Cost: 12 runs of one seed, 200,000 updates (six are Table 8's). Disk: 10 GB of data, 1.2 of runs.
+# Cost: 12 runs of one seed, 200,000 updates (six are Table 8's). Disk: 10 GB of data, 1.3 of runs.
 # Not measured; by the paper's footnote 3 Table 8's five methods on a game take 16 V100 days a seed.
 set -euo pipefail
 cd "$(dirname "$0")/.."

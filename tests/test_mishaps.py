@@ -64,11 +64,14 @@ def test_a_home_in_paths_is_expanded(name, monkeypatch, tmp_path):
 
 
 @by_script
-def test_without_a_home_no_program_is_kept(name, monkeypatch):
-    module, changes = importlib.import_module(name), []
+@pytest.mark.parametrize("reason", ["no home", "the user's own folder"])
+def test_programs_are_kept_in_no_folder_but_the_users(name, reason, monkeypatch):
+    module, changes, own = importlib.import_module(name), [], reason != "no home"
+    config = SimpleNamespace(update=lambda *change: changes.append(change))
+    config.jax_compilation_cache_dir = "/own" if own else None
+    monkeypatch.setattr(module.jax, "config", config)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(module.os.path, "expanduser", lambda path: path)  # as without a home
-    monkeypatch.setattr(module.jax.config, "update", lambda *change: changes.append(change))
+    monkeypatch.setattr(module.os.path, "expanduser", lambda path: "/home" if own else path)
     module.prepare_jax()
     assert changes == []
 

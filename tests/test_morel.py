@@ -120,7 +120,7 @@ def test_identical_members_have_no_discrepancy_and_different_ones_do(members, en
     np.testing.assert_allclose(outcome.discrepancy, 0, atol=1e-6)
 
 
-@partial(jax.jit, compiler_options=HURRY)
+@jax.jit(compiler_options=HURRY)
 def alone(params, state, action, frame):
     """One member of one episode, with the scalar inputs of a step: it predicts, and it filters."""
     predicted = morel.imagine(NETWORK, params, state, action)

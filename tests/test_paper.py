@@ -119,7 +119,9 @@ def test_sweeps_share_shell_scripts(name):
     assert second == first.replace("run.py", "report.py")
 
 
-@pytest.mark.parametrize("name", ["atari_small", "table7_small", "morel_small", "sweep_baselines_atari"])
+@pytest.mark.parametrize(
+    "name", ["atari_small", "table7_small", "morel_small", "sweep_baselines_atari"]
+)
 def test_data_are_collected_when_runs_need_them_alone(name, tmp_path):
     shutil.copytree(ROOT / "benchmark", tmp_path / "benchmark", ignore=lambda *_: ["results"])
     python = tmp_path / "python"

@@ -468,3 +468,18 @@ def test_processes_are_joined_by_their_variables_or_by_slurm(monkeypatch):
     bc_atari.join_processes(bc_atari.Args())
     assert joined == [(), ("host:1", 2, 1)]
     assert settings == {"jax_enable_preemption_service": False}  # SIGTERM stays ours
+
+
+@pytest.mark.parametrize(("tasks", "devices"), [("1", 4), ("2", 2), ("4", 1)])
+def test_the_tasks_of_slurm_share_the_batch_that_the_cores_share(monkeypatch, tasks, devices):
+    config = {"jax_num_cpu_devices": -1}
+    fake = SimpleNamespace(update=config.__setitem__, jax_num_cpu_devices=-1)
+    distributed = SimpleNamespace(initialize=lambda *_: None)
+    monkeypatch.setattr(bc_atari, "jax", SimpleNamespace(config=fake, distributed=distributed))
+    monkeypatch.setattr(bc_atari, "prepare_jax", lambda: None)
+    monkeypatch.setattr(bc_atari, "all_processes", lambda value: [value])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
+    bc_atari.join_processes(bc_atari.Args(batch_size=4))
+    assert config["jax_num_cpu_devices"] == devices

@@ -564,9 +564,9 @@ def test_several_devices_give_the_numbers_of_one(whole, started, tmp_path):
     helpers.assert_close(one, four)
 
 
-def test_pictures_are_drawn_from_a_notebook_and_with_a_closed_stdout(started, tmp_path):
+def test_pictures_are_drawn_from_a_notebook_and_with_closed_streams(started, tmp_path):
     backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # not installed here
-    result = started("bc_bsuite", "--run-dir", "run", shell="exec >&-", **backend)
+    result = started("bc_bsuite", "--run-dir", "run", shell="exec >&- 2>&-", **backend)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "learning_curve.png").exists()
 
