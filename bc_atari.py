@@ -922,7 +922,7 @@ if __name__ == "__main__":
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         status = f"{error}: put that right, then the same command{but} goes on."
     except Exception as error:
-        status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        status = "The memory is not enough: give smaller batches, or a smaller network."
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             status = traceback.format_exc()
     except SystemExit as end:

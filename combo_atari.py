@@ -380,12 +380,11 @@ def observe(network: WorldModel, params, windows: Windows, key=None):
     batch_size, length = windows.action.shape
     embedding = network.apply(params, windows.frame, method="encode")
     keys = None if key is None else jax.random.split(key, length)
+    empty = empty_state(network, batch_size)
 
     def step(state, inputs):
         action, is_first, embedding, key = inputs
-        reset = is_first[:, None]
-        h, z = jnp.where(reset, 0, state.deter), jnp.where(reset[..., None], 0, state.latent)
-        state = State(h, z)
+        state = jax.tree.map(partial(jax.vmap(jnp.where), is_first), empty, state)
         deter = network.apply(params, state, action, method="advance")
         logits = network.apply(params, deter, embedding, method="posterior")
         state = State(deter, draw_latent(logits, key))
@@ -393,7 +392,7 @@ def observe(network: WorldModel, params, windows: Windows, key=None):
 
     inputs = (windows.action, windows.is_first, embedding)
     inputs = (*(jnp.moveaxis(x, 1, 0) for x in inputs), keys)
-    _, outputs = jax.lax.scan(step, empty_state(network, batch_size), inputs)
+    _, outputs = jax.lax.scan(step, empty, inputs)
     states, posterior = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
     return states, network.apply(params, states.deter, method="prior"), posterior
 
@@ -403,10 +402,10 @@ def balanced_kl(posterior, prior, balance: float):
 
     The prior gets the share `balance` of its gradient.
     """
-    log_p, log_q = jax.nn.log_softmax(posterior), jax.nn.log_softmax(prior)
-    kl = partial(optax.losses.kl_divergence_with_log_targets, axis=(-2, -1))  # (log q, log p)
+    log_q, log_p = jax.nn.log_softmax(posterior), jax.nn.log_softmax(prior)
+    kl = partial(optax.losses.kl_divergence_with_log_targets, axis=(-2, -1))  # (log p, log q)
     stop = jax.lax.stop_gradient
-    return balance * kl(log_q, stop(log_p)) + (1 - balance) * kl(stop(log_q), log_p)
+    return balance * kl(log_p, stop(log_q)) + (1 - balance) * kl(stop(log_p), log_q)
 
 
 def world_model_loss(params, windows: Windows, key, network: WorldModel, args: Args):
@@ -548,20 +547,21 @@ def evaluate_member(params, windows: Windows, key, network: WorldModel, args: Ar
     """Held-out losses and prediction errors of a member on windows [B, T].
 
     Returns:
-      A dictionary to log: the mean losses and, as sums over the windows inside one episode, the
-      mean squared error of a pixel, for predictions and for copies of the last frame; the number
-      of these windows; the predictions, uint8 [B, AHEAD, 84, 84].
+      Two dictionaries to log: the mean losses and, as sums over the windows inside one episode,
+      the mean squared errors of a pixel, for predictions and for copies of the last frame; the
+      number of these windows; the predictions, uint8 [B, AHEAD, 84, 84].
     """
     _, losses = world_model_loss(params, windows, key, network, args)
     predicted = predict_frames(network, params, windows)
     image = to_image(windows.frame[:, : CONTEXT + AHEAD])
     inside = ~jnp.any(windows.is_first[:, 1 : CONTEXT + AHEAD], axis=1)  # [B]
-    sums = {f"heldout/{k}": x for k, x in losses.items()}
+    errors = {}
     for name, guess in (("error", predicted), ("copy_error", image[:, CONTEXT - 1, None])):
-        errors = jnp.mean((guess - image[:, CONTEXT:]) ** 2, axis=(2, 3))  # [B, AHEAD]
+        squares = jnp.mean((guess - image[:, CONTEXT:]) ** 2, axis=(2, 3))  # [B, AHEAD]
         for step in (1, 5, AHEAD):
-            sums[f"heldout/{name}_{step}"] = jnp.sum(errors[:, step - 1] * inside)
-    return sums, jnp.sum(inside), to_frame(predicted)
+            errors[f"heldout/{name}_{step}"] = jnp.sum(squares[:, step - 1] * inside)
+    losses = {f"heldout/{name}": x for name, x in losses.items()}
+    return losses, errors, jnp.sum(inside), to_frame(predicted)
 
 
 # --- end world model ---
@@ -933,8 +933,8 @@ def update(state: TrainState, key, batch: Batch, network: CQLNetwork, args: Args
     delta, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.params)
     params, step = optax.apply_updates(state.params, delta), state.step + 1
     target = optax.periodic_update(params, state.target_params, step, args.target_update_every)
-    rest = (step, state.rollouts, state.world_model_crc32)
-    return TrainState(params, target, opt_state, *rest), metrics
+    state = state._replace(params=params, target_params=target, opt_state=opt_state, step=step)
+    return state, metrics
 
 
 @jax.jit(static_argnames=("greedy", "network", "args"))
@@ -1602,7 +1602,8 @@ def get_world_model(run: Run, store: Store, network: WorldModel, by_device, repl
     Ends the program if the run would go on with another world model than it has learned from.
     """
     folder = args.world_model or Path(f"{run.dir}-world-model")
-    if args.world_model or ((folder / "members.msgpack").exists() and not args.overwrite):
+    exists = (folder / "members.msgpack").exists() and not args.overwrite
+    if args.world_model or run.saved or exists:  # what the policy has learned from must be there
         content = load_world_model(run, folder)
     else:
         content = train_world_model(run, folder, store, network, by_device, replicated, args)
@@ -1691,21 +1692,20 @@ def evaluate_model(
     run: Run, state: ModelState, heldout: list[Windows], keys, network, by_device, args: Args
 ) -> dict:
     """Held-out metrics, means of the members; also draws world_model.png of the first."""
-    total, count = Counter(), 0
-    for i, windows in enumerate(heldout):
-        on_devices, outputs = put(windows, by_device), []
+    outputs = []
+    for windows in heldout:
+        on_devices = put(windows, by_device)
         for member, key in zip(state.members, keys, strict=True):
             output = evaluate_member(member.params, on_devices, key, network, args)
-            outputs.append(multihost_utils.process_allgather(output, tiled=True))
+            *sums, predicted = multihost_utils.process_allgather(output, tiled=True)
             if any(all_processes(run.stopping)):
                 run.exit()
-        sums, inside, predicted = zip(*outputs, strict=True)
-        total.update(jax.tree.map(lambda *x: np.mean(x, axis=0), *sums))
-        count += inside[0]
-        if i == 0 and run.writes:
-            draw_predictions(windows, predicted[0], run.dir / "world_model.png")
-    counts = {k: count if "error" in k else len(heldout) for k in total}
-    return {name: total[name] / counts[name] for name in total if counts[name]}
+            if not outputs and run.writes:
+                draw_predictions(windows, predicted, run.dir / "world_model.png")
+            outputs.append(sums)
+    losses, errors, inside = jax.tree.map(lambda *x: sum(x), *outputs)
+    means = {name: x / len(outputs) for name, x in losses.items()}
+    return means | {name: x / inside for name, x in errors.items() if inside}
 
 
 def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path) -> None:
@@ -1916,7 +1916,7 @@ if __name__ == "__main__":
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         status = f"{error}: put that right, then the same command{but} goes on."
     except Exception as error:
-        status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        status = "The memory is not enough: give smaller batches, or a smaller network."
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             status = traceback.format_exc()
     except SystemExit as end:

@@ -385,12 +385,11 @@ def observe(network: WorldModel, params, windows: Windows, key=None):
     batch_size, length = windows.action.shape
     embedding = network.apply(params, windows.frame, method="encode")
     keys = None if key is None else jax.random.split(key, length)
+    empty = empty_state(network, batch_size)
 
     def step(state, inputs):
         action, is_first, embedding, key = inputs
-        reset = is_first[:, None]
-        h, z = jnp.where(reset, 0, state.deter), jnp.where(reset[..., None], 0, state.latent)
-        state = State(h, z)
+        state = jax.tree.map(partial(jax.vmap(jnp.where), is_first), empty, state)
         deter = network.apply(params, state, action, method="advance")
         logits = network.apply(params, deter, embedding, method="posterior")
         state = State(deter, draw_latent(logits, key))
@@ -398,7 +397,7 @@ def observe(network: WorldModel, params, windows: Windows, key=None):
 
     inputs = (windows.action, windows.is_first, embedding)
     inputs = (*(jnp.moveaxis(x, 1, 0) for x in inputs), keys)
-    _, outputs = jax.lax.scan(step, empty_state(network, batch_size), inputs)
+    _, outputs = jax.lax.scan(step, empty, inputs)
     states, posterior = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), outputs)
     return states, network.apply(params, states.deter, method="prior"), posterior
 
@@ -408,10 +407,10 @@ def balanced_kl(posterior, prior, balance: float):
 
     The prior gets the share `balance` of its gradient.
     """
-    log_p, log_q = jax.nn.log_softmax(posterior), jax.nn.log_softmax(prior)
-    kl = partial(optax.losses.kl_divergence_with_log_targets, axis=(-2, -1))  # (log q, log p)
+    log_q, log_p = jax.nn.log_softmax(posterior), jax.nn.log_softmax(prior)
+    kl = partial(optax.losses.kl_divergence_with_log_targets, axis=(-2, -1))  # (log p, log q)
     stop = jax.lax.stop_gradient
-    return balance * kl(log_q, stop(log_p)) + (1 - balance) * kl(stop(log_q), log_p)
+    return balance * kl(log_p, stop(log_q)) + (1 - balance) * kl(stop(log_p), log_q)
 
 
 def world_model_loss(params, windows: Windows, key, network: WorldModel, args: Args):
@@ -553,20 +552,21 @@ def evaluate_member(params, windows: Windows, key, network: WorldModel, args: Ar
     """Held-out losses and prediction errors of a member on windows [B, T].
 
     Returns:
-      A dictionary to log: the mean losses and, as sums over the windows inside one episode, the
-      mean squared error of a pixel, for predictions and for copies of the last frame; the number
-      of these windows; the predictions, uint8 [B, AHEAD, 84, 84].
+      Two dictionaries to log: the mean losses and, as sums over the windows inside one episode,
+      the mean squared errors of a pixel, for predictions and for copies of the last frame; the
+      number of these windows; the predictions, uint8 [B, AHEAD, 84, 84].
     """
     _, losses = world_model_loss(params, windows, key, network, args)
     predicted = predict_frames(network, params, windows)
     image = to_image(windows.frame[:, : CONTEXT + AHEAD])
     inside = ~jnp.any(windows.is_first[:, 1 : CONTEXT + AHEAD], axis=1)  # [B]
-    sums = {f"heldout/{k}": x for k, x in losses.items()}
+    errors = {}
     for name, guess in (("error", predicted), ("copy_error", image[:, CONTEXT - 1, None])):
-        errors = jnp.mean((guess - image[:, CONTEXT:]) ** 2, axis=(2, 3))  # [B, AHEAD]
+        squares = jnp.mean((guess - image[:, CONTEXT:]) ** 2, axis=(2, 3))  # [B, AHEAD]
         for step in (1, 5, AHEAD):
-            sums[f"heldout/{name}_{step}"] = jnp.sum(errors[:, step - 1] * inside)
-    return sums, jnp.sum(inside), to_frame(predicted)
+            errors[f"heldout/{name}_{step}"] = jnp.sum(squares[:, step - 1] * inside)
+    losses = {f"heldout/{name}": x for name, x in losses.items()}
+    return losses, errors, jnp.sum(inside), to_frame(predicted)
 
 
 # --- end world model ---
@@ -748,8 +748,8 @@ def imagined_step(
 
     before = jax.tree.map(lambda x: x.swapaxes(0, 1), env.state)  # [E, B, ...]
     predicted, decoded = jax.lax.map(lambda x: predict(*x), (params, before))
-    by_episode = jax.tree.map(lambda x: x.swapaxes(0, 1), (predicted, decoded))
-    state, own = by_episode[0], pick(by_episode[1], env.member)
+    state, said = jax.tree.map(lambda x: x.swapaxes(0, 1), (predicted, decoded))  # [B, E, ...]
+    own = pick(said, env.member)
     frame = to_frame(own.image)  # [B, 84, 84]
 
     def filtered(params, deter):
@@ -885,27 +885,23 @@ def rollout(params, env: Imagined, starts: Imagined, key, step: Callable, policy
             ended=outcome.ended,
             next_value=outputs[1],
         )
-        ended = outcome.ended
-        metrics = {
-            "charts/discrepancy": jnp.mean(outcome.discrepancy) / args.rollout_length,
-            "charts/episodes": jnp.sum(ended),
-            "ended": {
-                "charts/halt_rate": jnp.sum(outcome.halted),
-                "charts/episode_length": jnp.sum(after.steps * ended),
-                "charts/episode_return": jnp.sum(after.reward_sum * ended),
-            },
-        }
         start = pick((starts, start_outputs), used % starts.member.shape[1])
-        env, outputs = jax.tree.map(
-            lambda new, old: jnp.where(ended.reshape(-1, *[1] * (new.ndim - 1)), new, old),
-            start,
-            (after, outputs),
-        )
-        return (env, outputs, used + ended), (steps, metrics)
+        if_ended = partial(jax.vmap(jnp.where), outcome.ended)
+        env, outputs = jax.tree.map(if_ended, start, (after, outputs))
+        used += outcome.ended
+        return (env, outputs, used), (steps, outcome, after.steps, after.reward_sum)
 
     keys, carry = jax.random.split(key, args.rollout_length), (env, outputs, env.steps * 0)
-    (env, *_), (steps, metrics) = jax.lax.scan(one_step, carry, keys)
-    metrics = jax.tree.map(lambda x: jnp.sum(x).astype(jnp.float32), metrics)
+    (env, *_), (steps, outcome, lengths, returns) = jax.lax.scan(one_step, carry, keys)
+    metrics = {
+        "charts/discrepancy": jnp.mean(outcome.discrepancy),
+        "charts/episodes": jnp.sum(outcome.ended, dtype=float),
+        "ended": {
+            "charts/halt_rate": jnp.sum(outcome.halted, dtype=float),
+            "charts/episode_length": jnp.sum(lengths * outcome.ended, dtype=float),
+            "charts/episode_return": jnp.sum(returns * outcome.ended),
+        },
+    }
     return env, jax.tree.map(lambda x: x.swapaxes(0, 1), steps), metrics
 
 
@@ -1701,7 +1697,8 @@ def get_world_model(run: Run, store: Store, network: WorldModel, by_device, repl
     Ends the program if the run would go on with another world model than it has learned from.
     """
     folder = args.world_model or Path(f"{run.dir}-world-model")
-    if args.world_model or ((folder / "members.msgpack").exists() and not args.overwrite):
+    exists = (folder / "members.msgpack").exists() and not args.overwrite
+    if args.world_model or run.saved or exists:  # what the policy has learned from must be there
         content = load_world_model(run, folder)
     else:
         content = train_world_model(run, folder, store, network, by_device, replicated, args)
@@ -1790,21 +1787,20 @@ def evaluate_model(
     run: Run, state: ModelState, heldout: list[Windows], keys, network, by_device, args: Args
 ) -> dict:
     """Held-out metrics, means of the members; also draws world_model.png of the first."""
-    total, count = Counter(), 0
-    for i, windows in enumerate(heldout):
-        on_devices, outputs = put(windows, by_device), []
+    outputs = []
+    for windows in heldout:
+        on_devices = put(windows, by_device)
         for member, key in zip(state.members, keys, strict=True):
             output = evaluate_member(member.params, on_devices, key, network, args)
-            outputs.append(multihost_utils.process_allgather(output, tiled=True))
+            *sums, predicted = multihost_utils.process_allgather(output, tiled=True)
             if any(all_processes(run.stopping)):
                 run.exit()
-        sums, inside, predicted = zip(*outputs, strict=True)
-        total.update(jax.tree.map(lambda *x: np.mean(x, axis=0), *sums))
-        count += inside[0]
-        if i == 0 and run.writes:
-            draw_predictions(windows, predicted[0], run.dir / "world_model.png")
-    counts = {k: count if "error" in k else len(heldout) for k in total}
-    return {name: total[name] / counts[name] for name in total if counts[name]}
+            if not outputs and run.writes:
+                draw_predictions(windows, predicted, run.dir / "world_model.png")
+            outputs.append(sums)
+    losses, errors, inside = jax.tree.map(lambda *x: sum(x), *outputs)
+    means = {name: x / len(outputs) for name, x in losses.items()}
+    return means | {name: x / inside for name, x in errors.items() if inside}
 
 
 def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path) -> None:
@@ -1837,7 +1833,7 @@ TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "heldout_percent": (TINY, 99)}
 RANGES |= {"members": (2, 10**6), "model_learning_rate": (TINY, 1), "kl_balance": (0, 1)}
 RANGES |= {"model_max_grad_norm": (TINY, 1e9), "model_min_improvement": (0, 0.5)}
-RANGES |= {"halt_quantile": (0, 1), "halt_penalty": (-1e15, 1e15), "warm_up": (4, 10**6)}
+RANGES |= {"halt_quantile": (0, 1), "halt_penalty": (-1e15, 0), "warm_up": (4, 10**6)}
 RANGES |= {"channels": (2, 10**6), "bc_updates": (0, 10**9), "bc_learning_rate": (TINY, 1)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "rlu_run": (1, 5)}
 RANGES |= {"discount": (0, 1), "gae_lambda": (0, 1)}
@@ -1925,9 +1921,7 @@ def check_policy_args(args: Args) -> None:
         raise SystemExit(f"{message} {args.minibatches}.")
 
 
-def measure_halting(
-    run: Run, store: Store, members, num_actions: int, network: WorldModel, by_device, args: Args
-) -> np.float32:
+def measure_halting(run: Run, store: Store, members, network: WorldModel, by_device, args: Args):
     """The threshold of the discrepancy, from replays of logged episodes.
 
     Logs how many of these it would halt, and of those with random actions; draws discrepancy.png.
@@ -1936,7 +1930,7 @@ def measure_halting(
     for i in range(args.halt_batches):
         windows, logged = sample_starts(store, (args.seed, i, 1), args.batch_size, rows, args)
         rng, shape = np.random.default_rng((args.seed, i, 2)), (args.batch_size, args.horizon)
-        random = rng.integers(num_actions, size=shape, dtype=np.int32)[rows]
+        random = rng.integers(store.meta["num_actions"], size=shape, dtype=np.int32)[rows]
         for name, actions in (("logged", logged), ("random", random)):
             disc = replay(members, *put((windows, actions), by_device), network, args)
             parts[name].append(multihost_utils.process_allgather(disc, tiled=True))
@@ -1970,7 +1964,7 @@ def draw_discrepancies(replays: dict, threshold: float, path: Path) -> None:
 
 def clone_behavior(run: Run, params, store: Store, policy: PolicyNetwork, by_device, args: Args):
     """The policy's parameters after --bc-updates; a run that is stopped in these repeats them."""
-    size, loss = args.bc_batch_size, None
+    size, loss = args.bc_batch_size, 0.0
     opt_state = optax.adam(args.bc_learning_rate).init(params)
 
     def load(step: int) -> Batch:
@@ -1989,7 +1983,7 @@ def clone_behavior(run: Run, params, store: Store, policy: PolicyNetwork, by_dev
             run.check_finite(0, {"losses/total": loss})
             run.show(0, f"behavior cloning {i + 1:,} of {args.bc_updates:,}, loss {loss:.3f}")
     batches.close()
-    run.check_finite(0, {"losses/total": 0.0 if loss is None else loss})
+    run.check_finite(0, {"losses/total": loss})
     return params
 
 
@@ -2013,7 +2007,7 @@ def main(args: Args) -> None:
     done, state, sums = run.restore(state)
     state, sums = jax.device_put((state, sums), (shardings, replicated))
     if done == 0:
-        threshold = measure_halting(run, store, members, num_actions, network, by_device, args)
+        threshold = measure_halting(run, store, members, network, by_device, args)
         params = clone_behavior(run, state.params, store, policy, by_device, args)
         state = state._replace(params=params, threshold=jax.device_put(threshold, replicated))
 
@@ -2050,7 +2044,7 @@ if __name__ == "__main__":
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         status = f"{error}: put that right, then the same command{but} goes on."
     except Exception as error:
-        status = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        status = "The memory is not enough: give smaller batches, or a smaller network."
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             status = traceback.format_exc()
     except SystemExit as end:

@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -34,7 +35,6 @@ import cloudpickle
 import numpy as np
 import submitit
 import tyro
-from filelock import FileLock, Timeout
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from tqdm import tqdm
 
@@ -465,19 +465,13 @@ class Command:
     A script that gets SIGTERM writes a checkpoint and ends, and the same command goes on.
     """
 
-    def __init__(self, words, log, gpu=None, cores=None, lock=None):
-        self.words, self.log, self.cores = words, Path(log).absolute(), cores
-        self.lock, self.folder = lock, os.getcwd()
-        self.visible = os.environ.get("CUDA_VISIBLE_DEVICES") if gpu is None else gpu
-        self.pid, self.stopped = None, False
+    def __init__(self, words, log, gpu=None, cores=None):
+        self.words, self.log, self.gpu, self.cores = words, Path(log).absolute(), gpu, cores
+        self.folder, self.pid, self.stopped = os.getcwd(), None, False
 
     def __call__(self) -> None:
         signal.signal(signal.SIGTERM, self.stop)
-        environment = dict(os.environ)
-        if self.lock:  # submitit's local executor hides all GPUs
-            environment.pop("CUDA_VISIBLE_DEVICES", None)
-            if self.visible is not None:
-                environment["CUDA_VISIBLE_DEVICES"] = self.visible
+        environment = os.environ | ({} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu})
         if self.cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.cores)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -500,25 +494,16 @@ class Command:
             os.kill(os.getpid(), number)
         if self.stopped:  # before there was a script
             self.stop()
+        parent = multiprocessing.parent_process()  # run.py, but in a job of SLURM
         while process.poll() is None:
-            if not self.stopped and not self.is_wanted():
+            if not self.stopped and parent and not parent.is_alive():
                 self.stop()
             time.sleep(0.2)
         if process.returncode < 0:
             with self.log.open("a") as log:
                 log.write(f"It was killed by signal {-process.returncode}.\n")
         if process.returncode:
-            raise RuntimeError(f"status {process.returncode}")
-
-    def is_wanted(self) -> bool:
-        """Whether run.py still holds its lock: it lets go when it stops, and when it dies."""
-        if self.lock is None:
-            return True
-        try:
-            with FileLock(self.lock, blocking=False):
-                return False
-        except Timeout:
-            return True
+            sys.exit(process.returncode)
 
     def stop(self, *_) -> None:
         self.stopped = True
@@ -562,15 +547,11 @@ def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
         raise SystemExit(f"--workers {workers}: there are {len(gpus)} GPUs, one for each run.")
     get_cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     cores = sorted(get_cores(0))
-    jobs_folder = logs.absolute() / f"submitit-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    jobs_folder.mkdir(parents=True)
-    lock = FileLock(jobs_folder / "lock")  # the runs go on as long as it is held
-    lock.acquire()
-    executor = submitit.LocalExecutor(jobs_folder)
-    executor.update_parameters(timeout_min=60 * 24 * 365, stderr_to_stdout=True)
+    logs.mkdir(parents=True, exist_ok=True)
+    context, stopping = multiprocessing.get_context("spawn"), False
     signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.signal(n, lambda number, _: signals.append(number)) for n in numbers]
-    waiting, running, ended = list(jobs), {}, {}  # by slot: (job, submitit's), by name: error
+    waiting, running, ended = list(jobs), {}, {}  # by slot: (job, process), by name: error
     done = total - len(jobs)
     bar = tqdm(total=total, initial=done, unit="run", disable=not sys.stderr.isatty())
 
@@ -603,31 +584,31 @@ def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
                     logs / f"{job.name}.log",
                     gpus[slot] if gpus else None,
                     share if workers > 1 and not gpus else None,
-                    jobs_folder / "lock",
                 )
                 kept = {n: signal.signal(n, signal.SIG_IGN) for n in TERMINAL}  # inherited
-                running[slot] = job, executor.submit(task)
+                running[slot] = job, context.Process(target=task)
+                running[slot][1].start()
                 for number, handler in kept.items():
                     signal.signal(number, handler)
                 say(f"started  {job.name}")
             for slot, (job, started) in list(running.items()):
-                if started.done():
-                    error = started.exception() and last_line(logs / f"{job.name}.log")
+                if started.exitcode is not None:
+                    error = last_line(logs / f"{job.name}.log") if started.exitcode else None
                     ended[job.name] = error
                     del running[slot]
                     bar.update()
                     how = "finished" if not error else "stopped" if signals else "failed"
                     say(f"{how:8} {job.name}")
-            if signals and lock.is_locked:
+            if signals and not stopping:
                 say(f"Stopping {len(running)} run(s), which write their checkpoints.")
-                lock.release()
+                stopping = [started.terminate() for _, started in running.values()] or True
             time.sleep(0.2)
     finally:
-        lock.release()
+        for _, started in running.values():  # after an error; they end before this program does
+            started.terminate()
         bar.close()
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
-    shutil.rmtree(jobs_folder, ignore_errors=True)
     if signals:
         left = len(waiting) + sum(error is not None for error in ended.values())
         print(f"Stopped with {left} run(s) to do; the same command goes on.", file=sys.stderr)
@@ -655,17 +636,26 @@ def missing_stores(jobs: list[Job]) -> list[str]:
     ]
 
 
-def submit(jobs: list[Job], args: Args, logs: Path, item: str) -> None:
-    """Hands the jobs to SLURM: an array, and one after it for those that need the first."""
+def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str, str]) -> None:
+    """Hands the jobs to SLURM: an array, and one for those that need others, after these.
+
+    arrays: by the name of a job the array that it is in; those of the jobs are added.
+    """
     if not shutil.which("sbatch"):
         raise SystemExit("--launcher slurm needs sbatch: start this on a host that submits jobs.")
     executor = submitit.SlurmExecutor(logs / "submitit", max_num_timeout=1000)
     atari = any("_atari.py" in job.command[0] for job in jobs)
-    options = {"job_name": item, "time": 24 * 60, "cpus_per_task": 8 if atari else 2}
-    options |= {"gpus_per_node": 1} if atari else {}
+    options, given = {"job_name": item, "time": 24 * 60}, {}
     for option in args.slurm:
         name, _, value = option.partition("=")
-        options[name.replace("-", "_")] = int(value) if value.isdigit() else value or True
+        given[name.replace("-", "_")] = int(value) if value.isdigit() else value or True
+    if "cpus_per_gpu" not in given:
+        options["cpus_per_task"] = 8 if atari else 2
+    if atari and not {"gres", "gpus", "gpus_per_task"} & given.keys():
+        options["gpus_per_node"] = 1
+    options |= given
+    if cpus := options.get("cpus_per_task"):  # which srun of SLURM 22.05 to 23.02 does not inherit
+        options["srun_args"] = [f"--cpus-per-task={cpus}"]
     if type(options["time"]) is not int:  # submitit reckons with it at the end of a task
         raise SystemExit(f"--slurm time={options['time']}: give a whole number of minutes.")
     if commands := missing_stores(jobs):  # tasks would hold their GPUs while one makes it
@@ -675,12 +665,12 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str) -> None:
     extra = {k: options.pop(k) for k in list(options) if k not in known} | {"requeue": True}
     options |= {"array_parallelism": args.workers} if args.workers else {}
     options |= {"signal_delay_s": 120, "stderr_to_stdout": True}
-    before = None
     for wave in ([job for job in jobs if not job.after], [job for job in jobs if job.after]):
         if not wave:
             continue
-        if before:  # a script says so itself if what it needs is not there
-            options["dependency"] = f"afterany:{before}"
+        if needed := {arrays[job.after] for job in wave if job.after}:
+            # A script says so itself if what it needs is not there.
+            options["dependency"] = f"afterany:{':'.join(sorted(needed))}"
         try:
             executor.update_parameters(**options, additional_parameters=extra)
             with executor.batch():
@@ -688,16 +678,17 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str) -> None:
                     executor.submit(Command([PYTHON, *job.command], logs / f"{job.name}.log"))
                     for job in wave
                 ]
-            before = tasks[0].job_id.partition("_")[0]
+            array = tasks[0].job_id.partition("_")[0]
         except (FailedJobError, FailedSubmissionError, TypeError, IndexError) as error:
             text = " ".join(str(error).split()) or "sbatch was killed"
             raise SystemExit(f"The job was not submitted: {text}; see --slurm.") from None
-        print(f"Submitted job {before} of {len(wave)} run(s): squeue -j {before}, logs in {logs}.")
+        arrays |= {job.name: array for job in wave}
+        print(f"Submitted job {array} of {len(wave)} run(s): squeue -j {array}, logs in {logs}.")
 
 
 def main(args: Args, further: list[str]) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs need no path to this file
-    items, planned, well = get_items(args), set(), True
+    items, planned, arrays, well = get_items(args), set(), {}, True
     if absent := [str(x) for x in args.runs if x not in Args.runs and not x.is_dir()]:
         raise SystemExit(f"--runs: there is no folder {', '.join(absent)}.")
     runs = read_runs(args.runs)
@@ -705,7 +696,7 @@ def main(args: Args, further: list[str]) -> None:
         missing, total = missing_jobs(item, runs, args, further)
         jobs = [job for job in missing if tuple(job.command) not in planned]
         planned |= {tuple(job.command) for job in jobs}
-        here = {job.name for job in jobs}  # what is of an item before has been run
+        here = {job.name for job in jobs} | arrays.keys()  # else it has been run before
         jobs = [job if job.after in here else job._replace(after=None) for job in jobs]
         if args.dry_run:
             for job in jobs:
@@ -718,7 +709,7 @@ def main(args: Args, further: list[str]) -> None:
             refuse_other_data(item, runs, args, further)
         logs = args.logs / (item.of or name)
         if jobs and args.launcher == "slurm":
-            submit(jobs, args, logs, name)
+            submit(jobs, args, logs, name, arrays)
         elif jobs:
             well &= run_here(jobs, total, args, logs)
     if not well:

@@ -37,7 +37,7 @@ ALL = {
     "halt_quantile": [-0.1, 1.1], "head_units": [0], "model_length": [0],
     "model_weight_decay": [-1.0, math.nan], "kl_coef": [-1.0, math.nan], "model_eval_every": [0],
     "model_eval_batches": [0], "model_patience": [0], "halt_batches": [0], "warm_up": [0],
-    "halt_penalty": [math.nan, math.inf, -math.inf], "bc_updates": [-1], "bc_batch_size": [0],
+    "halt_penalty": [math.nan, 1.0, -math.inf], "bc_updates": [-1], "bc_batch_size": [0],
     "anneal_updates": [0], "clip_ratio": [-0.1, math.nan], "entropy_coef": [-1.0, math.nan],
     "rollout_generations": [0], "rollout_warm_up": [0],
     "gae_lambda": [-0.1, 1.1], "bc_learning_rate": [0.0], "rollout_epsilon": [-0.1, 1.1],

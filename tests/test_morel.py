@@ -512,7 +512,7 @@ def test_the_threshold_is_the_quantile_of_running_steps(monkeypatch, toy_store):
     monkeypatch.setattr(morel, "put", lambda tree, _: tree)
     run = SimpleNamespace(stopping=False, writes=False, log=lambda *line: lines.append(line))
     args = dataclasses.replace(ARGS, batch_size=4, halt_batches=1, halt_quantile=0.75)
-    threshold = morel.measure_halting(run, toy_store, None, 6, None, None, args)
+    threshold = morel.measure_halting(run, toy_store, None, None, None, args)
     assert threshold == np.quantile(np.arange(17), 0.75) == 12
     assert lines == [(0, 0, dict(zip(HALTING, (12, 0.5, 1), strict=True)))]
 

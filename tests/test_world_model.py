@@ -539,6 +539,19 @@ def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trai
             morel.load_world_model(as_run(given, data), tmp_path / "empty")
 
 
+@pytest.mark.parametrize(("saved", "message"), [(0, "trains"), (3, "There is no trained world")])
+def test_a_policy_does_not_go_on_without_the_world_model_that_it_has_learned_from(
+    saved, message, tmp_path, monkeypatch
+):
+    def train(*_):
+        raise SystemExit("trains")
+
+    monkeypatch.setattr(morel, "train_world_model", train)
+    run = SimpleNamespace(dir=tmp_path / "run", saved=saved, config={})
+    with pytest.raises(SystemExit, match=message):
+        morel.get_world_model(run, None, None, None, None, ARGS)
+
+
 def test_the_optimizer_clips_each_gradient_and_decays_weights_alone(params):
     assert params["params"]["decoder"]["background"].ndim == 1  # so that it is not decayed
     optimizer = morel.model_optimizer(dataclasses.replace(ARGS, model_weight_decay=0.5))
@@ -584,11 +597,12 @@ def test_prediction_errors_are_those_of_frames_after_the_context_in_one_episode(
     grey = {"params": params["params"] | {"decoder": decoder}}
     windows = random_windows(3, 20)
     windows.is_first[2, 7] = True
-    sums, inside, predicted = morel.evaluate_member(grey, windows, jax.random.key(0), NETWORK, ARGS)
+    output = morel.evaluate_member(grey, windows, jax.random.key(0), NETWORK, ARGS)
+    _, errors, inside, predicted = output
     assert inside == 2
     assert (predicted == 191).all()
     image = windows.frame[:2] / 255 - 0.5
     for step in (1, 5, 15):
         for name, other in (("error", 0.25), ("copy_error", image[:, 4])):
             expected = np.mean((image[:, 4 + step] - other) ** 2, axis=(1, 2)).sum()
-            assert sums[f"heldout/{name}_{step}"] == pytest.approx(expected, rel=1e-4)
+            assert errors[f"heldout/{name}_{step}"] == pytest.approx(expected, rel=1e-4)
