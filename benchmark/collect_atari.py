@@ -234,7 +234,7 @@ class Recorder:
                 f"{folder} has a collection with other arguments that has not ended: give those of "
                 "its args.json to go on with it, or delete it."
             )
-        self.lengths, self.returns = [], []
+        self.lengths, self.returns, self.num_steps = [], [], 0
 
     def add(self, episode: dict) -> None:
         frames = zstandard.ZstdCompressor().compress(episode["frames"].tobytes())
@@ -244,6 +244,7 @@ class Recorder:
 
     def count(self, episode: dict) -> None:
         self.lengths.append(len(episode["action"]))
+        self.num_steps += self.lengths[-1]
         self.returns.append(float(episode["reward"].sum()))
 
     def read(self, number: int) -> dict:
@@ -293,7 +294,7 @@ def collect(args: Args, recorder: Recorder) -> None:
     replay = Replay(max(args.replay_size, 10 * args.n_step))
     learner = Learner(params, jax.tree.map(jnp.copy, params), tx.init(params))
     learner = recorder.restore(learner, replay)
-    step = sum(recorder.lengths)
+    step = recorder.num_steps
     saved, recent = step, deque(recorder.returns[-20:], 20)
     # Environment i gets this seed plus i, which must be less than 2**31.
     observations, _ = env.reset(seed=(args.seed * 1_000_003 + step) % (2**31 - args.num_envs))
@@ -307,7 +308,7 @@ def collect(args: Args, recorder: Recorder) -> None:
         smoothing=0.05,
         disable=not sys.stderr.isatty(),
     )
-    while sum(recorder.lengths) < args.num_steps:
+    while recorder.num_steps < args.num_steps:
         rng = np.random.default_rng((args.seed, step))
         learning = max(0, step - args.replay_start)
         epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * learning / args.epsilon_steps)
@@ -357,6 +358,7 @@ def write_rlu(folder: Path, recorder: Recorder, labels: list[tuple[int, int]]) -
         bytes: lambda x: tf.train.Feature(bytes_list=tf.train.BytesList(value=x)),
     }
     folder.mkdir(parents=True)
+    (folder / "collector.json").write_text("{}\n")  # these are not RL Unplugged's
     num_shards = labels[-1][0] + 1
     for shard, members in itertools.groupby(enumerate(labels), lambda item: item[1][0]):
         path = folder / f"run_1-{shard:05d}-of-{num_shards:05d}"

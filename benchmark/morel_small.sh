@@ -6,10 +6,6 @@
 # four minutes of data; the rest is not measured. Disk: 30 MB of data, 100 MB of runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-commands=$(python benchmark/run.py morel_small --dry-run "$@")  # none if all are finished
-if [[ $commands = python* && ! -e data/atari/Breakout-dqn-60k && " $* " != *" --dry-run "* ]]; then
-    python benchmark/collect_atari.py --env-id Breakout --num-steps 60000 --replay-start 2000 \
-        --epsilon-steps 15000
-fi
+source benchmark/small_data.sh morel_small "$@"
 python benchmark/run.py morel_small "$@"
 python benchmark/report.py morel_small "$@"

@@ -161,6 +161,7 @@ BOTH = {k: (ALGORITHMS[k], {}) for k in ("ROSMO", "MuZero Unplugged")}
 BSUITE = {"seeds": (0, 1, 2, 3, 4)}
 ATARI = {"seeds": (0, 1, 2)}
 SHARES = {"argument": "data_percent", "axis": "share of the data, %", "column": "{}% of the data"}
+FOUR = {"num_simulations": 4}
 # Breakout on local data: 176 transitions an update, five minutes of play at most.
 SMALL = (
     ("dataset", Path("data/atari/Breakout-dqn-60k")),
@@ -299,10 +300,8 @@ ITEMS = {
             "atari",
             **{
                 "ROSMO, N = 4": ("rosmo", {"num_samples": 4}),
-                "MuZero Unplugged, N = 4": ("muzero_unplugged", {"num_simulations": 4}),
-                "MZU-Q, N = 4": (
-                    *("muzero_unplugged", {"num_simulations": 4, "policy_target": "mpo"}),
-                ),
+                "MuZero Unplugged, N = 4": ("muzero_unplugged", FOUR),
+                "MZU-Q, N = 4": ("muzero_unplugged", FOUR | {"policy_target": "mpo"}),
             },
         ),
         ("MsPacman",),

@@ -674,10 +674,11 @@ def find_source(args: Args) -> tuple[Callable, list[str]] | None:
         if len(totals) > 1:
             raise SystemExit(f"{folder} has shards of {' and of '.join(sorted(totals))}.")
         names, total = {int(m[1]): m[0] for m in matches}, totals.pop()
-        if int(total) not in SHARDS and not args.out:  # as collect_atari.py writes them
-            message = f"{folder} has {int(total)} shards, RL Unplugged 50: this is other data"
+        local = int(total) not in SHARDS or (folder / "collector.json").exists()
+        if local and not args.out:
+            message = f"{folder} is not RL Unplugged's, of 50 shards, but other data"
             raise SystemExit(f"{message}; give its store a path of its own with --out.")
-        if int(total) not in SHARDS and args.percent < 100:
+        if local and args.percent < 100:
             message = f"{folder} is not RL Unplugged's"
             raise SystemExit(f"{message}: import all of it, without --percent.")
         name = f"run_{run}-{{:0{len(total)}d}}-of-{total}"

@@ -71,10 +71,8 @@ class Result(NamedTuple):
 
 
 def normalized_score(env_id: str, score):
-    """(score - random) / (online DQN - random), or None where these are not known."""
-    if env_id not in REFERENCE_RETURNS:
-        return None
-    random, online = REFERENCE_RETURNS[env_id]
+    """(score - random) / (online DQN - random), or nan where these are not known."""
+    random, online = REFERENCE_RETURNS.get(env_id, (np.nan, np.nan))
     return (score - random) / (online - random)
 
 
@@ -102,7 +100,6 @@ def put_together(runs: list[run.Run], seeds: tuple[int, ...] | None = None) -> R
         np.concatenate([getattr(x, name) for x in runs])[order] for name in names
     )
     score = normalized_score(runs[0].config["args"]["env_id"], final)
-    score = np.full(len(final), np.nan) if score is None else score
     rest = (score, runs[0].updates, returns, hours)
     return Result(runs, all_seeds[order], final, final_returns, *rest)
 
@@ -248,8 +245,8 @@ def curve(returns: np.ndarray) -> np.ndarray:
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """Moving average over the last axis, evaluations."""
-    n = window(values.shape[-1])
-    return np.apply_along_axis(np.convolve, -1, values, np.ones(n) / n, "valid")
+    windows = np.lib.stride_tricks.sliding_window_view(values, window(values.shape[-1]), axis=-1)
+    return windows.mean(axis=-1)
 
 
 def window(evaluations: int) -> int:
@@ -447,12 +444,13 @@ def draw_pooled(item: Item, curves: dict, path: Path, with_time: bool, note: str
     finish(figure, drawn, note, path)
 
 
-def draw_aggregate(item: Item, cells: dict, tasks: tuple[str, ...], path: Path, note: str) -> None:
+def draw_aggregate(item: Item, cells: dict, estimates: dict, path: Path, note: str) -> None:
     """One panel for all tasks, where they have been run, and one for each; values with a run."""
-    groups = {"all tasks": tasks} if len(tasks) > 1 else {}
-    groups |= {task: (task,) for task in tasks}
-    shown = {name: aggregates(item, cells, group) for name, group in groups.items()}
-    shown = {name: estimates for name, estimates in shown.items() if estimates}
+    iqm = lambda x: np.array([metrics.aggregate_iqm(x)])  # noqa: E731
+    tasks = list(dict.fromkeys(task for *_, task in cells))
+    scores = {task: score_matrices(item, cells, (task,)) for task in tasks}
+    shown = {"all tasks": estimates} if len(tasks) > 1 and estimates else {}
+    shown |= {task: intervals(values, iqm) for task, values in scores.items() if values}
     finished = {value for estimates in shown.values() for _, value in estimates}
     ticks = [value for value in item.values if value in finished]
     figure, grid = panels(len(shown))
@@ -578,7 +576,7 @@ def paper_table(item: Item, cells: dict, estimates: dict) -> list[str]:
             evaluated = result is not None and result.final_returns.size
             ours = result.final.mean() if evaluated else None
             if evaluated and item.average == "IQM":
-                ours = pooled_iqm(result.final_returns)[0]
+                ours = trim_mean(result.final_returns.ravel(), 0.25)
         if ours is not None:
             difference = f"{ours - theirs:+,.2f} ({(ours - theirs) / abs(theirs):+.0%})"
             paper = f"{theirs:,.2f}" + ("" if np.isnan(spread) else f" ± {spread:,.2f}")
@@ -761,7 +759,7 @@ def write_page(
     has_curves = any(len(r.updates) for r in found) and "curves" in item.form
     images = {"": item.title}
     if item.form == "aggregate" and any(score_matrices(item, cells, (t,)) for t in tasks):
-        draw_aggregate(item, cells, tasks, out / f"{name}.png", note)
+        draw_aggregate(item, cells, estimates, out / f"{name}.png", note)
     elif item.form == "pooled curves" and (curves := pooled_curves(item, cells, tasks)):
         draw_pooled(item, curves, out / f"{name}.png", with_time, note)
         extra = level_table(item, curves, with_time) if item.level else []
@@ -1030,9 +1028,9 @@ def main(args: Args, further: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    own, further = run.split_arguments(sys.argv[1:], Args)
+    text = __doc__.replace("\n", "\n ")
     try:
-        main(tyro.cli(Args, args=own, description=__doc__.replace("\n", "\n ")), further)
+        main(*tyro.cli(Args, description=text, return_unknown_args=True))
     except OSError as error:  # a full disk, a folder that cannot be written
         raise SystemExit(f"{error}.") from None
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ Further arguments are handed to those scripts of the item that have them
 end. Ctrl-C lets all runs write their checkpoints.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -195,11 +196,11 @@ def data_facts(data: dict | str) -> dict:
     return {k: v for k, v in facts.items() if v is not None}
 
 
-def is_fall_back(run: Run) -> bool:
-    """Whether it learned from local data since RL Unplugged could not be reached."""
-    data = run.config["data"]
+def is_fall_back(config: dict) -> bool:
+    """Whether a run learned from local data since RL Unplugged could not be reached."""
+    data = config["data"]
     local = isinstance(data, dict) and data.get("source") == "dqn"
-    return local and not run.config["args"].get("dataset")
+    return local and not config["args"].get("dataset")
 
 
 def find_runs(runs: list[Run], args: Any, seeds: tuple[int, ...] | None = None) -> list[Run]:
@@ -209,10 +210,10 @@ def find_runs(runs: list[Run], args: Any, seeds: tuple[int, ...] | None = None) 
     """
     script, found = importlib.import_module(type(args).__module__), []
     has_store = hasattr(script, "find_store") and script.find_store(args)
-    for run in sorted(runs, key=is_fall_back):
+    for run in sorted(runs, key=lambda run: is_fall_back(run.config)):
         if run.config["script"] != f"{script.__name__}.py" or different(run, args):
             continue
-        if has_store and is_fall_back(run):
+        if has_store and is_fall_back(run.config):
             continue
         wanted = set(run.seeds) & set(run.seeds if seeds is None else seeds)
         if wanted - {seed for other in found for seed in other.seeds}:
@@ -224,21 +225,10 @@ def find_runs(runs: list[Run], args: Any, seeds: tuple[int, ...] | None = None) 
 # -----
 
 
-def split_arguments(words: list[str], known: type) -> tuple[list[str], list[str]]:
-    """Splits a command line: the words of a tool's own arguments, and further ones."""
-    names = {f.name.replace("_", "-") for f in dataclasses.fields(known)} | {"help"}
-    own, further = [], []
-    target = own
-    for word in words:
-        if word.startswith("--"):
-            name = word[2:].partition("=")[0].removeprefix("no-").replace("_", "-")
-            target = own if name in names else further
-        target.append(word)
-    return own, further
-
-
 def split_options(further: list[str]) -> list[tuple[str, list[str]]]:
     """The options of a command line: the name of each as an attribute, and its words."""
+    if further and not further[0].startswith("--"):
+        raise SystemExit(f"There is no {further[0]}: options begin with --.")
     options = []
     for word in further:
         if word.startswith("--"):
@@ -413,8 +403,15 @@ def missing_jobs(
         """The folder of a run that another run must know."""
         updates, default = arguments.total_updates, type(arguments).total_updates
         length = () if updates == default else ("total-updates", updates)
-        name = slug(arguments.env_id, *variant, *length)
-        return Path("runs", type(arguments).__module__, name, f"seed{seed}")
+        name, script = slug(arguments.env_id, *variant, *length), type(arguments).__module__
+        folder = Path("runs", script, name, f"seed{seed}")
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, TypeError
+        ):  # it is still to be made, or is damaged
+            config = json.loads((folder / "config.json").read_text())
+            if is_fall_back(config) and importlib.import_module(script).find_store(arguments):
+                return folder.with_name(f"seed{seed}-rlu")  # local data keep theirs
+        return folder
 
     for cell, cell_arguments in cell_args(item, args, further):
         found = find_runs(runs, cell_arguments, seeds)
@@ -446,7 +443,7 @@ def missing_jobs(
                     ]
                     found.append(Path(f"{folder_of(theirs, first)}-world-model"))
                     made = next((x for x in found if (x / "members.msgpack").exists()), None)
-                more |= {argument: made} if made else {}
+                more |= {argument: Path(os.path.relpath(made))} if made else {}  # in one spelling
             words = command(dataclasses.replace(cell_arguments, **more))
             jobs.append(Job(name, words, after))
             total += 1
@@ -456,7 +453,8 @@ def missing_jobs(
 # Running them
 # ------------
 
-TERMINAL = (signal.SIGINT, signal.SIGHUP)  # from a terminal to all that was started in it
+# From a terminal to all that was started in it; Windows has no SIGHUP.
+TERMINAL = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class Command:
@@ -586,26 +584,29 @@ def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
                     share if workers > 1 and not gpus else None,
                 )
                 kept = {n: signal.signal(n, signal.SIG_IGN) for n in TERMINAL}  # inherited
-                running[slot] = job, context.Process(target=task)
-                running[slot][1].start()
+                process = context.Process(target=task)
+                process.start()
+                running[slot] = job, process
                 for number, handler in kept.items():
                     signal.signal(number, handler)
                 say(f"started  {job.name}")
-            for slot, (job, started) in list(running.items()):
-                if started.exitcode is not None:
-                    error = last_line(logs / f"{job.name}.log") if started.exitcode else None
+            for slot, (job, process) in list(running.items()):
+                if process.exitcode is not None:
+                    error = last_line(logs / f"{job.name}.log") if process.exitcode else None
                     ended[job.name] = error
                     del running[slot]
                     bar.update()
                     how = "finished" if not error else "stopped" if signals else "failed"
                     say(f"{how:8} {job.name}")
             if signals and not stopping:
+                stopping = True
                 say(f"Stopping {len(running)} run(s), which write their checkpoints.")
-                stopping = [started.terminate() for _, started in running.values()] or True
+                for _, process in running.values():
+                    process.terminate()
             time.sleep(0.2)
     finally:
-        for _, started in running.values():  # after an error; they end before this program does
-            started.terminate()
+        for _, process in running.values():  # after an error; they end before this program does
+            process.terminate()
         bar.close()
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
@@ -659,7 +660,8 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str,
     if type(options["time"]) is not int:  # submitit reckons with it at the end of a task
         raise SystemExit(f"--slurm time={options['time']}: give a whole number of minutes.")
     if commands := missing_stores(jobs):  # tasks would hold their GPUs while one makes it
-        message = "Data are missing; make them first, on a host with a connection:"
+        message = "Data are missing; make them first, on a host with a connection (or give the "
+        message += "--dataset and --env-ids of local data):"
         raise SystemExit("\n  ".join([message, *commands]))
     known = submitit.SlurmExecutor._valid_parameters()
     extra = {k: options.pop(k) for k in list(options) if k not in known} | {"requeue": True}
@@ -718,9 +720,9 @@ def main(args: Args, further: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    own, further = split_arguments(sys.argv[1:], Args)
+    text = __doc__.replace("\n", "\n ")
     try:
-        main(tyro.cli(Args, args=own, description=__doc__.replace("\n", "\n ")), further)
+        main(*tyro.cli(Args, description=text, return_unknown_args=True))
     except OSError as error:  # a full disk, a folder that cannot be written
         raise SystemExit(f"{error}: put that right, then the same command goes on.") from None
     except KeyboardInterrupt:

@@ -6,10 +6,6 @@
 # Disk: 30 MB of data, 100 MB of runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-commands=$(python benchmark/run.py sweep_crr_atari sweep_crr_weight_atari sweep_cql_atari --dry-run "$@")  # none if all are finished
-if [[ $commands = python* && ! -e data/atari/Breakout-dqn-60k && " $* " != *" --dry-run "* ]]; then
-    python benchmark/collect_atari.py --env-id Breakout --num-steps 60000 --replay-start 2000 \
-        --epsilon-steps 15000
-fi
+source benchmark/small_data.sh sweep_crr_atari sweep_crr_weight_atari sweep_cql_atari "$@"
 python benchmark/run.py sweep_crr_atari sweep_crr_weight_atari sweep_cql_atari "$@"
 python benchmark/report.py sweep_crr_atari sweep_crr_weight_atari sweep_cql_atari "$@"

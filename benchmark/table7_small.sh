@@ -6,10 +6,6 @@
 # world model; the rest is not measured. Disk: 30 MB of data, 100 MB of runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-commands=$(python benchmark/run.py table7_small --dry-run "$@")  # none if all are finished
-if [[ $commands = python* && ! -e data/atari/Breakout-dqn-60k && " $* " != *" --dry-run "* ]]; then
-    python benchmark/collect_atari.py --env-id Breakout --num-steps 60000 --replay-start 2000 \
-        --epsilon-steps 15000
-fi
+source benchmark/small_data.sh table7_small "$@"
 python benchmark/run.py table7_small "$@"
 python benchmark/report.py table7_small "$@"

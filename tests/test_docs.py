@@ -81,8 +81,7 @@ def parse(program: str, words: list[str]) -> None:
         ):
             parse("benchmark/run.py", [*items.split(), *words])
     elif name in ("run", "report"):
-        own, further = run.split_arguments(words, run.Args)
-        args = tyro.cli(run.Args, args=own)
+        args, further = tyro.cli(run.Args, args=words, return_unknown_args=True)
         if args.items[0] not in ("compare", "curves"):
             for item in run.get_items(args).values():
                 run.script_args(item, further)

@@ -598,13 +598,19 @@ def rlu(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("rlu")
     recorder = SimpleNamespace(read=EPISODES.__getitem__)
     shards = folder / "atari_episodes_ordered" / "Pong"
-    collect_atari.write_rlu(shards, recorder, LABELS)
+    write_rlu(shards, recorder, LABELS)
     builder_cls = tfds.builder_cls("rlu_atari_checkpoints_ordered")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder_cls, "_SHARDS", LABELS[-1][0] + 1)
         patch.setattr(builder_cls, "_INPUT_FILE_PREFIX", str(shards.parent))
         builder_cls(config="Pong_run_1", data_dir=folder / "tfds").download_and_prepare()
     return SimpleNamespace(folder=folder, shards=shards, tfds_dir=folder / "tfds")
+
+
+def write_rlu(shards, recorder, labels) -> None:
+    """Shards that pass as RL Unplugged's own."""
+    collect_atari.write_rlu(shards, recorder, labels)
+    (shards / "collector.json").unlink()
 
 
 @pytest.fixture
@@ -698,26 +704,34 @@ def test_missing_shards_are_named(rlu, make, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_shards_of_local_play_are_not_taken_for_the_papers(rlu, make, path, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_atari, "SHARDS", (49, 50))
-    with ends_with("has 5 shards, RL Unplugged 50: this is other data; give its store a path"):
-        make(rlu_prefix=str(rlu.folder))
-    make(rlu_prefix=str(rlu.folder), out=tmp_path / "out")
+@pytest.mark.parametrize("marked", [False, True])
+def test_shards_of_local_play_are_not_taken_for_the_papers(
+    marked, rlu, make, path, tmp_path, monkeypatch
+):
+    """Which has another number of them, and no file of the collector's beside them."""
+    shutil.copytree(rlu.folder / "atari_episodes_ordered", tmp_path / "s/atari_episodes_ordered")
+    if marked:
+        (tmp_path / "s/atari_episodes_ordered/Pong/collector.json").touch()
+    else:
+        monkeypatch.setattr(prepare_atari, "SHARDS", (49, 50))
+    with ends_with("is not RL Unplugged's, of 50 shards, but other data; give its store a path"):
+        make(rlu_prefix=str(tmp_path / "s"))
+    make(rlu_prefix=str(tmp_path / "s"), out=tmp_path / "out")
     assert contents(tmp_path / "out") == contents(path)
     with ends_with("is not RL Unplugged's: import all of it, without --percent"):
-        make(rlu_prefix=str(rlu.folder), out=tmp_path / "half", percent=50)
+        make(rlu_prefix=str(tmp_path / "s"), out=tmp_path / "half", percent=50)
 
 
 def test_shard_of_another_game_or_size(rlu, make, tmp_path, monkeypatch):
     shards, encode = tmp_path / "s/atari_episodes_ordered/Pong", cv2.imencode
     recorder = SimpleNamespace(read=lambda _: EPISODES[0] | {"action": np.full(30, 6)})
-    collect_atari.write_rlu(shards, recorder, [(0, 0)])
+    write_rlu(shards, recorder, [(0, 0)])
     with ends_with("^run_1-00000-of-00001 cannot be used: action 6 is not one of 0 to 5"):
         make(rlu_prefix=str(tmp_path / "s"))
     shutil.rmtree(shards)
     with monkeypatch.context() as patch:
         patch.setattr(cv2, "imencode", lambda end, x: encode(end, x[:80]))
-        collect_atari.write_rlu(shards, SimpleNamespace(read=EPISODES.__getitem__), [(0, 0)])
+        write_rlu(shards, SimpleNamespace(read=EPISODES.__getitem__), [(0, 0)])
     with ends_with("a frame is not an 84 x 84 grey PNG"):
         make(rlu_prefix=str(tmp_path / "s"))
 

@@ -33,8 +33,7 @@ case "$*" in *mountain_car*) echo "it says why"; exit 1;; esac
 exit 0
 """
 DRIVER = "import run, sys, tyro; run.PYTHON = sys.argv.pop(1); "
-DRIVER += "own, more = run.split_arguments(sys.argv[1:], run.Args); "
-DRIVER += "run.main(tyro.cli(run.Args, args=own), more)"
+DRIVER += "run.main(*tyro.cli(run.Args, return_unknown_args=True))"
 
 
 @pytest.fixture
@@ -52,8 +51,8 @@ def stand_in(tmp_path, monkeypatch):
 
 def start(*words, **options) -> None:
     """run.py in this process; a stopped or failed one raises SystemExit."""
-    own, further = run.split_arguments([*map(str, words)], run.Args)
-    run.main(run.tyro.cli(run.Args, args=own), further)
+    words = [*map(str, words)]
+    run.main(*run.tyro.cli(run.Args, args=words, return_unknown_args=True))
 
 
 def process(stand_in: Path, *words) -> subprocess.Popen:
@@ -416,6 +415,42 @@ def test_combo_alone_takes_the_world_model_that_is_there(tmp_path, monkeypatch, 
     )
 
 
+def test_a_world_model_has_one_name_however_the_runs_are_called(tmp_path, monkeypatch, capsys):
+    """COMBO compares it when it goes on."""
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs" / "mine", "morel_atari", [1.0], total_updates=1000)
+    (tmp_path / "runs/mine-world-model").mkdir()
+    (tmp_path / "runs/mine-world-model/members.msgpack").touch()
+    words = ["table7", "--methods", "COMBO", "--seeds", 0, "--total-updates", 1000, "--runs"]
+    (line,) = commands_of(capsys, *words, "runs")
+    assert "--world-model runs/mine-world-model" in line
+    assert commands_of(capsys, *words, tmp_path / "runs") == [line]
+
+
+def test_local_data_keep_the_folder_that_was_made_from_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["table7", "--methods", "MOReL", "COMBO", "--seeds", 0]
+    local = {
+        "episodes": 1,
+        "steps": 1,
+        "source": "dqn",
+        "mean_return": 0.0,
+        "crc32": 1,
+        "rom": None,
+    }
+    write_run(tmp_path / "runs/morel_atari/MsPacman/seed0", "morel_atari", [1.0], data=local)
+    (tmp_path / "data/atari/MsPacman-run1-100pct").mkdir(parents=True)
+    morel, combo = commands_of(capsys, *words)
+    assert "--run-dir runs/morel_atari/MsPacman/seed0-rlu " in f"{morel} "
+    assert "--world-model runs/morel_atari/MsPacman/seed0-rlu-world-model" in combo
+
+
+def test_an_option_with_one_dash_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"There is no -x: options begin with --\."):
+        start("table2", "-x", 3, "--dry-run")
+
+
 def test_the_reason_of_a_failure_is_not_its_frame(tmp_path):
     log = tmp_path / "log"
     log.write_text("so\n╭─ Error ─╮\n│ it is x │\n│ ─────── │\n│ For full helptext │\n╰──╯\n")
@@ -502,8 +537,17 @@ def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, cap
     script = (tmp_path / "script").read_text()
     for line in ("array=0-2%2", "requeue", "partition=gpu", "time=600", "signal=USR2@120"):
         assert f"#SBATCH --{line}\n" in script
-    for line in ("qos=low", "gpus-per-node=1", "job-name=table8"):
+    for line in ("qos=low", "gpus-per-node=1", "job-name=table8", "cpus-per-task=8"):
         assert f"#SBATCH --{line}\n" in script
+    assert " --cpus-per-task=8 " in next(x for x in script.splitlines() if x.startswith("srun "))
+    for own in (["gres=gpu:a100:1"], ["gpus_per_task=1", "cpus_per_gpu=4"]):
+        start(*words, *own)
+        script = (tmp_path / "script").read_text()
+        assert all(f"#SBATCH --{x.replace('_', '-')}\n" in script for x in own)
+        assert "gpus-per-node" not in script  # SLURM takes one or the other
+        assert ("cpus-per-task" in script) == (len(own) == 1)
+    start(*words[:-3])  # no options: those of run.py
+    script = (tmp_path / "script").read_text()
     assert not (tmp_path / "commands").exists()
     assert slurm(1).wait(30) == 0
     (line,) = (tmp_path / "commands").read_text().splitlines()
@@ -561,6 +605,16 @@ def test_slurm_starts_what_needs_another_after_it(stand_in, slurm, tmp_path, cap
     start(*words, "--launcher", "slurm")
     assert capsys.readouterr().out.count("Submitted job 42 of 3 run(s)") == 2
     assert "#SBATCH --dependency=afterany:42\n" in (tmp_path / "script").read_text()
+
+
+def test_slurm_starts_what_needs_another_item_s_run_after_it(stand_in, slurm, tmp_path, capsys):
+    """Three arrays: table7_small's MOReL, what needs it there, and what needs it in morel_small."""
+    sbatch = 'cat "$1" >> {0}/script; n=$(grep -c "^#!" {0}/script); echo "Submitted batch job $n"'
+    (tmp_path / "bin/sbatch").write_text(f"#!/bin/bash\n{sbatch.format(tmp_path)}\n")
+    start("table7_small", "morel_small", "--launcher", "slurm")
+    script = (tmp_path / "script").read_text()
+    assert capsys.readouterr().out.count("Submitted job") == script.count("#!") == 3
+    assert script.count("#SBATCH --dependency=afterany:1\n") == 2
 
 
 def test_slurm_s_own_form_of_a_time_is_refused(stand_in, slurm, tmp_path):
