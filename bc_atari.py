@@ -752,9 +752,8 @@ class Run:
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9)}
-RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "rlu_run": (1, 5)}
-RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
-RANGES |= {"eval_max_frames": (4, 10**9)}
+RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "eval_max_frames": (4, 10**9)}
+RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6), "rlu_run": (1, 5)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---

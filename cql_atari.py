@@ -318,16 +318,14 @@ def cql_loss(params, target_params, batch: Batch, network: CQLNetwork, args: Arg
         "losses/td": jnp.mean(td_loss * moving),
         "losses/conservative": args.cql_alpha * jnp.mean(gap * moving),
     }
-    total = sum(losses.values())
-    q_logged = jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
     metrics = losses | {
-        "losses/total": total,
-        "charts/q": jnp.mean(q_logged * moving),
+        "losses/total": sum(losses.values()),
+        "charts/q": jnp.mean(to_scalar(logits_logged) * moving),
         "charts/q_target": jnp.mean(y * moving),
         "charts/q_min": jnp.min(jnp.where(moving[:, None], q, jnp.inf)),
         "charts/gap": jnp.mean(gap * moving),
     }
-    return total, metrics
+    return metrics["losses/total"], metrics
 
 
 class TrainState(NamedTuple):
@@ -840,9 +838,8 @@ class Run:
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
-RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "rlu_run": (1, 5)}
-RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
-RANGES |= {"eval_max_frames": (4, 10**9)}
+RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "eval_max_frames": (4, 10**9)}
+RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6), "rlu_run": (1, 5)}
 RANGES |= {"eval_epsilon": (0, 1)}
 
 

@@ -248,10 +248,9 @@ class CRRNetwork(nn.Module):
 
     def q_logits(self, state):
         """States [..., 6, 6, channels] -> logits of Q for every action [..., actions, bins]."""
-        shape = (*state.shape[:-3], self.num_actions)
-        action = jnp.broadcast_to(jnp.eye(self.num_actions), (*shape, shape[-1]))
-        state = jnp.broadcast_to(state[..., None, :, :, :], (*shape, *state.shape[-3:]))
-        return self.q(state, action)
+        shape = (*state.shape[:-3], self.num_actions, *state.shape[-3:])
+        state = jnp.broadcast_to(state[..., None, :, :, :], shape)
+        return self.q(state, jnp.eye(self.num_actions))
 
     def __call__(self, observation):
         state = self.representation(observation)
@@ -358,15 +357,13 @@ def crr_loss(params, target_params, batch: Batch, key, network: CRRNetwork, args
     advantage = jax.lax.stop_gradient(q_logged - value)
     weight = regression_weight(advantage, args)  # [B]
     log_prob = jnp.take_along_axis(log_policy, logged, axis=-1)[:, 0]
-    policy_loss = -weight * log_prob
 
     losses = {
         "losses/critic": jnp.mean(critic_loss * moving),
-        "losses/policy": jnp.mean(policy_loss * moving),
+        "losses/policy": jnp.mean(-weight * log_prob * moving),
     }
-    total = sum(losses.values())
     metrics = losses | {
-        "losses/total": total,
+        "losses/total": sum(losses.values()),
         "charts/q": jnp.mean(q_logged * moving),
         "charts/q_target": jnp.mean(y * moving),
         "charts/advantage": jnp.mean(advantage * moving),
@@ -374,7 +371,7 @@ def crr_loss(params, target_params, batch: Batch, key, network: CRRNetwork, args
         "charts/weight_p95": jnp.nanpercentile(jnp.where(moving, weight, jnp.nan), 95),
         "charts/policy_entropy": jnp.mean(jax.scipy.special.entr(jnp.exp(log_policy)).sum(axis=-1)),
     }
-    return total, metrics
+    return metrics["losses/total"], metrics
 
 
 class TrainState(NamedTuple):
@@ -892,9 +889,8 @@ class Run:
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
-RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "rlu_run": (1, 5)}
-RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
-RANGES |= {"eval_max_frames": (4, 10**9)}
+RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "eval_max_frames": (4, 10**9)}
+RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6), "rlu_run": (1, 5)}
 RANGES |= {"beta": (TINY, 1e9), "num_action_samples": (1, 10_000)}
 
 

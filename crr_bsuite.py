@@ -78,8 +78,7 @@ class Args:
     total_updates: int = 200_000  # number of updates of every seed
     log_every: int = 1_000  # updates over which the logged losses are averaged
     checkpoint_every: int = 10_000  # updates between two checkpoints; evaluations save, too
-    run_dir: Path | None = None
-    """folder of the run; None: runs/{script}/{task}[-changes]/seeds{first}-{last}"""
+    run_dir: Path | None = None  # folder; None: runs/{script}/{task}[-changes]/seeds{first}-{last}
     overwrite: bool = False  # start again in a folder that holds a run, and delete that run
     track: bool = False  # mirror the metrics to Weights & Biases
 
@@ -93,8 +92,7 @@ class Args:
     # model (Table 4)
     critic_hidden: int = 256  # width of the middle layer of the critic
     num_bins: int = 20  # bins of the categorical Q
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """arithmetic of the network; parameters and losses are always float32"""
+    dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the network; the rest float32
 
     # optimisation (ROSMO's, Table 4)
     batch_size: int = 128  # transitions in a batch
@@ -258,15 +256,13 @@ def crr_loss(params, target_params, batch: Steps, key, network: CRRNetwork, args
     advantage = jax.lax.stop_gradient(q_logged - value)
     weight = regression_weight(advantage, args)  # [B]
     log_prob = jnp.take_along_axis(log_policy, logged, axis=-1)[:, 0]
-    policy_loss = -weight * log_prob
 
     losses = {
         "losses/critic": jnp.mean(critic_loss * moving),
-        "losses/policy": jnp.mean(policy_loss * moving),
+        "losses/policy": jnp.mean(-weight * log_prob * moving),
     }
-    total = sum(losses.values())
     metrics = losses | {
-        "losses/total": total,
+        "losses/total": sum(losses.values()),
         "charts/q": jnp.mean(q_logged * moving),
         "charts/q_target": jnp.mean(y * moving),
         "charts/advantage": jnp.mean(advantage * moving),
@@ -274,7 +270,7 @@ def crr_loss(params, target_params, batch: Steps, key, network: CRRNetwork, args
         "charts/weight_p95": jnp.nanpercentile(jnp.where(moving, weight, jnp.nan), 95),
         "charts/policy_entropy": jnp.mean(jax.scipy.special.entr(jnp.exp(log_policy)).sum(axis=-1)),
     }
-    return total, metrics
+    return metrics["losses/total"], metrics
 
 
 class TrainState(NamedTuple):
@@ -414,13 +410,13 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
     demand(action.dtype.kind in "iu", "action is not of integers")
     demand((action >= 0) & (action < num_actions), f"action goes from 0 to {num_actions - 1}")
     demand([x.dtype == bool for x in steps[3:]], "is_last and is_terminal are not bool")
-    demand([last.any(), *last[-1:], len(last) > 0], "it does not end with an episode's last step")
+    demand(last[-1:].any(), "it does not end with an episode's last step")
     demand(last | ~terminal, "is_terminal is set where is_last is not")
     demand(~(last & np.roll(last, 1)), "it has an episode without a transition")
     largest = np.array([np.abs(observation).max(), np.abs(reward).max()], float)
     demand(largest < 1e38, "it has numbers that are not finite in float32")
     advice = "an episode of T actions has T + 1 rows, the last without action and reward"
-    demand(reward[last] == 0, f"last rows have a reward: {advice}")
+    demand((reward[last] == 0) & (action[last] == 0), f"last rows are not void: {advice}")
     dtypes = (np.float32, np.int32, np.float32, bool, bool)
     return Steps(*(x.astype(dtype) for x, dtype in zip(steps, dtypes, strict=True)))
 
@@ -469,11 +465,9 @@ def evaluate(
       Undiscounted returns, float64 [seeds, episodes], or None if it was broken off.
     """
     shape = (len(seeds), num_episodes)
-    if num_episodes == 0:
-        return np.zeros(shape)
     rngs = [np.random.default_rng((s, done, e)) for s in seeds for e in range(num_episodes)]
     environments = [ENVIRONMENTS[env_id](seed=int(rng.integers(2**31))) for rng in rngs]
-    num_actions = environments[0].action_spec().num_values
+    num_actions = ENVIRONMENTS[env_id]().action_spec().num_values
     timesteps = [environment.reset() for environment in environments]
     returns, running, t = np.zeros(len(rngs)), np.ones(len(rngs), bool), 0
     with tqdm(total=len(rngs), desc="evaluation", unit="episode", leave=False, disable=None) as bar:
@@ -838,7 +832,7 @@ def main(args: Args) -> None:
                 for seed, row in zip(seeds, returns, strict=True):
                     run.log(done, seed, {"eval/return_mean": row.mean(), "eval/returns": row})
                 played = f", return {returns.mean():.2f}"
-        if run.stopping:
+        if run.stopping and run.saved == done:  # else it came after the lines that save
             run.exit()
         if ends:
             break

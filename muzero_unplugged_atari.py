@@ -125,7 +125,7 @@ class Args:
     # algorithm (Table 3, D.2.2)
     discount: float = 0.997**4  # discount factor γ
     unroll_steps: int = 5  # K, steps that the model is unrolled for the loss (Fig. 4c: 1)
-    td_steps: int = 5  # n, rewards in the value target (Eq. 3)
+    td_steps: int = 5  # n, rewards in the value target (Eq. 3, 8)
     num_simulations: int = 20  # N, simulations of a search
     max_depth: int | None = None  # depth of the tree at which a simulation ends; None: N
     policy_target: Literal["visits", "mpo"] = "visits"  # visits (Eq. 3) or MZU-Q's π exp(Q/τ)
@@ -140,7 +140,7 @@ class Args:
     final_eval_episodes: int = 100  # episodes of the final evaluation, and as many greedy ones
     eval_max_frames: int = 108_000  # frames of the game after which an episode is cut off
     eval_greedy: bool = False  # take the most probable action in evaluations during training
-    eval_dirichlet_fraction: float = 0.25  # the same noise in evaluations
+    eval_dirichlet_fraction: float = 0.25  # share of Dirichlet noise in evaluations
 
 
 # --- torso (identical in *_atari.py) ---
@@ -376,7 +376,7 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
 # --- end windows ---
 
 
-# --- search (identical in muzero_unplugged_*.py) ---
+# --- improvement (identical in muzero_unplugged_*.py) ---
 def log_gamma(key, alpha: float, shape: tuple[int, ...]):
     """Logarithms of draws from Gamma(α), α < 1, all at once; jax.random's come one by one on a CPU.
 
@@ -425,11 +425,10 @@ def search(params, state, prediction, key, fraction: float, network, args):
         bonus = c * jnp.exp(tree.children_prior_logits[node]) * jnp.sqrt(n) / (1 + visits)
         return jnp.argmax(q + bonus + tree.extra_data)
 
-    shape = prediction.policy_logits.shape[:-1]
-    log_prior, value, state = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[len(shape) :]),
-        (jax.nn.log_softmax(prediction.policy_logits), to_scalar(prediction.value_logits), state),
-    )
+    *shape, num_actions = prediction.policy_logits.shape
+    log_prior = jax.nn.log_softmax(prediction.policy_logits).reshape(-1, num_actions)
+    value = to_scalar(prediction.value_logits).ravel()
+    state = state.reshape(-1, *state.shape[len(shape) :])
     noise_key, tie_key, key = jax.random.split(key, 3)
     dirichlet = jax.nn.softmax(log_gamma(noise_key, 0.3, log_prior.shape))
     noisy = jnp.log((1 - fraction) * jnp.exp(log_prior) + fraction * dirichlet)
@@ -452,7 +451,7 @@ def search(params, state, prediction, key, fraction: float, network, args):
     return policy.reshape(*shape, -1), root_value.reshape(shape)
 
 
-# --- end search ---
+# --- end improvement ---
 
 
 def muzero_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork, args: Args):
@@ -464,7 +463,7 @@ def muzero_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork
     K, num_actions, length = args.unroll_steps, network.num_actions, batch.action.shape[1]
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
     moving, absorbing, known = window_positions(batch.is_last, is_terminal)  # [B, K+1+n]
-    action_key, tree_key = jax.random.split(key)
+    action_key, key = jax.random.split(key)
     random_action = jax.random.randint(action_key, (len(batch.action), K + 1), 0, num_actions)
     action = jnp.where(moving[:, : K + 1], batch.action[:, : K + 1], random_action)
 
@@ -478,24 +477,23 @@ def muzero_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork
         states.append(optax.scale_gradient(next_state, 0.5))  # point 5 at the top
     prediction = network.apply(params, jnp.stack(states, axis=1), method="prediction")
 
-    # Targets from the target network: the value z and the policy p (Eq. 3).
+    # Targets from the target network: the value z and the policy p.
     target_state = network.apply(target_params, observation, method="representation")
     target = network.apply(target_params, target_state, method="prediction")
     value = to_scalar(target.value_logits)  # [B, K+1+n]
     # Search the states of the K + 1 policy targets, which come first, and of the bootstrap values.
     searched = np.union1d(np.arange(K + 1), np.arange(K + 1) + args.td_steps)
     roots = jax.tree.map(lambda x: x[:, searched], (target_state, target))
-    p, root_value = search(target_params, *roots, tree_key, args.dirichlet_fraction, network, args)
+    p, root_value = search(target_params, *roots, key, args.dirichlet_fraction, network, args)
     value = value.at[:, searched].set(root_value)
     z = value_target(batch.reward, value, moving, absorbing, args.discount, args.td_steps)
     moving, absorbing, known = (x[:, : K + 1] for x in (moving, absorbing, known))  # [B, K+1]
     p = jnp.where(absorbing[..., None], 1 / num_actions, p[:, : K + 1])
 
     # Eq. 12-14, means over the K + 1 steps; the root has no reward, so K for it (authors' code).
-    reward = jnp.where(moving[:, :K], batch.reward[:, :K], 0.0)
-    reward_bins, z_bins = (two_hot(x, args.num_bins) for x in (reward, z))
-    reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward_bins)
-    value_loss = optax.softmax_cross_entropy(prediction.value_logits, z_bins)
+    reward = two_hot(jnp.where(moving[:, :K], batch.reward[:, :K], 0.0), args.num_bins)
+    reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward)
+    value_loss = optax.softmax_cross_entropy(prediction.value_logits, two_hot(z, args.num_bins))
     policy_loss = optax.softmax_cross_entropy(prediction.policy_logits, p)  # Eq. 4
 
     losses = {
@@ -503,16 +501,15 @@ def muzero_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork
         "losses/value": jnp.mean(value_loss * known) * args.value_coef,
         "losses/policy": jnp.mean(policy_loss * known) * args.policy_coef,
     }
-    total = sum(losses.values())
     policy = jax.nn.softmax(prediction.policy_logits)
     metrics = losses | {
-        "losses/total": total,
+        "losses/total": sum(losses.values()),
         "charts/value": jnp.mean(to_scalar(prediction.value_logits)),
         "charts/value_target": jnp.mean(z),
         "charts/target_entropy": jnp.mean(jax.scipy.special.entr(p).sum(axis=-1)),
         "charts/policy_entropy": jnp.mean(jax.scipy.special.entr(policy).sum(axis=-1)),
     }
-    return total, metrics
+    return metrics["losses/total"], metrics
 
 
 class TrainState(NamedTuple):
@@ -564,7 +561,7 @@ def update(state: TrainState, key, batch: Batch, network: MuZeroNetwork, args: A
 
 @jax.jit(static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Args):
-    """Actions [E] for observations [E, ...], sampled from the search's policy, or its mode."""
+    """Actions [E] for observations [E, ...], sampled from the improved policy or its mode."""
     state = network.apply(params, observation, method="representation")
     prediction = network.apply(params, state, method="prediction")
     tree_key, key = jax.random.split(key)
@@ -1032,9 +1029,8 @@ class Run:
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
-RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "rlu_run": (1, 5)}
-RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
-RANGES |= {"eval_max_frames": (4, 10**9)}
+RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "eval_max_frames": (4, 10**9)}
+RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6), "rlu_run": (1, 5)}
 RANGES |= {"dirichlet_fraction": (0, 1), "eval_dirichlet_fraction": (0, 1)}
 RANGES |= {"mpo_temperature": (TINY, 1e9), "num_simulations": (1, 10_000)}
 

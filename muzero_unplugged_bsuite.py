@@ -87,8 +87,7 @@ class Args:
     total_updates: int = 200_000  # number of updates of every seed
     log_every: int = 1_000  # updates over which the logged losses are averaged
     checkpoint_every: int = 10_000  # updates between two checkpoints; evaluations save, too
-    run_dir: Path | None = None
-    """folder of the run; None: runs/{script}/{task}[-changes]/seeds{first}-{last}"""
+    run_dir: Path | None = None  # folder; None: runs/{script}/{task}[-changes]/seeds{first}-{last}
     overwrite: bool = False  # start again in a folder that holds a run, and delete that run
     track: bool = False  # mirror the metrics to Weights & Biases
 
@@ -102,8 +101,7 @@ class Args:
     # model (Table 4)
     dynamics_hidden: int = 256  # width of the middle layer of the dynamics function (Fig. 2b)
     num_bins: int = 20  # bins of the categorical value and reward
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """arithmetic of the network; parameters and losses are always float32"""
+    dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the network; the rest float32
 
     # optimisation (Table 4)
     batch_size: int = 128  # windows in a batch
@@ -116,7 +114,7 @@ class Args:
     # algorithm (Table 4, D.2.2)
     discount: float = 0.997**4  # discount factor γ
     unroll_steps: int = 5  # K, steps that the model is unrolled for the loss (Fig. 4c: 1)
-    td_steps: int = 3  # n, rewards in the value target (Eq. 3)
+    td_steps: int = 3  # n, rewards in the value target (Eq. 3, 8)
     num_simulations: int = 4  # N, simulations of a search
     max_depth: int | None = None  # depth of the tree at which a simulation ends; None: N
     policy_target: Literal["visits", "mpo"] = "visits"  # visits (Eq. 3) or MZU-Q's π exp(Q/τ)
@@ -131,7 +129,7 @@ class Args:
     final_eval_episodes: int = 100  # episodes of the final evaluation, and as many greedy ones
     eval_greedy: bool = False  # take the most probable action in evaluations during training
     eval_noise: bool = False  # evaluate with --noise instead of without noise
-    eval_dirichlet_fraction: float = 0.25  # the same noise in evaluations
+    eval_dirichlet_fraction: float = 0.25  # share of Dirichlet noise in evaluations
 
 
 # --- torso (identical in *_bsuite.py) ---
@@ -279,7 +277,7 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
 # --- end windows ---
 
 
-# --- search (identical in muzero_unplugged_*.py) ---
+# --- improvement (identical in muzero_unplugged_*.py) ---
 def log_gamma(key, alpha: float, shape: tuple[int, ...]):
     """Logarithms of draws from Gamma(α), α < 1, all at once; jax.random's come one by one on a CPU.
 
@@ -328,11 +326,10 @@ def search(params, state, prediction, key, fraction: float, network, args):
         bonus = c * jnp.exp(tree.children_prior_logits[node]) * jnp.sqrt(n) / (1 + visits)
         return jnp.argmax(q + bonus + tree.extra_data)
 
-    shape = prediction.policy_logits.shape[:-1]
-    log_prior, value, state = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[len(shape) :]),
-        (jax.nn.log_softmax(prediction.policy_logits), to_scalar(prediction.value_logits), state),
-    )
+    *shape, num_actions = prediction.policy_logits.shape
+    log_prior = jax.nn.log_softmax(prediction.policy_logits).reshape(-1, num_actions)
+    value = to_scalar(prediction.value_logits).ravel()
+    state = state.reshape(-1, *state.shape[len(shape) :])
     noise_key, tie_key, key = jax.random.split(key, 3)
     dirichlet = jax.nn.softmax(log_gamma(noise_key, 0.3, log_prior.shape))
     noisy = jnp.log((1 - fraction) * jnp.exp(log_prior) + fraction * dirichlet)
@@ -355,7 +352,7 @@ def search(params, state, prediction, key, fraction: float, network, args):
     return policy.reshape(*shape, -1), root_value.reshape(shape)
 
 
-# --- end search ---
+# --- end improvement ---
 
 
 def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork, args: Args):
@@ -367,7 +364,7 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
     K, num_actions = args.unroll_steps, network.num_actions
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
     moving, absorbing, known = window_positions(batch.is_last, is_terminal)  # [B, K+1+n]
-    action_key, tree_key = jax.random.split(key)
+    action_key, key = jax.random.split(key)
     random_action = jax.random.randint(action_key, (len(batch.action), K + 1), 0, num_actions)
     action = jnp.where(moving[:, : K + 1], batch.action[:, : K + 1], random_action)
 
@@ -378,24 +375,23 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
         states.append(optax.scale_gradient(next_state, 0.5))  # point 5 at the top
     prediction = network.apply(params, jnp.stack(states, axis=1), method="prediction")
 
-    # Targets from the target network: the value z and the policy p (Eq. 3).
+    # Targets from the target network: the value z and the policy p.
     target_state = network.apply(target_params, batch.observation, method="representation")
     target = network.apply(target_params, target_state, method="prediction")
     value = to_scalar(target.value_logits)  # [B, K+1+n]
     # Search the states of the K + 1 policy targets, which come first, and of the bootstrap values.
     searched = np.union1d(np.arange(K + 1), np.arange(K + 1) + args.td_steps)
     roots = jax.tree.map(lambda x: x[:, searched], (target_state, target))
-    p, root_value = search(target_params, *roots, tree_key, args.dirichlet_fraction, network, args)
+    p, root_value = search(target_params, *roots, key, args.dirichlet_fraction, network, args)
     value = value.at[:, searched].set(root_value)
     z = value_target(batch.reward, value, moving, absorbing, args.discount, args.td_steps)
     moving, absorbing, known = (x[:, : K + 1] for x in (moving, absorbing, known))  # [B, K+1]
     p = jnp.where(absorbing[..., None], 1 / num_actions, p[:, : K + 1])
 
     # Eq. 12-14, means over the K + 1 steps; the root has no reward, so K for it (authors' code).
-    reward = jnp.where(moving[:, :K], batch.reward[:, :K], 0.0)
-    reward_bins, z_bins = (two_hot(x, args.num_bins) for x in (reward, z))
-    reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward_bins)
-    value_loss = optax.softmax_cross_entropy(prediction.value_logits, z_bins)
+    reward = two_hot(jnp.where(moving[:, :K], batch.reward[:, :K], 0.0), args.num_bins)
+    reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward)
+    value_loss = optax.softmax_cross_entropy(prediction.value_logits, two_hot(z, args.num_bins))
     policy_loss = optax.softmax_cross_entropy(prediction.policy_logits, p)  # Eq. 4
 
     losses = {
@@ -403,16 +399,15 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
         "losses/value": jnp.mean(value_loss * known) * args.value_coef,
         "losses/policy": jnp.mean(policy_loss * known) * args.policy_coef,
     }
-    total = sum(losses.values())
     policy = jax.nn.softmax(prediction.policy_logits)
     metrics = losses | {
-        "losses/total": total,
+        "losses/total": sum(losses.values()),
         "charts/value": jnp.mean(to_scalar(prediction.value_logits)),
         "charts/value_target": jnp.mean(z),
         "charts/target_entropy": jnp.mean(jax.scipy.special.entr(p).sum(axis=-1)),
         "charts/policy_entropy": jnp.mean(jax.scipy.special.entr(policy).sum(axis=-1)),
     }
-    return total, metrics
+    return metrics["losses/total"], metrics
 
 
 class TrainState(NamedTuple):
@@ -459,7 +454,7 @@ def update(state: TrainState, key, batch: Steps, network: MuZeroNetwork, args: A
 
 @jax.jit(static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Args):
-    """Actions [E] for observations [E, ...], sampled from the search's policy, or its mode."""
+    """Actions [E] for observations [E, ...], sampled from the improved policy or its mode."""
     state = network.apply(params, observation, method="representation")
     prediction = network.apply(params, state, method="prediction")
     tree_key, key = jax.random.split(key)
@@ -554,13 +549,13 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
     demand(action.dtype.kind in "iu", "action is not of integers")
     demand((action >= 0) & (action < num_actions), f"action goes from 0 to {num_actions - 1}")
     demand([x.dtype == bool for x in steps[3:]], "is_last and is_terminal are not bool")
-    demand([last.any(), *last[-1:], len(last) > 0], "it does not end with an episode's last step")
+    demand(last[-1:].any(), "it does not end with an episode's last step")
     demand(last | ~terminal, "is_terminal is set where is_last is not")
     demand(~(last & np.roll(last, 1)), "it has an episode without a transition")
     largest = np.array([np.abs(observation).max(), np.abs(reward).max()], float)
     demand(largest < 1e38, "it has numbers that are not finite in float32")
     advice = "an episode of T actions has T + 1 rows, the last without action and reward"
-    demand(reward[last] == 0, f"last rows have a reward: {advice}")
+    demand((reward[last] == 0) & (action[last] == 0), f"last rows are not void: {advice}")
     dtypes = (np.float32, np.int32, np.float32, bool, bool)
     return Steps(*(x.astype(dtype) for x, dtype in zip(steps, dtypes, strict=True)))
 
@@ -609,11 +604,9 @@ def evaluate(
       Undiscounted returns, float64 [seeds, episodes], or None if it was broken off.
     """
     shape = (len(seeds), num_episodes)
-    if num_episodes == 0:
-        return np.zeros(shape)
     rngs = [np.random.default_rng((s, done, e)) for s in seeds for e in range(num_episodes)]
     environments = [ENVIRONMENTS[env_id](seed=int(rng.integers(2**31))) for rng in rngs]
-    num_actions = environments[0].action_spec().num_values
+    num_actions = ENVIRONMENTS[env_id]().action_spec().num_values
     timesteps = [environment.reset() for environment in environments]
     returns, running, t = np.zeros(len(rngs)), np.ones(len(rngs), bool), 0
     with tqdm(total=len(rngs), desc="evaluation", unit="episode", leave=False, disable=None) as bar:
@@ -979,7 +972,7 @@ def main(args: Args) -> None:
                 for seed, row in zip(seeds, returns, strict=True):
                     run.log(done, seed, {"eval/return_mean": row.mean(), "eval/returns": row})
                 played = f", return {returns.mean():.2f}"
-        if run.stopping:
+        if run.stopping and run.saved == done:  # else it came after the lines that save
             run.exit()
         if ends:
             break

@@ -22,11 +22,11 @@ every action, moves the prior policy towards actions with a positive advantage
 
 Where the paper is silent, or differs from the authors' code, this file does the following.
 1. Windows start at any step. Past the end of an episode they hold an absorbing state: random
-   actions, zero reward and value, uniform policy target, no behaviour term (authors' code).
+   actions, zero reward and value, uniform policy target (authors' code).
 2. An episode that ends without a terminal state is bootstrapped; the rest of the window is ignored
    (--truncation-as-termination: the authors' code).
-3. Eq. 11's advantage is the model's, with the logged action (the paper; the authors' code takes
-   the next observation: --behavior-advantage next-observation).
+3. Eq. 11 is about logged actions alone (authors' code). Its advantage is the model's (the paper;
+   the authors' code takes the next observation: --behavior-advantage next-observation).
 4. Eq. 6 is a softmax of log π + adv, as exp(adv) overflows; the weights of Eq. 9 stop at e^20.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state, its heads' too (authors' code;
@@ -122,7 +122,7 @@ class Args:
     # algorithm (Table 3, D.2.2)
     discount: float = 0.997**4  # discount factor γ
     unroll_steps: int = 5  # K, steps that the model is unrolled for the loss (Fig. 4c: 1)
-    td_steps: int = 5  # n, rewards in the value target (Eq. 8)
+    td_steps: int = 5  # n, rewards in the value target (Eq. 3, 8)
     num_samples: int | None = None  # N, actions sampled for p (Eq. 9); None: every action (Eq. 6)
     policy_coef: float = 1.0  # weight of the policy loss
     value_coef: float = 0.25  # weight of the value loss
@@ -372,14 +372,15 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
 
 
 def look_ahead(params, state, action, network: MuZeroNetwork, discount: float):
-    """q_g(s, a) = r_g + γ v(s'_g) (Eq. 7): states [..., 6, 6, C], actions [..., M] -> [..., M]."""
+    """q_g(s, a) = r_g + γ v(s'_g) (Eq. 7): states [..., 6, 6, C], actions [..., M] or [M]."""
+    action = jnp.broadcast_to(action, (*state.shape[:-3], action.shape[-1]))
     state = jnp.broadcast_to(state[..., None, :, :, :], (*action.shape, *state.shape[-3:]))
     next_state = network.apply(params, state, action, method="dynamics")
     prediction = network.apply(params, next_state, method="prediction")
     return to_scalar(prediction.reward_logits) + discount * to_scalar(prediction.value_logits)
 
 
-# --- policy targets (identical in rosmo_*.py) ---
+# --- improvement (identical in rosmo_*.py) ---
 def policy_target(prior_logits, advantage):
     """p ∝ π_prior exp(adv) in log space (Eq. 6): [..., actions] -> [..., actions]."""
     return jax.nn.softmax(jax.nn.log_softmax(prior_logits) + advantage)
@@ -417,7 +418,7 @@ def improve(params, state, prediction, logged_action, key, network, args):
     """
     prior_logits, value = prediction.policy_logits, to_scalar(prediction.value_logits)[..., None]
     if args.num_samples is None:
-        actions = jnp.broadcast_to(jnp.arange(network.num_actions), prior_logits.shape)
+        actions = jnp.arange(network.num_actions)
         # adv_g(s, a) = q_g(s, a) - v(s), of every action
         advantage = look_ahead(params, state, actions, network, args.discount) - value
         p = policy_target(prior_logits, advantage)  # Eq. 6
@@ -432,7 +433,7 @@ def improve(params, state, prediction, logged_action, key, network, args):
     return p, advantage, adv_logged[..., 0]
 
 
-# --- end policy targets ---
+# --- end improvement ---
 
 
 def rosmo_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork, args: Args):
@@ -444,7 +445,7 @@ def rosmo_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork,
     K, num_actions, length = args.unroll_steps, network.num_actions, batch.action.shape[1]
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
     moving, absorbing, known = window_positions(batch.is_last, is_terminal)  # [B, K+1+n]
-    action_key, sample_key = jax.random.split(key)
+    action_key, key = jax.random.split(key)
     random_action = jax.random.randint(action_key, (len(batch.action), K + 1), 0, num_actions)
     action = jnp.where(moving[:, : K + 1], batch.action[:, : K + 1], random_action)
 
@@ -458,24 +459,23 @@ def rosmo_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork,
         states.append(optax.scale_gradient(next_state, 0.5))  # point 5 at the top
     prediction = network.apply(params, jnp.stack(states, axis=1), method="prediction")
 
-    # Targets from the target network: the value z (Eq. 8) and the policy p (Eq. 6, or 9-10).
+    # Targets from the target network: the value z and the policy p.
     target_state = network.apply(target_params, observation, method="representation")
     target = network.apply(target_params, target_state, method="prediction")
     value = to_scalar(target.value_logits)  # [B, K+1+n]
     z = value_target(batch.reward, value, moving, absorbing, args.discount, args.td_steps)
     moving, absorbing, known = (x[:, : K + 1] for x in (moving, absorbing, known))  # [B, K+1]
     roots = jax.tree.map(lambda x: x[:, : K + 1], (target_state, target))
-    p, advantage, adv_logged = improve(target_params, *roots, action, sample_key, network, args)
+    p, advantage, adv_logged = improve(target_params, *roots, action, key, network, args)
     if args.behavior_advantage == "next-observation":
         next_reward = to_scalar(target.reward_logits)[:, 1 : K + 2]
         adv_logged = next_reward + args.discount * value[:, 1 : K + 2] - value[:, : K + 1]
     p = jnp.where(absorbing[..., None], 1 / num_actions, p)
 
     # Eq. 12-14, means over the K + 1 steps; the root has no reward, so K for it (authors' code).
-    reward = jnp.where(moving[:, :K], batch.reward[:, :K], 0.0)
-    reward_bins, z_bins = (two_hot(x, args.num_bins) for x in (reward, z))
-    reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward_bins)
-    value_loss = optax.softmax_cross_entropy(prediction.value_logits, z_bins)
+    reward = two_hot(jnp.where(moving[:, :K], batch.reward[:, :K], 0.0), args.num_bins)
+    reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward)
+    value_loss = optax.softmax_cross_entropy(prediction.value_logits, two_hot(z, args.num_bins))
     policy_loss = optax.softmax_cross_entropy(prediction.policy_logits, p)  # Eq. 5
     # Eq. 11: imitate the logged action where its advantage is positive.
     logged, imitated = jax.nn.one_hot(action, num_actions), (adv_logged > 0) & moving
@@ -487,17 +487,16 @@ def rosmo_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork,
         "losses/policy": jnp.mean(policy_loss * known) * args.policy_coef,
         "losses/behavior": jnp.mean(behavior_loss) * args.behavior_coef,
     }
-    total = sum(losses.values())
     policy = jax.nn.softmax(prediction.policy_logits)
     metrics = losses | {
-        "losses/total": total,
+        "losses/total": sum(losses.values()),
         "charts/value": jnp.mean(to_scalar(prediction.value_logits)),
         "charts/value_target": jnp.mean(z),
         "charts/advantage_std": jnp.std(advantage),
         "charts/imitated": jnp.mean(imitated),
         "charts/policy_entropy": jnp.mean(jax.scipy.special.entr(policy).sum(axis=-1)),
     }
-    return total, metrics
+    return metrics["losses/total"], metrics
 
 
 class TrainState(NamedTuple):
@@ -547,21 +546,14 @@ def update(state: TrainState, key, batch: Batch, network: MuZeroNetwork, args: A
     return TrainState(params, target, opt_state, step), metrics
 
 
-# --- act (identical in rosmo_*.py) ---
 @jax.jit(static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Args):
-    """Actions [E] for observations [E, ...], of the improved policy or, with num_samples, of π."""
+    """Actions [E] for observations [E, ...], sampled from the improved policy or its mode."""
     state = network.apply(params, observation, method="representation")
-    prediction = network.apply(params, state, method="prediction")
-    logits = prediction.policy_logits
-    if args.num_samples is None:  # Eq. 6
-        actions = jnp.broadcast_to(jnp.arange(network.num_actions), logits.shape)
-        q = look_ahead(params, state, actions, network, args.discount)
-        logits += q - to_scalar(prediction.value_logits)[:, None]
+    logits = network.apply(params, state, method="prediction").policy_logits
+    if args.num_samples is None:  # Eq. 6, whose Z cancels v(s); else the policy is π
+        logits += look_ahead(params, state, jnp.arange(network.num_actions), network, args.discount)
     return jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(key, logits)
-
-
-# --- end act ---
 
 
 def window_length(args: Args) -> int:
@@ -1024,9 +1016,9 @@ class Run:
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
-RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "rlu_run": (1, 5)}
-RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
-RANGES |= {"eval_max_frames": (4, 10**9), "num_samples": (1, 10_000)}
+RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "eval_max_frames": (4, 10**9)}
+RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6), "rlu_run": (1, 5)}
+RANGES |= {"num_samples": (1, 10_000)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---

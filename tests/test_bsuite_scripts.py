@@ -146,7 +146,8 @@ def test_a_missing_dataset_is_made_by_the_tool(catch_dataset, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        (at("reward", 3, 1.0), "last rows have a reward: an episode of T actions has T \\+ 1 rows"),
+        (at("reward", 3, 1.0), "last rows are not void: an episode of T actions has T \\+ 1 rows"),
+        (at("action", 3, 1), "last rows are not void"),
         ({"action": ROWS["action"][:, None]}, "all but observation have one axis"),
         ({"reward": ROWS["reward"][:, None]}, "all but observation have one axis"),
         ({"is_last": ROWS["is_last"][:, None]}, "all but observation have one axis"),
