@@ -49,7 +49,7 @@ from typing import Any, NamedTuple, NoReturn
 
 if __name__ == "__main__":  # until the packages are imported
     signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
-    if platform.machine() in ("x86_64", "AMD64"):  # sums in the same order on every processor
+    if platform.machine() in ("x86_64", "AMD64"):  # add numbers in one order on every processor
         flags = "--xla_cpu_max_isa=AVX2 --xla_cpu_multi_thread_eigen=false"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
         os.environ["OPENBLAS_CORETYPE"] = "Haswell"
@@ -140,7 +140,19 @@ PAPER_TABLE6 = {  # random agent, online DQN agent
     "catch": (-0.66, 1.0),
     "mountain_car": (-1000.0, -102.16),
 }
-CHECKSUMS = {  # of seed 0, as a run's config.json has them
+CHECKSUMS = {  # CRC-32 of seed 0's data, as in a run's config.json
+    ("cartpole", 0.0): 471618534,
+    ("cartpole", 0.1): 3287650305,
+    ("cartpole", 0.3): 1550256846,
+    ("cartpole", 0.5): 200905177,
+    ("catch", 0.0): 3956084652,
+    ("catch", 0.1): 2868715720,
+    ("catch", 0.3): 1641915462,
+    ("catch", 0.5): 1103909284,
+    ("mountain_car", 0.0): 4254251187,
+    ("mountain_car", 0.1): 2239953748,
+    ("mountain_car", 0.3): 3542290890,
+    ("mountain_car", 0.5): 4088760960,
 }
 
 

@@ -196,6 +196,28 @@ def test_command_line_gives_the_same_data_again(dataset, script, tmp_path):
     assert versions[0] == versions[1]
 
 
+def test_the_data_of_the_page_have_its_checksums(script, tmp_path):
+    """On any x86 processor with AVX2; the page has those that the collector compares."""
+    result = script("benchmark/collect_bsuite.py", "--env-id", "catch")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    with np.load(tmp_path / "data/bsuite/catch-noise0-seed0.npz") as file:
+        assert len(file["action"]) == 20_000
+    page = (ROOT / "docs" / "bsuite_data.md").read_text()
+    for (env_id, noise), crc32 in collector.CHECKSUMS.items():
+        (row,) = (x for x in page.splitlines() if x.startswith(f"| {env_id} | {noise:g} |"))
+        assert row.endswith(f" | {crc32} |")
+
+
+def test_other_data_than_those_of_the_page_are_named(capsys):
+    steps = collector.collect(CATCH, 1, 0.0, 0)[0]
+    collector.compare(collector.Args(), steps)
+    assert "Warning: the data have the CRC-32 " in capsys.readouterr().err
+    for args in (collector.Args(seed=1), collector.Args(num_episodes=1), collector.Args(noise=0.2)):
+        collector.compare(args, steps)
+    assert capsys.readouterr().err == ""
+
+
 def test_seeds_give_different_data():
     first, second = (collector.collect(CATCH, 5, 0.0, seed)[0] for seed in (0, 1))
     assert (first["action"] != second["action"]).any()
