@@ -146,3 +146,12 @@ case "$*" in *wrong*) exit 1;; *--help*) echo usage;; *finished*) ;; *--dry-run*
         assert status == (words == ["wrong"])
         calls = (tmp_path / "calls").read_text().split()
         assert calls == [f"benchmark/{tool}.py" for tool in tools.split()]
+
+
+PAGES = {name: ROOT / "benchmark" / "results" / f"{name}.md" for name in paper.ITEMS}
+
+
+@pytest.mark.parametrize("name", [x for x in PAGES if paper.ITEMS[x].claim and PAGES[x].exists()])
+def test_pages_of_results_have_the_claims_of_today(name):
+    claim = f"The paper's claim: {paper.ITEMS[name].claim}"
+    assert claim in PAGES[name].read_text().splitlines()
