@@ -760,10 +760,10 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that a later start may change (data count by their content), and those not in its name.
+# Arguments that a later start may change (files count by their content), and those not in its name.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
-NOT_COMPARED |= {"checkpoint_every"}
-NOT_NAMED = NOT_COMPARED - {"dataset"} | {"env_id", "seed", "num_seeds"}
+NOT_COMPARED |= {"checkpoint_every", "world_model"}
+NOT_NAMED = NOT_COMPARED - {"dataset", "world_model"} | {"env_id", "seed", "num_seeds"}
 
 
 class Run:
@@ -990,8 +990,8 @@ class Run:
 
     def plot(self) -> None:
         """Draws learning_curve.png: the evaluations' mean returns, each seed's and their mean."""
-        lines = [line for line in self.lines() if "eval/return_mean" in line]
-        if not (self.writes and lines):
+        lines = self.lines() if self.writes else []
+        if not (lines := [line for line in lines if "eval/return_mean" in line]):
             return
         from matplotlib.figure import Figure  # without pyplot's global state
 

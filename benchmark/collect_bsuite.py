@@ -22,8 +22,8 @@ noise belongs to the environment.
 
 writes data/bsuite/catch-noise0.1-seed0.npz, whose format is in
 docs/bsuite_data.md, and prints its rows of Tables 5 and 6 beside the paper's.
-The same seed and versions give the same data on x86 processors with AVX2, of
-any maker: docs/bsuite_data.md has the checksums.
+The same seed and versions give the same data on x86 processors with AVX2
+under Linux: docs/bsuite_data.md has the checksums.
 
     python benchmark/collect_bsuite.py --from-rlds FOLDER --out FILE.npz
 
@@ -34,7 +34,6 @@ tensorflow-datasets and tensorflow.
 import dataclasses
 import json
 import os
-import platform
 import signal
 import sys
 import tempfile
@@ -49,10 +48,11 @@ from typing import Any, NamedTuple, NoReturn
 
 if __name__ == "__main__":  # until the packages are imported
     signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
-    if platform.machine() in ("x86_64", "AMD64"):  # add numbers in one order on every processor
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists() and " avx2 " in cpu.read_text():  # add numbers in one order on all of these
         flags = "--xla_cpu_max_isa=AVX2 --xla_cpu_multi_thread_eigen=false"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-        os.environ["OPENBLAS_CORETYPE"] = "Haswell"
+        os.environ |= {"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_NUM_THREADS": "1"}
 
 import jax
 import jax.numpy as jnp

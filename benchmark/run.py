@@ -443,7 +443,7 @@ def missing_jobs(
                     ]
                     found.append(Path(f"{folder_of(theirs, first)}-world-model"))
                     made = next((x for x in found if (x / "members.msgpack").exists()), None)
-                more |= {argument: Path(os.path.relpath(made))} if made else {}  # in one spelling
+                more |= {argument: made} if made else {}
             words = command(dataclasses.replace(cell_arguments, **more))
             jobs.append(Job(name, words, after))
             total += 1
@@ -453,8 +453,8 @@ def missing_jobs(
 # Running them
 # ------------
 
-# From a terminal to all that was started in it; Windows has no SIGHUP.
-TERMINAL = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = ("SIGINT", "SIGQUIT", "SIGHUP")  # from a terminal to all that was started in it
+TERMINAL = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
 
 class Command:
@@ -469,6 +469,8 @@ class Command:
 
     def __call__(self) -> None:
         signal.signal(signal.SIGTERM, self.stop)
+        if parent := multiprocessing.parent_process():  # run.py, but in a job of SLURM
+            os.setsid()  # what kills run.py's group leaves this one, which then notices
         environment = os.environ | ({} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu})
         if self.cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.cores)
@@ -492,7 +494,6 @@ class Command:
             os.kill(os.getpid(), number)
         if self.stopped:  # before there was a script
             self.stop()
-        parent = multiprocessing.parent_process()  # run.py, but in a job of SLURM
         while process.poll() is None:
             if not self.stopped and parent and not parent.is_alive():
                 self.stop()
@@ -506,7 +507,8 @@ class Command:
     def stop(self, *_) -> None:
         self.stopped = True
         if self.pid:
-            os.kill(self.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, signal.SIGTERM)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """submitit calls it in a signal handler when SLURM is about to end the job."""
@@ -539,6 +541,8 @@ def last_line(log: Path) -> str:
 
 def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
     """Runs the jobs, some side by side; False if one fails. A signal ends the program."""
+    if os.name != "posix":
+        raise SystemExit("Runs start on Linux or macOS only: start those of --dry-run by hand.")
     gpus = visible_gpus()
     workers = args.workers or len(gpus) or 1
     if gpus and workers > len(gpus):
@@ -656,7 +660,8 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str,
         options["gpus_per_node"] = 1
     options |= given
     if cpus := options.get("cpus_per_task"):  # which srun of SLURM 22.05 to 23.02 does not inherit
-        options["srun_args"] = [f"--cpus-per-task={cpus}"]
+        own = shlex.split(options.get("srun_args", ""))
+        options["srun_args"] = [f"--cpus-per-task={cpus}", *own]
     if type(options["time"]) is not int:  # submitit reckons with it at the end of a task
         raise SystemExit(f"--slurm time={options['time']}: give a whole number of minutes.")
     if commands := missing_stores(jobs):  # tasks would hold their GPUs while one makes it

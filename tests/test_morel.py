@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import zlib
 from contextlib import nullcontext
@@ -588,6 +589,7 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
     assert run("stopped") == whole
     assert "Going on from update 5" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "stopped"}
+    options[-1] = os.path.relpath(model)  # counts by its content
     with pytest.raises(SystemExit) as end:
         run("stopped")
     assert end.value.code == 0

@@ -99,7 +99,7 @@ def test_the_commands_printed_are_those_run(stand_in, tmp_path, capsys):
     names = [f"ROSMO-catch-noise={noise}-seeds0-1.log" for noise in (0.0, 0.1, 0.3, 0.5)]
     assert [path.name for path in logs] == names
     assert all(path.read_text() == "it says something\n" for path in logs)
-    assert not list((tmp_path / "runs/logs/table1").glob("submitit*"))
+    assert {path.suffix for path in (tmp_path / "runs/logs/table1").iterdir()} == {".log"}
 
 
 def test_one_that_fails_does_not_stop_the_others(stand_in, tmp_path, capsys):
@@ -415,18 +415,6 @@ def test_combo_alone_takes_the_world_model_that_is_there(tmp_path, monkeypatch, 
     )
 
 
-def test_a_world_model_has_one_name_however_the_runs_are_called(tmp_path, monkeypatch, capsys):
-    """COMBO compares it when it goes on."""
-    monkeypatch.chdir(tmp_path)
-    write_run(tmp_path / "runs" / "mine", "morel_atari", [1.0], total_updates=1000)
-    (tmp_path / "runs/mine-world-model").mkdir()
-    (tmp_path / "runs/mine-world-model/members.msgpack").touch()
-    words = ["table7", "--methods", "COMBO", "--seeds", 0, "--total-updates", 1000, "--runs"]
-    (line,) = commands_of(capsys, *words, "runs")
-    assert "--world-model runs/mine-world-model" in line
-    assert commands_of(capsys, *words, tmp_path / "runs") == [line]
-
-
 def test_local_data_keep_the_folder_that_was_made_from_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["table7", "--methods", "MOReL", "COMBO", "--seeds", 0]
@@ -546,8 +534,10 @@ def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, cap
         assert all(f"#SBATCH --{x.replace('_', '-')}\n" in script for x in own)
         assert "gpus-per-node" not in script  # SLURM takes one or the other
         assert ("cpus-per-task" in script) == (len(own) == 1)
-    start(*words[:-3])  # no options: those of run.py
+    start(*words, "srun_args=--exclusive --mpi=none")
     script = (tmp_path / "script").read_text()
+    assert " --cpus-per-task=8 --exclusive --mpi=none " in script
+    assert "#SBATCH --gpus-per-node=1\n" in script
     assert not (tmp_path / "commands").exists()
     assert slurm(1).wait(30) == 0
     (line,) = (tmp_path / "commands").read_text().splitlines()
