@@ -169,7 +169,7 @@ def test_gpus_that_the_user_hides_stay_hidden(stand_in, tmp_path, monkeypatch):
         assert (tmp_path / "devices").read_text().splitlines()[-1] == seen
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGKILL"])
 def test_a_stopped_one_goes_on(stand_in, tmp_path, name):
     """Its runs write their checkpoints, also when it is killed. A terminal signals to all."""
     number = getattr(signal, name)
@@ -177,7 +177,7 @@ def test_a_stopped_one_goes_on(stand_in, tmp_path, name):
     words = ["table2", "--methods", "BC", "--env-ids", "catch", "cartpole", "--total-updates", 7]
     first = process(stand_in, *words)
     wait_for(tmp_path / "commands")
-    (os.killpg if name in ("SIGINT", "SIGHUP") else os.kill)(first.pid, number)
+    (os.kill if name == "SIGTERM" else os.killpg)(first.pid, number)
     out, err = first.communicate(timeout=30)
     assert wait_for(tmp_path / "saved") == ["saved"]
     assert len((tmp_path / "commands").read_text().splitlines()) == 1
