@@ -642,3 +642,6 @@ def test_evaluations_have_games_of_their_own_and_the_final_ones_sample_first(mon
     assert len(set(seeds)) == 4  # of two seeds at two updates
     assert set(frames) == {44}
     assert len(final) == 2
+    run.stopping = True  # before the games are made, which takes long
+    assert morel.play(run, 100, True, 8, {}, None, args) is None
+    assert len(games) == 8
