@@ -57,7 +57,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run takes over
+if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
 # --- end signals ---
@@ -1008,7 +1009,6 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
     os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
-    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":  # until the packages are imported
+    sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
 
 import cv2

@@ -76,6 +76,16 @@ def test_programs_are_kept_in_no_folder_but_the_users(name, reason, monkeypatch)
     assert changes == []
 
 
+def test_a_tool_with_closed_streams(script, tmp_path):
+    """The line that opens others stands in all of them."""
+    options = ["--num-episodes", 2, "--out", tmp_path / "catch.npz"]
+    result = script("benchmark/collect_bsuite.py", *options, shell="exec >&- 2>&-")
+    assert result.returncode == 0
+    assert (tmp_path / "catch.npz").exists()
+    texts = [(helpers.ROOT / "benchmark" / f"{name}.py").read_text() for name in TOOLS]
+    assert {text.count("sys.stdout, sys.stderr = (x or open(os.devnull") for text in texts} == {1}
+
+
 @pytest.mark.parametrize("name", ["rosmo_bsuite", "morel_atari"])
 def test_help_where_a_terminal_knows_ascii_alone(script, name):
     result = script(f"{name}.py", "--help", PYTHONIOENCODING="ascii")
