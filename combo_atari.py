@@ -22,11 +22,11 @@ The world model is a run of its own in {run folder}-world-model; morel_atari.py
 says how it learns.
 
 Where ROSMO's paper is silent, this is our reconstruction. F.1.3 gives rollouts of 10 steps, one
-random member for each, a ratio of 0.5 between predicted and logged data, which is read here as half
-of a batch, and OfflineRL's COMBO as the model.
-1. Every 400 updates 2,048 rollouts are added, and those of the last five times are kept. An equal
-   number for each member starts at random logged frames, after the member has filtered them and
-   the 15 frames before.
+random member for each, a ratio of 0.5 between predicted and logged data, read here as half of a
+batch, and OfflineRL's COMBO as the code to follow.
+1. Every 400 updates a generation of 2,048 rollouts is added, and the last five are kept. A member
+   makes an equal number of them, from random logged frames, after it has filtered these and the 15
+   frames before.
 2. Inside the model Q acts, ε-greedy with ε = 0.05, on four frames: logged ones at first, then
    predicted ones, rounded to the 256 greys of the game. Latents are samples. In the first rollouts,
    when Q is zero, it takes action 0.
@@ -102,12 +102,12 @@ class Args:
 
     # data
     rlu_run: int = 1  # run of RL Unplugged, 1 to 5
-    data_percent: float = 100.0  # learn from this part of each checkpoint's data, from its start
+    data_percent: float = 100.0  # learn from the first p% of the data of each checkpoint of the DQN
     data_dir: Path = Path("data")  # folder of the datasets, which are made when they are missing
     dataset: Path | None = None  # store to open instead, such as benchmark/collect_atari.py's
     loader_threads: int = 4  # threads that decode batches
     clip_rewards: bool = True  # clip rewards to [-1, 1]
-    heldout_percent: float = 5.0  # part of the episodes that the world model does not learn from
+    heldout_percent: float = 5.0  # percentage of the episodes held out from the world model
     truncation_as_termination: bool = False  # treat every last step as terminal
 
     # world model
@@ -116,7 +116,7 @@ class Args:
     deter: int = 1024  # world model: size of the recurrent state h
     hidden: int = 1000  # world model: units of the layers around the recurrent state
     latents: int = 32  # world model: categorical variables of the latent state z
-    classes: int = 32  # world model: classes of each
+    classes: int = 32  # world model: classes of each latent variable
     depth: int = 48  # world model: channels of its first convolution; all others scale with it
     head_units: int = 400  # world model: units of the layers of the reward's and terminal's heads
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -127,15 +127,15 @@ class Args:
     model_batch_size: int = 32  # world model: windows in a member's batch, over all devices
     model_length: int = 48  # T, steps of a window of the world model
     model_learning_rate: float = 3e-4  # world model: AdamW's learning rate
-    model_weight_decay: float = 0.01  # world model: AdamW's weight decay, on weight matrices only
+    model_weight_decay: float = 0.01  # world model: AdamW's weight decay, on kernels only
     model_max_grad_norm: float = 200.0  # world model: largest global norm of a member's gradient
     kl_coef: float = 0.1  # β, weight of the KL divergence in the loss of the world model
-    kl_balance: float = 0.8  # share of its gradient that moves the prior to the posterior
+    kl_balance: float = 0.8  # share of the KL gradient that moves the prior to the posterior
     model_eval_every: int = 1_000  # world model: updates between evaluations, which save, too
     model_eval_batches: int = 8  # world model: batches of held-out windows in an evaluation
     model_patience: int = 10_000
     """world model: updates without enough improvement of the held-out loss before training ends"""
-    model_min_improvement: float = 0.005  # enough improvement, as a part of the held-out loss
+    model_min_improvement: float = 0.005  # least relative fall of the held-out loss that counts
 
     # Q: network (Table 3, D.2.1)
     channels: int = 64  # channels of Q's residual blocks; the rest of its network scales with it
@@ -145,7 +145,7 @@ class Args:
     batch_size: int = 512  # transitions in a batch of Q, over all devices
     learning_rate: float = 7e-4  # Q: AdamW's learning rate after warm-up
     learning_rate_decay: float = 0.1  # Q: factor on the learning rate every 100,000 updates
-    weight_decay: float = 1e-4  # Q: AdamW's weight decay, on weight matrices only
+    weight_decay: float = 1e-4  # Q: AdamW's weight decay, on kernels only
     max_grad_norm: float = 5.0  # Q: largest global norm of the gradient
     target_update_every: int = 2_000  # updates of Q between two copies to its target network
 
@@ -161,7 +161,7 @@ class Args:
     discount: float = 0.99  # discount factor γ
     cql_alpha: float = 1.0  # α, weight of the conservative penalty
     model_share: float = 0.5  # part of a batch that comes from rollouts
-    push_up: Literal["mix", "real"] = "mix"  # whose action the penalty pushes up: all, or logged
+    push_up: Literal["mix", "real"] = "mix"  # actions on which Q is pushed up: all, or logged only
 
     # Q: evaluation
     eval_every: int = 1_000  # updates of Q between two evaluations
@@ -687,7 +687,7 @@ def inverse_transform(y):
 
 
 def two_hot(x, num_bins: int):
-    """φ(h(x)): values [...] -> probabilities [..., bins] of the two integers nearest to h(x)."""
+    """φ(h(x)): [...] -> probabilities [..., bins] on the two around h(x); bin i is i - limit."""
     limit = (num_bins - 1) // 2
     y = jnp.clip(transform(x), -limit, limit)
     return jnp.maximum(0, 1 - jnp.abs(y[..., None] - (jnp.arange(num_bins) - limit)))
@@ -716,10 +716,10 @@ def conservative_gap(q, action):
 
 # --- batch (identical in *_atari.py) ---
 class Batch(NamedTuple):
-    """Windows of T consecutive steps, each with the three frames before its first one."""
+    """Windows of T consecutive steps, and the three frames before each window."""
 
     frames: Any  # uint8 [B, 3 + T, 84, 84]
-    history: Any  # uint8 [B, T], earlier frames of the step's own episode, 3 at most
+    history: Any  # uint8 [B, T], number of earlier frames of the step's own episode, 3 at most
     action: Any  # int32 [B, T]
     reward: Any  # float32 [B, T], unclipped; follows the action
     is_last: Any  # bool [B, T]; the action and the reward of a last step mean nothing
@@ -819,7 +819,7 @@ def empty_rollouts(args: Args) -> Rollouts:
 
 
 def epsilon_greedy(q, key, epsilon: float):
-    """Actions [B] with the highest of the values [B, actions]; the part `epsilon` is random."""
+    """Actions [B] with the highest Q of [B, actions]; with probability `epsilon`, random ones."""
     explore_key, random_key = jax.random.split(key)
     best = jnp.argmax(q, axis=-1)
     explore = jax.random.bernoulli(explore_key, epsilon, best.shape)
@@ -885,7 +885,7 @@ def mix_batch(real: Batch, rollouts: Rollouts, key, args: Args) -> Batch:
     pair = partial(jnp.stack, axis=1)
     model = Batch(
         frames=rollouts.frames[window],
-        history=jnp.full((*time.shape, 2), 3, jnp.uint8),  # the zeros before an episode are there
+        history=jnp.full((*time.shape, 2), 3, jnp.uint8),  # frames before an episode are zeroed
         action=pair([rollouts.action[index], 0 * time]),
         reward=pair([rollouts.reward[index], 0.0 * time]),
         is_last=pair([~rollouts.valid[index], terminal]),
@@ -925,7 +925,7 @@ def init_state(key, network: CQLNetwork, args: Args) -> TrainState:
 
 @jax.jit(static_argnames=("network", "args"), donate_argnames="state")
 def update(state: TrainState, key, batch: Batch, network: CQLNetwork, args: Args):
-    """One update -> (state, metrics); batch and rollouts are shared out to the devices."""
+    """One update -> (state, metrics); batch and rollouts are sharded, all else is replicated."""
     # Nothing is drawn at random here; `key` is an argument as in the other scripts.
     gradient, metrics = jax.grad(combo_loss, has_aux=True)(
         state.params, state.target_params, batch, network, args
@@ -1001,8 +1001,8 @@ def open_store(args) -> Store:
         if len(blob) != offsets[-1]:
             raise ValueError("frames.bin is not whole")
         game, num_actions, source = (meta[name] for name in ("env_id", "num_actions", "source"))
-        if game != args.env_id or steps["action"].max() >= num_actions:
-            raise ValueError(f"it is of {game} with {num_actions} actions")
+        if (most := steps["action"].max()) >= num_actions or game != args.env_id:
+            raise ValueError(f"it is of {game} with {num_actions} actions, the largest {most}")
         if plays and make_env(game, 1).single_action_space.n != num_actions:
             raise ValueError(f"it has {num_actions} actions, and the game has another number")
         if meta["percent"] < args.data_percent:
@@ -1161,10 +1161,10 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 def evaluate(
     act: Callable, env_id: str, num_episodes: int, seed: int, max_frames: int = 108_000
 ) -> list[float] | None:
-    """Raw returns of `num_episodes` episodes, played side by side, each in its own environment.
+    """Raw returns of `num_episodes` episodes played side by side, or None if `act` returns None.
 
     `act` takes observations uint8 [E, 84, 84, 4] (newest frame last, zeros before the first) and a
-    key, and returns actions [E], or None to break off. `max_frames` of the game end an episode.
+    key, and returns actions [E]. An episode is cut off after `max_frames` frames of the emulator.
     """
     if num_episodes == 0:
         return []
@@ -1178,7 +1178,7 @@ def evaluate(
         while running.any():
             if 8 * running.sum() <= size:  # the last few go on in a smaller batch
                 size = int(running.sum())
-            rows = np.resize(np.flatnonzero(running), size)  # repeated: each size has its program
+            rows = np.resize(np.flatnonzero(running), size)  # repeats fill up: a new size compiles
             act_key, key = jax.random.split(key)
             chosen = act(np.ascontiguousarray(observations[rows].transpose(0, 2, 3, 1)), act_key)
             if chosen is None:
@@ -1196,7 +1196,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that a later start may change (files count by their content), and those not in its name.
+# What a resumed run may change (files are compared by content), and what the folder's name omits.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every", "world_model"}
 NOT_NAMED = NOT_COMPARED - {"dataset", "world_model"} | {"env_id", "seed", "num_seeds"}
@@ -1209,7 +1209,7 @@ class Run:
     """
 
     def __init__(self, args, seeds: list[int], data: dict):
-        """Opens the folder. Ends the program if it holds something else, or the run's end."""
+        """Opens the folder. Ends the program if it holds something else or this run is finished."""
         self.args, self.seeds, self.stopping = args, seeds, False
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
@@ -1267,7 +1267,7 @@ class Run:
         self.config["starts"] = [] if self.args.overwrite else starts
 
     def keep(self) -> None:
-        """Keeps the folder for this process."""
+        """Locks the folder for this process; ends the program if another process has it."""
         (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock")
         try:
@@ -1621,7 +1621,7 @@ def get_world_model(run: Run, store: Store, network: WorldModel, by_device, repl
 
 
 def load_world_model(run: Run, folder: Path) -> bytes:
-    """The ensemble in the folder of a world model, or one sentence about why it is not there."""
+    """The ensemble in the folder of a world model, serialized; ends the program if none fits."""
     try:
         config = json.loads((folder / "config.json").read_text())
         theirs = config["args"] | {"data of CRC-32": config["data"]["crc32"]}
@@ -1734,7 +1734,7 @@ def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path) -> Non
 # --- end world model training ---
 
 
-# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
+# Bounds of the numeric arguments; other integers go from 1 to 1e9, other floats from 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "heldout_percent": (TINY, 99)}
 RANGES |= {"model_learning_rate": (TINY, 1), "kl_balance": (0, 1), "rlu_run": (1, 5)}
@@ -1781,9 +1781,9 @@ def prepare_jax() -> None:
 
 # --- processes (identical in *_atari.py) ---
 def join_processes(args, *shared: int) -> None:
-    """Makes a CPU's cores devices; joins the processes of a run, which all start this script.
+    """Splits a CPU into devices; joins the processes of a run, which all start this script.
 
-    The devices of a CPU are as many as can share each batch, and each further number `shared`.
+    It has the most devices, at most one a core, that divide every batch size and all of `shared`.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = given = [os.environ.get(name, "") for name in names]
@@ -1856,7 +1856,7 @@ def main(args: Args) -> None:
     state = init(init_key, network, args)._replace(world_model_crc32=crc32)
 
     def saved(state: TrainState) -> TrainState:
-        """Without what can be predicted again: all but the actions, since Q has changed since."""
+        """The state to save: of the rollouts only the actions, which predict the rest again."""
         return state._replace(rollouts=state.rollouts.action)
 
     done, restored, sums = run.restore(saved(state))

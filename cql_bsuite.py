@@ -16,9 +16,9 @@ categorical as ROSMO's value.
     python cql_bsuite.py --cql-alpha 0   # plain Q-learning
 
 Where ROSMO's paper refers to the official code, this file does the following.
-1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
+1. Batches are transitions drawn with replacement. A last step has no action and counts as zero;
    a terminal one is not bootstrapped, a truncated one is (--truncation-as-termination: it is not).
-2. The loss of Q is the cross entropy with the two-hot target, for which the official code has a sum
+2. The loss of Q is the cross entropy with the two-hot target, where the official code has a sum
    of quantile losses. A cross entropy is flatter, so that the official α need not suit it.
 3. The target network is copied every 2,000 updates and γ is 0.99 (official code). Targets stop at
    ±9 of h-space, ±97 in units of reward: cartpole's and mountain_car's reach ±100 at this γ.
@@ -159,7 +159,7 @@ def inverse_transform(y):
 
 
 def two_hot(x, num_bins: int):
-    """φ(h(x)): values [...] -> probabilities [..., bins] of the two integers nearest to h(x)."""
+    """φ(h(x)): [...] -> probabilities [..., bins] on the two around h(x); bin i is i - limit."""
     limit = (num_bins - 1) // 2
     y = jnp.clip(transform(x), -limit, limit)
     return jnp.maximum(0, 1 - jnp.abs(y[..., None] - (jnp.arange(num_bins) - limit)))
@@ -188,7 +188,7 @@ def conservative_gap(q, action):
 
 # --- steps (identical in *_bsuite.py) ---
 class Steps(NamedTuple):
-    """Steps of episodes in RLDS form: the last one holds no action and no reward, only zeros."""
+    """Steps of episodes in RLDS form; an episode's last has no action and no reward, only zeros."""
 
     observation: Any  # [..., rows, columns] float32
     action: Any  # [...] int32
@@ -301,7 +301,7 @@ def sample_windows(key, steps: Steps, starts, num_starts, batch_size: int, lengt
 def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, by_device):
     """One update of every seed -> (states, metrics); all but the steps have a leading seed axis.
 
-    The batches are shared out to the devices.
+    The batches are sharded over the devices.
     """
 
     def update_seed(state, key, starts, num_starts):
@@ -454,7 +454,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that a later start may change (files count by their content), and those not in its name.
+# What a resumed run may change (files are compared by content), and what the folder's name omits.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every", "world_model"}
 NOT_NAMED = NOT_COMPARED - {"dataset", "world_model"} | {"env_id", "seed", "num_seeds"}
@@ -467,7 +467,7 @@ class Run:
     """
 
     def __init__(self, args, seeds: list[int], data: dict):
-        """Opens the folder. Ends the program if it holds something else, or the run's end."""
+        """Opens the folder. Ends the program if it holds something else or this run is finished."""
         self.args, self.seeds, self.stopping = args, seeds, False
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
@@ -525,7 +525,7 @@ class Run:
         self.config["starts"] = [] if self.args.overwrite else starts
 
     def keep(self) -> None:
-        """Keeps the folder for this process."""
+        """Locks the folder for this process; ends the program if another process has it."""
         (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock")
         try:
@@ -706,7 +706,7 @@ class Run:
 # --- end run folder ---
 
 
-# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
+# Bounds of the numeric arguments; other integers go from 1 to 1e9, other floats from 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}

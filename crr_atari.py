@@ -18,7 +18,7 @@ that of Fig. 5(c), and Q is categorical as ROSMO's value.
     python crr_atari.py --num-action-samples 4  # V from samples, as acme
 
 Where ROSMO's paper refers to acme, this file does the following.
-1. Batches are transitions drawn with replacement. A last step has no action and counts for nothing;
+1. Batches are transitions drawn with replacement. A last step has no action and counts as zero;
    a terminal one is not bootstrapped, a truncated one is (--truncation-as-termination: it is not).
 2. V and the bootstrap are exact means of Q under π (acme: over four samples for V, which is
    --num-action-samples 4, and over one for the bootstrap).
@@ -26,7 +26,7 @@ Where ROSMO's paper refers to acme, this file does the following.
    critic, made every 100 updates (acme).
 4. γ = 0.99 and β = 1 are acme's; rewards are clipped to [-1, 1] (--no-clip-rewards).
 5. Optimiser and batch size are ROSMO's, not acme's (Adam at 3e-4): AdamW, a warm-up of 1,000
-   updates, a tenth of the learning rate every 100,000, weight decay on weight matrices only.
+   updates, a tenth of the learning rate every 100,000, weight decay on kernels only.
 """
 
 import dataclasses
@@ -91,7 +91,7 @@ class Args:
 
     # data
     rlu_run: int = 1  # run of RL Unplugged, 1 to 5
-    data_percent: float = 100.0  # learn from this part of each checkpoint's data, from its start
+    data_percent: float = 100.0  # learn from the first p% of the data of each checkpoint of the DQN
     data_dir: Path = Path("data")  # folder of the datasets, which are made when they are missing
     dataset: Path | None = None  # store to open instead, such as benchmark/collect_atari.py's
     loader_threads: int = 4  # threads that decode batches
@@ -107,7 +107,7 @@ class Args:
     batch_size: int = 512  # transitions in a batch, over all devices
     learning_rate: float = 7e-4  # AdamW's learning rate after warm-up
     learning_rate_decay: float = 0.1  # factor on the learning rate every 100,000 updates
-    weight_decay: float = 1e-4  # AdamW's weight decay, on weight matrices only
+    weight_decay: float = 1e-4  # AdamW's weight decay, on kernels only (dense and convolutional)
     max_grad_norm: float = 5.0  # largest global norm of the gradient
 
     # algorithm
@@ -271,7 +271,7 @@ def inverse_transform(y):
 
 
 def two_hot(x, num_bins: int):
-    """φ(h(x)): values [...] -> probabilities [..., bins] of the two integers nearest to h(x)."""
+    """φ(h(x)): [...] -> probabilities [..., bins] on the two around h(x); bin i is i - limit."""
     limit = (num_bins - 1) // 2
     y = jnp.clip(transform(x), -limit, limit)
     return jnp.maximum(0, 1 - jnp.abs(y[..., None] - (jnp.arange(num_bins) - limit)))
@@ -291,10 +291,10 @@ def to_scalar(logits):
 
 # --- batch (identical in *_atari.py) ---
 class Batch(NamedTuple):
-    """Windows of T consecutive steps, each with the three frames before its first one."""
+    """Windows of T consecutive steps, and the three frames before each window."""
 
     frames: Any  # uint8 [B, 3 + T, 84, 84]
-    history: Any  # uint8 [B, T], earlier frames of the step's own episode, 3 at most
+    history: Any  # uint8 [B, T], number of earlier frames of the step's own episode, 3 at most
     action: Any  # int32 [B, T]
     reward: Any  # float32 [B, T], unclipped; follows the action
     is_last: Any  # bool [B, T]; the action and the reward of a last step mean nothing
@@ -409,7 +409,7 @@ def init_state(key, network: CRRNetwork, args: Args) -> TrainState:
 
 @jax.jit(static_argnames=("network", "args"), donate_argnames="state")
 def update(state: TrainState, key, batch: Batch, network: CRRNetwork, args: Args):
-    """One update -> (state, metrics); the batch is shared out to the devices, the state is not."""
+    """One update -> (state, metrics); the batch is sharded over devices, the state replicated."""
     # The key belongs to the step, so that a resumed run draws the same actions.
     key = jax.random.fold_in(key, state.step)
     gradient, metrics = jax.grad(crr_loss, has_aux=True)(
@@ -490,8 +490,8 @@ def open_store(args) -> Store:
         if len(blob) != offsets[-1]:
             raise ValueError("frames.bin is not whole")
         game, num_actions, source = (meta[name] for name in ("env_id", "num_actions", "source"))
-        if game != args.env_id or steps["action"].max() >= num_actions:
-            raise ValueError(f"it is of {game} with {num_actions} actions")
+        if (most := steps["action"].max()) >= num_actions or game != args.env_id:
+            raise ValueError(f"it is of {game} with {num_actions} actions, the largest {most}")
         if plays and make_env(game, 1).single_action_space.n != num_actions:
             raise ValueError(f"it has {num_actions} actions, and the game has another number")
         if meta["percent"] < args.data_percent:
@@ -599,10 +599,10 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 def evaluate(
     act: Callable, env_id: str, num_episodes: int, seed: int, max_frames: int = 108_000
 ) -> list[float] | None:
-    """Raw returns of `num_episodes` episodes, played side by side, each in its own environment.
+    """Raw returns of `num_episodes` episodes played side by side, or None if `act` returns None.
 
     `act` takes observations uint8 [E, 84, 84, 4] (newest frame last, zeros before the first) and a
-    key, and returns actions [E], or None to break off. `max_frames` of the game end an episode.
+    key, and returns actions [E]. An episode is cut off after `max_frames` frames of the emulator.
     """
     if num_episodes == 0:
         return []
@@ -616,7 +616,7 @@ def evaluate(
         while running.any():
             if 8 * running.sum() <= size:  # the last few go on in a smaller batch
                 size = int(running.sum())
-            rows = np.resize(np.flatnonzero(running), size)  # repeated: each size has its program
+            rows = np.resize(np.flatnonzero(running), size)  # repeats fill up: a new size compiles
             act_key, key = jax.random.split(key)
             chosen = act(np.ascontiguousarray(observations[rows].transpose(0, 2, 3, 1)), act_key)
             if chosen is None:
@@ -634,7 +634,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that a later start may change (files count by their content), and those not in its name.
+# What a resumed run may change (files are compared by content), and what the folder's name omits.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every", "world_model"}
 NOT_NAMED = NOT_COMPARED - {"dataset", "world_model"} | {"env_id", "seed", "num_seeds"}
@@ -647,7 +647,7 @@ class Run:
     """
 
     def __init__(self, args, seeds: list[int], data: dict):
-        """Opens the folder. Ends the program if it holds something else, or the run's end."""
+        """Opens the folder. Ends the program if it holds something else or this run is finished."""
         self.args, self.seeds, self.stopping = args, seeds, False
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
@@ -705,7 +705,7 @@ class Run:
         self.config["starts"] = [] if self.args.overwrite else starts
 
     def keep(self) -> None:
-        """Keeps the folder for this process."""
+        """Locks the folder for this process; ends the program if another process has it."""
         (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock")
         try:
@@ -886,7 +886,7 @@ class Run:
 # --- end run folder ---
 
 
-# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
+# Bounds of the numeric arguments; other integers go from 1 to 1e9, other floats from 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
@@ -930,9 +930,9 @@ def prepare_jax() -> None:
 
 # --- processes (identical in *_atari.py) ---
 def join_processes(args, *shared: int) -> None:
-    """Makes a CPU's cores devices; joins the processes of a run, which all start this script.
+    """Splits a CPU into devices; joins the processes of a run, which all start this script.
 
-    The devices of a CPU are as many as can share each batch, and each further number `shared`.
+    It has the most devices, at most one a core, that divide every batch size and all of `shared`.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = given = [os.environ.get(name, "") for name in names]

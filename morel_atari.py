@@ -24,20 +24,20 @@ world_model.png, real frames above open-loop predictions.
 Where ROSMO's paper is silent, this is our reconstruction; F.1 names the parts, not their sizes.
 1. Frames stay 84 x 84; the decoder's kernels are 7, 6, 6, 6 for that size, and it predicts the
    difference from a learned image, at first the data's mean. The model sees intensity / 255 - 0.5.
-2. The members differ in their first parameters and in their batches. Each is clipped on its own.
+2. The members differ in their initial parameters and batches. Each gradient is clipped on its own.
 3. Windows start at any step and go on into the next episode, where the state is reset; a window
    that starts inside an episode begins with an empty state and the action before it.
-4. Training ends with the evaluation before which the loss on held-out episodes has not fallen by
-   0.5% for 10,000 updates. The ensemble is that of the evaluation with the lowest held-out loss.
+4. Training ends when the loss on held-out episodes has not fallen by 0.5% for 10,000 updates. The
+   ensemble is that of the evaluation with the lowest held-out loss.
 5. Logged rewards are clipped to [-1, 1] (--no-clip-rewards), predicted ones are not.
-6. AdamW decays weight matrices only.
+6. AdamW decays kernels only.
 7. Members share no latent coordinates, so that they are compared in what they predict: the next
    frame and the reward. The prior's mode stands for its distribution.
 8. The policy sees four frames, logged ones at first and then decoded ones, rounded to the game's
    256 greys, and is evaluated without the model.
-9. The episode's own member fixes frame, reward and end; the others filter its frames.
-10. An update is an iteration of PPO with CleanRL's values for Atari. Imagined episodes run in rows,
-    in each one after the other; a minibatch has as many steps of each row as any other.
+9. One member, drawn for each episode, gives frame, reward and end; the others filter its frames.
+10. An update is an iteration of PPO with CleanRL's values for Atari, but 64 rows and no clipping of
+    the value loss. A row is one imagined episode after another; minibatches take equally from all.
 11. The policy starts at random or, with --bc-updates, imitates the data first.
 """
 
@@ -104,12 +104,12 @@ class Args:
 
     # data
     rlu_run: int = 1  # run of RL Unplugged, 1 to 5
-    data_percent: float = 100.0  # learn from this part of each checkpoint's data, from its start
+    data_percent: float = 100.0  # learn from the first p% of the data of each checkpoint of the DQN
     data_dir: Path = Path("data")  # folder of the datasets, which are made when they are missing
     dataset: Path | None = None  # store to open instead, such as benchmark/collect_atari.py's
     loader_threads: int = 4  # threads that decode batches
     clip_rewards: bool = True  # clip rewards to [-1, 1]
-    heldout_percent: float = 5.0  # part of the episodes that the world model does not learn from
+    heldout_percent: float = 5.0  # percentage of the episodes held out from the world model
 
     # world model
     world_model: Path | None = None  # folder of the ensemble: {run folder}-world-model of a run
@@ -117,7 +117,7 @@ class Args:
     deter: int = 1024  # world model: size of the recurrent state h
     hidden: int = 1000  # world model: units of the layers around the recurrent state
     latents: int = 32  # world model: categorical variables of the latent state z
-    classes: int = 32  # world model: classes of each
+    classes: int = 32  # world model: classes of each latent variable
     depth: int = 48  # world model: channels of its first convolution; all others scale with it
     head_units: int = 400  # world model: units of the layers of the reward's and terminal's heads
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -128,20 +128,20 @@ class Args:
     model_batch_size: int = 32  # world model: windows in a member's batch, over all devices
     model_length: int = 48  # T, steps of a window of the world model
     model_learning_rate: float = 3e-4  # world model: AdamW's learning rate
-    model_weight_decay: float = 0.01  # world model: AdamW's weight decay, on weight matrices only
+    model_weight_decay: float = 0.01  # world model: AdamW's weight decay, on kernels only
     model_max_grad_norm: float = 200.0  # world model: largest global norm of a member's gradient
     kl_coef: float = 0.1  # β, weight of the KL divergence in the loss of the world model
-    kl_balance: float = 0.8  # share of its gradient that moves the prior to the posterior
+    kl_balance: float = 0.8  # share of the KL gradient that moves the prior to the posterior
     model_eval_every: int = 1_000  # world model: updates between evaluations, which save, too
     model_eval_batches: int = 8  # world model: batches of held-out windows in an evaluation
     model_patience: int = 10_000
     """world model: updates without enough improvement of the held-out loss before training ends"""
-    model_min_improvement: float = 0.005  # enough improvement, as a part of the held-out loss
+    model_min_improvement: float = 0.005  # least relative fall of the held-out loss that counts
 
     # policy: pessimistic MDP
     discrepancy: Literal["frame", "block"] = "frame"  # of whole frames, or of the worst 7 x 7 block
     halt_quantile: float = 0.999  # part of the steps of replayed logged episodes that do not halt
-    halt_batches: int = 16  # batches of such replays from which the threshold is taken
+    halt_batches: int = 16  # batches of replayed logged episodes from which the threshold is taken
     halt_penalty: float = -10.0  # reward of a step that halts
     horizon: int = 50  # steps after which an imagined episode is cut off
     warm_up: int = 16  # logged frames that the members filter, up to that of an episode's start
@@ -151,21 +151,21 @@ class Args:
     channels: int = 64  # channels of the policy's blocks; the rest of its network scales with it
 
     # policy: behavior cloning
-    bc_updates: int = 0  # updates of the policy before PPO, which imitate logged actions
-    bc_batch_size: int = 256  # logged steps in a batch of these, over all devices
-    bc_learning_rate: float = 7e-4  # Adam's learning rate for these
+    bc_updates: int = 0  # updates of the policy that imitate logged actions, before those of PPO
+    bc_batch_size: int = 256  # logged steps in a batch of behavior cloning, over all devices
+    bc_learning_rate: float = 7e-4  # Adam's learning rate for behavior cloning
 
     # policy: PPO
     batch_size: int = 64  # PPO: rows of imagined episodes, over all devices
-    rollout_length: int = 128  # PPO: steps of each in an update
-    epochs: int = 4  # PPO: passes over these steps
+    rollout_length: int = 128  # PPO: steps of each row in an update
+    epochs: int = 4  # PPO: passes over an update's steps
     minibatches: int = 4  # PPO: gradient steps of a pass
     learning_rate: float = 2.5e-4  # PPO: Adam's learning rate at first
-    anneal_updates: int = 1_250  # PPO: updates over which it falls to zero
+    anneal_updates: int = 1_250  # PPO: updates over which the learning rate falls to zero
     max_grad_norm: float = 0.5  # PPO: largest global norm of the gradient
     discount: float = 0.99  # discount factor γ
     gae_lambda: float = 0.95  # λ of PPO's generalised advantage
-    clip_ratio: float = 0.1  # ε, change of PPO's probability ratio beyond which it is cut
+    clip_ratio: float = 0.1  # PPO: ε, the probability ratio is clipped to [1 - ε, 1 + ε]
     entropy_coef: float = 0.01  # PPO: weight of the entropy
     value_coef: float = 0.5  # PPO: weight of the value's loss
 
@@ -910,8 +910,8 @@ def rollout(params, env: Imagined, starts: Imagined, key, step: Callable, policy
 def collect(state: TrainState, windows: Windows, members, key, policy, network, args: Args):
     """The first half of an update: imagined steps in the members [E, ...].
 
-    windows [B · starts, warm_up]: up to the starts of the episodes that begin in it. They and the
-    episodes are shared out to the devices.
+    windows [B · starts, warm_up] end at the starts of the episodes that begin in this update. They
+    and the episodes are sharded over the devices.
 
     Returns:
       The state, the steps and their advantages [B, T], the order in which `learn` takes them, and
@@ -972,7 +972,7 @@ def update(state: TrainState, windows: Windows, members, key, policy, network, a
 
 
 def mean_ppo_metrics(sums: dict, updates: int) -> dict:
-    """Means over the updates; of what belongs to episodes over those that ended, if any did."""
+    """Means over the updates; for metrics of episodes over those that ended, if any did."""
     means = {name: x / updates for name, x in sums.items() if name != "ended"}
     episodes = sums["charts/episodes"]
     return means | {name: x / episodes for name, x in sums["ended"].items() if episodes}
@@ -987,10 +987,10 @@ def act(params, observation, key, greedy: bool, network: PolicyNetwork, args: Ar
 
 # --- batch (identical in *_atari.py) ---
 class Batch(NamedTuple):
-    """Windows of T consecutive steps, each with the three frames before its first one."""
+    """Windows of T consecutive steps, and the three frames before each window."""
 
     frames: Any  # uint8 [B, 3 + T, 84, 84]
-    history: Any  # uint8 [B, T], earlier frames of the step's own episode, 3 at most
+    history: Any  # uint8 [B, T], number of earlier frames of the step's own episode, 3 at most
     action: Any  # int32 [B, T]
     reward: Any  # float32 [B, T], unclipped; follows the action
     is_last: Any  # bool [B, T]; the action and the reward of a last step mean nothing
@@ -1080,8 +1080,8 @@ def open_store(args) -> Store:
         if len(blob) != offsets[-1]:
             raise ValueError("frames.bin is not whole")
         game, num_actions, source = (meta[name] for name in ("env_id", "num_actions", "source"))
-        if game != args.env_id or steps["action"].max() >= num_actions:
-            raise ValueError(f"it is of {game} with {num_actions} actions")
+        if (most := steps["action"].max()) >= num_actions or game != args.env_id:
+            raise ValueError(f"it is of {game} with {num_actions} actions, the largest {most}")
         if plays and make_env(game, 1).single_action_space.n != num_actions:
             raise ValueError(f"it has {num_actions} actions, and the game has another number")
         if meta["percent"] < args.data_percent:
@@ -1256,10 +1256,10 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 def evaluate(
     act: Callable, env_id: str, num_episodes: int, seed: int, max_frames: int = 108_000
 ) -> list[float] | None:
-    """Raw returns of `num_episodes` episodes, played side by side, each in its own environment.
+    """Raw returns of `num_episodes` episodes played side by side, or None if `act` returns None.
 
     `act` takes observations uint8 [E, 84, 84, 4] (newest frame last, zeros before the first) and a
-    key, and returns actions [E], or None to break off. `max_frames` of the game end an episode.
+    key, and returns actions [E]. An episode is cut off after `max_frames` frames of the emulator.
     """
     if num_episodes == 0:
         return []
@@ -1273,7 +1273,7 @@ def evaluate(
         while running.any():
             if 8 * running.sum() <= size:  # the last few go on in a smaller batch
                 size = int(running.sum())
-            rows = np.resize(np.flatnonzero(running), size)  # repeated: each size has its program
+            rows = np.resize(np.flatnonzero(running), size)  # repeats fill up: a new size compiles
             act_key, key = jax.random.split(key)
             chosen = act(np.ascontiguousarray(observations[rows].transpose(0, 2, 3, 1)), act_key)
             if chosen is None:
@@ -1291,7 +1291,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that a later start may change (files count by their content), and those not in its name.
+# What a resumed run may change (files are compared by content), and what the folder's name omits.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every", "world_model"}
 NOT_NAMED = NOT_COMPARED - {"dataset", "world_model"} | {"env_id", "seed", "num_seeds"}
@@ -1304,7 +1304,7 @@ class Run:
     """
 
     def __init__(self, args, seeds: list[int], data: dict):
-        """Opens the folder. Ends the program if it holds something else, or the run's end."""
+        """Opens the folder. Ends the program if it holds something else or this run is finished."""
         self.args, self.seeds, self.stopping = args, seeds, False
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
@@ -1362,7 +1362,7 @@ class Run:
         self.config["starts"] = [] if self.args.overwrite else starts
 
     def keep(self) -> None:
-        """Keeps the folder for this process."""
+        """Locks the folder for this process; ends the program if another process has it."""
         (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock")
         try:
@@ -1716,7 +1716,7 @@ def get_world_model(run: Run, store: Store, network: WorldModel, by_device, repl
 
 
 def load_world_model(run: Run, folder: Path) -> bytes:
-    """The ensemble in the folder of a world model, or one sentence about why it is not there."""
+    """The ensemble in the folder of a world model, serialized; ends the program if none fits."""
     try:
         config = json.loads((folder / "config.json").read_text())
         theirs = config["args"] | {"data of CRC-32": config["data"]["crc32"]}
@@ -1829,7 +1829,7 @@ def draw_predictions(windows: Windows, predicted: np.ndarray, path: Path) -> Non
 # --- end world model training ---
 
 
-# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
+# Bounds of the numeric arguments; other integers go from 1 to 1e9, other floats from 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "heldout_percent": (TINY, 99)}
 RANGES |= {"members": (2, 10**6), "model_learning_rate": (TINY, 1), "kl_balance": (0, 1)}
@@ -1877,9 +1877,9 @@ def prepare_jax() -> None:
 
 # --- processes (identical in *_atari.py) ---
 def join_processes(args, *shared: int) -> None:
-    """Makes a CPU's cores devices; joins the processes of a run, which all start this script.
+    """Splits a CPU into devices; joins the processes of a run, which all start this script.
 
-    The devices of a CPU are as many as can share each batch, and each further number `shared`.
+    It has the most devices, at most one a core, that divide every batch size and all of `shared`.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = given = [os.environ.get(name, "") for name in names]
@@ -1916,7 +1916,7 @@ def check_policy_args(args: Args) -> None:
     """Ends the program with one sentence if arguments do not go together."""
     if args.total_updates > args.anneal_updates:
         message = f"--total-updates {args.total_updates} is more than --anneal-updates"
-        raise SystemExit(f"{message} {args.anneal_updates}, when the learning rate is zero.")
+        raise SystemExit(f"{message} {args.anneal_updates}, after which the learning rate is zero.")
     if args.rollout_length % args.minibatches:
         message = f"--rollout-length {args.rollout_length} must be a multiple of --minibatches"
         raise SystemExit(f"{message} {args.minibatches}.")

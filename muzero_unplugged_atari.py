@@ -28,8 +28,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
    network's own value counts as one more visit.
 4. MZU-Q fills in the Q of actions that were not visited with the value of the state.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
-   weights only; the gradient is halved at every unrolled state, its heads' too (authors' code;
-   A.2: at the start of the dynamics function).
+   weights only; the gradient is halved at every unrolled state, with what its heads send back
+   (authors' code; A.2: at the start of the dynamics function).
 6. The network is D.2.1's, with the heads, the input of the dynamics, the initial weights and
    LayerNorm's ε of the authors' code.
 7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
@@ -103,7 +103,7 @@ class Args:
 
     # data
     rlu_run: int = 1  # run of RL Unplugged, 1 to 5
-    data_percent: float = 100.0  # learn from this part of each checkpoint's data, from its start
+    data_percent: float = 100.0  # learn from the first p% of the data of each checkpoint of the DQN
     data_dir: Path = Path("data")  # folder of the datasets, which are made when they are missing
     dataset: Path | None = None  # store to open instead, such as benchmark/collect_atari.py's
     loader_threads: int = 4  # threads that decode batches
@@ -119,7 +119,7 @@ class Args:
     batch_size: int = 512  # windows in a batch, over all devices
     learning_rate: float = 7e-4  # AdamW's learning rate after warm-up
     learning_rate_decay: float = 0.1  # factor on the learning rate every 100,000 updates
-    weight_decay: float = 1e-4  # AdamW's weight decay, on weight matrices only
+    weight_decay: float = 1e-4  # AdamW's weight decay, on kernels only (dense and convolutional)
     max_grad_norm: float = 5.0  # largest global norm of the gradient
     target_update_every: int = 200  # updates between two copies to the target network
 
@@ -302,7 +302,7 @@ def inverse_transform(y):
 
 
 def two_hot(x, num_bins: int):
-    """φ(h(x)): values [...] -> probabilities [..., bins] of the two integers nearest to h(x)."""
+    """φ(h(x)): [...] -> probabilities [..., bins] on the two around h(x); bin i is i - limit."""
     limit = (num_bins - 1) // 2
     y = jnp.clip(transform(x), -limit, limit)
     return jnp.maximum(0, 1 - jnp.abs(y[..., None] - (jnp.arange(num_bins) - limit)))
@@ -322,10 +322,10 @@ def to_scalar(logits):
 
 # --- batch (identical in *_atari.py) ---
 class Batch(NamedTuple):
-    """Windows of T consecutive steps, each with the three frames before its first one."""
+    """Windows of T consecutive steps, and the three frames before each window."""
 
     frames: Any  # uint8 [B, 3 + T, 84, 84]
-    history: Any  # uint8 [B, T], earlier frames of the step's own episode, 3 at most
+    history: Any  # uint8 [B, T], number of earlier frames of the step's own episode, 3 at most
     action: Any  # int32 [B, T]
     reward: Any  # float32 [B, T], unclipped; follows the action
     is_last: Any  # bool [B, T]; the action and the reward of a last step mean nothing
@@ -360,14 +360,14 @@ def window_positions(is_last, is_terminal):
 
 
 def value_target(reward, value, moving, absorbing, discount: float, td_steps: int):
-    """z, the n-step return (Eq. 3, 8): rewards and values [batch, time] -> [batch, time - n].
+    """z_t = Σ_{i<n} γ^i r_{t+i} + γ^n v_{t+n} (Eq. 3, 8): [batch, time] each -> [batch, time - n].
 
-    It stops where the episode does, with the value of a truncated end and with zero at a terminal
-    one.
+    An episode that ends earlier cuts the sum short: a truncated end is bootstrapped with its own
+    value, a terminal one with zero.
     """
     value = jnp.where(absorbing, 0.0, value)
     z = value
-    for _ in range(td_steps):  # one more reward in the returns of all positions but the last
+    for _ in range(td_steps):  # each pass adds a reward to all returns; the last position drops out
         length = z.shape[1] - 1
         longer = reward[:, :length] + discount * z[:, 1:]
         z = jnp.where(moving[:, :length], longer, value[:, :length])
@@ -379,9 +379,9 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
 
 # --- improvement (identical in muzero_unplugged_*.py) ---
 def log_gamma(key, alpha: float, shape: tuple[int, ...]):
-    """Logarithms of draws from Gamma(α), α < 1, all at once; jax.random's come one by one on a CPU.
+    """log x of draws x ~ Gamma(α) [*shape], α < 1, all at once; a CPU runs jax.random's one by one.
 
-    Γ(α) = Γ(α + 1) U^(1/α), and Γ(α + 1) is d v where v is accepted (Marsaglia and Tsang, 2000).
+    x = d v U^(1/α), U uniform: d v ~ Gamma(α + 1) where v is accepted (Marsaglia and Tsang, 2000).
     """
     size, d = math.prod(shape), alpha + 2 / 3
     proposed = (size + size // 10 + 100,)  # of 100 at most 5 are rejected
@@ -419,7 +419,7 @@ def search(params, state, prediction, key, fraction: float, network, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2; Q is scaled to [0, 1] over the node and its children."""
+        """Eq. 2, n for Σ_b n(s, b) (mctx); Q is scaled to [0, 1] over the node and its children."""
         n, visits = tree.node_visits[node], tree.children_visits[node]  # n = 1 + Σ_b n(s, b)
         q = mctx.qtransform_by_parent_and_siblings(tree, node)
         c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)  # MuZero's c1 = 1.25 and c2 = 19,652
@@ -491,7 +491,7 @@ def muzero_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork
     moving, absorbing, known = (x[:, : K + 1] for x in (moving, absorbing, known))  # [B, K+1]
     p = jnp.where(absorbing[..., None], 1 / num_actions, p[:, : K + 1])
 
-    # Eq. 12-14, means over the K + 1 steps; the root has no reward, so K for it (authors' code).
+    # Eq. 12-14, means over K + 1 steps (reward: K, the root has none); unknown steps count as zero.
     reward = two_hot(jnp.where(moving[:, :K], batch.reward[:, :K], 0.0), args.num_bins)
     reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward)
     value_loss = optax.softmax_cross_entropy(prediction.value_logits, two_hot(z, args.num_bins))
@@ -547,7 +547,7 @@ def init_state(key, network: MuZeroNetwork, args: Args) -> TrainState:
 
 @jax.jit(static_argnames=("network", "args"), donate_argnames="state")
 def update(state: TrainState, key, batch: Batch, network: MuZeroNetwork, args: Args):
-    """One update -> (state, metrics); the batch is shared out to the devices, the state is not."""
+    """One update -> (state, metrics); the batch is sharded over devices, the state replicated."""
     # The key belongs to the step, so that a resumed run draws the same actions.
     key = jax.random.fold_in(key, state.step)
     gradient, metrics = jax.grad(muzero_loss, has_aux=True)(
@@ -630,8 +630,8 @@ def open_store(args) -> Store:
         if len(blob) != offsets[-1]:
             raise ValueError("frames.bin is not whole")
         game, num_actions, source = (meta[name] for name in ("env_id", "num_actions", "source"))
-        if game != args.env_id or steps["action"].max() >= num_actions:
-            raise ValueError(f"it is of {game} with {num_actions} actions")
+        if (most := steps["action"].max()) >= num_actions or game != args.env_id:
+            raise ValueError(f"it is of {game} with {num_actions} actions, the largest {most}")
         if plays and make_env(game, 1).single_action_space.n != num_actions:
             raise ValueError(f"it has {num_actions} actions, and the game has another number")
         if meta["percent"] < args.data_percent:
@@ -739,10 +739,10 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 def evaluate(
     act: Callable, env_id: str, num_episodes: int, seed: int, max_frames: int = 108_000
 ) -> list[float] | None:
-    """Raw returns of `num_episodes` episodes, played side by side, each in its own environment.
+    """Raw returns of `num_episodes` episodes played side by side, or None if `act` returns None.
 
     `act` takes observations uint8 [E, 84, 84, 4] (newest frame last, zeros before the first) and a
-    key, and returns actions [E], or None to break off. `max_frames` of the game end an episode.
+    key, and returns actions [E]. An episode is cut off after `max_frames` frames of the emulator.
     """
     if num_episodes == 0:
         return []
@@ -756,7 +756,7 @@ def evaluate(
         while running.any():
             if 8 * running.sum() <= size:  # the last few go on in a smaller batch
                 size = int(running.sum())
-            rows = np.resize(np.flatnonzero(running), size)  # repeated: each size has its program
+            rows = np.resize(np.flatnonzero(running), size)  # repeats fill up: a new size compiles
             act_key, key = jax.random.split(key)
             chosen = act(np.ascontiguousarray(observations[rows].transpose(0, 2, 3, 1)), act_key)
             if chosen is None:
@@ -774,7 +774,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that a later start may change (files count by their content), and those not in its name.
+# What a resumed run may change (files are compared by content), and what the folder's name omits.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every", "world_model"}
 NOT_NAMED = NOT_COMPARED - {"dataset", "world_model"} | {"env_id", "seed", "num_seeds"}
@@ -787,7 +787,7 @@ class Run:
     """
 
     def __init__(self, args, seeds: list[int], data: dict):
-        """Opens the folder. Ends the program if it holds something else, or the run's end."""
+        """Opens the folder. Ends the program if it holds something else or this run is finished."""
         self.args, self.seeds, self.stopping = args, seeds, False
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
@@ -845,7 +845,7 @@ class Run:
         self.config["starts"] = [] if self.args.overwrite else starts
 
     def keep(self) -> None:
-        """Keeps the folder for this process."""
+        """Locks the folder for this process; ends the program if another process has it."""
         (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock")
         try:
@@ -1026,7 +1026,7 @@ class Run:
 # --- end run folder ---
 
 
-# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
+# Bounds of the numeric arguments; other integers go from 1 to 1e9, other floats from 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
@@ -1071,9 +1071,9 @@ def prepare_jax() -> None:
 
 # --- processes (identical in *_atari.py) ---
 def join_processes(args, *shared: int) -> None:
-    """Makes a CPU's cores devices; joins the processes of a run, which all start this script.
+    """Splits a CPU into devices; joins the processes of a run, which all start this script.
 
-    The devices of a CPU are as many as can share each batch, and each further number `shared`.
+    It has the most devices, at most one a core, that divide every batch size and all of `shared`.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = given = [os.environ.get(name, "") for name in names]

@@ -26,10 +26,10 @@ Where the paper is silent, or differs from the authors' code, this file does the
    network's own value counts as one more visit.
 4. MZU-Q fills in the Q of actions that were not visited with the value of the state.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
-   weights only; the gradient is halved at every unrolled state, its heads' too (authors' code;
-   A.2: at the start of the dynamics function).
-6. Batch, K and dynamics are Table 4's (authors' code: 512, 3 and [32, 32]). The 20 bins, integers
-   -9 to 10 of h-space of which targets reach ±9, and the initial weights are the authors' code's.
+   weights only; the gradient is halved at every unrolled state, with what its heads send back
+   (authors' code; A.2: at the start of the dynamics function).
+6. Batch, K and dynamics are Table 4's (authors' code: 512, 3 and [32, 32]). From the authors' code:
+   the 20 bins, which stand for h(x) = -9 to 10, targets clipped to ±9, and the initial weights.
 7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
    [0, 1] over a node and its children, as for targets (authors' code; --eval-dirichlet-fraction 0:
    no noise); the final evaluation reports the greedy policy beside it. Ties in the tree are broken
@@ -214,7 +214,7 @@ def inverse_transform(y):
 
 
 def two_hot(x, num_bins: int):
-    """φ(h(x)): values [...] -> probabilities [..., bins] of the two integers nearest to h(x)."""
+    """φ(h(x)): [...] -> probabilities [..., bins] on the two around h(x); bin i is i - limit."""
     limit = (num_bins - 1) // 2
     y = jnp.clip(transform(x), -limit, limit)
     return jnp.maximum(0, 1 - jnp.abs(y[..., None] - (jnp.arange(num_bins) - limit)))
@@ -234,7 +234,7 @@ def to_scalar(logits):
 
 # --- steps (identical in *_bsuite.py) ---
 class Steps(NamedTuple):
-    """Steps of episodes in RLDS form: the last one holds no action and no reward, only zeros."""
+    """Steps of episodes in RLDS form; an episode's last has no action and no reward, only zeros."""
 
     observation: Any  # [..., rows, columns] float32
     action: Any  # [...] int32
@@ -261,14 +261,14 @@ def window_positions(is_last, is_terminal):
 
 
 def value_target(reward, value, moving, absorbing, discount: float, td_steps: int):
-    """z, the n-step return (Eq. 3, 8): rewards and values [batch, time] -> [batch, time - n].
+    """z_t = Σ_{i<n} γ^i r_{t+i} + γ^n v_{t+n} (Eq. 3, 8): [batch, time] each -> [batch, time - n].
 
-    It stops where the episode does, with the value of a truncated end and with zero at a terminal
-    one.
+    An episode that ends earlier cuts the sum short: a truncated end is bootstrapped with its own
+    value, a terminal one with zero.
     """
     value = jnp.where(absorbing, 0.0, value)
     z = value
-    for _ in range(td_steps):  # one more reward in the returns of all positions but the last
+    for _ in range(td_steps):  # each pass adds a reward to all returns; the last position drops out
         length = z.shape[1] - 1
         longer = reward[:, :length] + discount * z[:, 1:]
         z = jnp.where(moving[:, :length], longer, value[:, :length])
@@ -280,9 +280,9 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
 
 # --- improvement (identical in muzero_unplugged_*.py) ---
 def log_gamma(key, alpha: float, shape: tuple[int, ...]):
-    """Logarithms of draws from Gamma(α), α < 1, all at once; jax.random's come one by one on a CPU.
+    """log x of draws x ~ Gamma(α) [*shape], α < 1, all at once; a CPU runs jax.random's one by one.
 
-    Γ(α) = Γ(α + 1) U^(1/α), and Γ(α + 1) is d v where v is accepted (Marsaglia and Tsang, 2000).
+    x = d v U^(1/α), U uniform: d v ~ Gamma(α + 1) where v is accepted (Marsaglia and Tsang, 2000).
     """
     size, d = math.prod(shape), alpha + 2 / 3
     proposed = (size + size // 10 + 100,)  # of 100 at most 5 are rejected
@@ -320,7 +320,7 @@ def search(params, state, prediction, key, fraction: float, network, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2; Q is scaled to [0, 1] over the node and its children."""
+        """Eq. 2, n for Σ_b n(s, b) (mctx); Q is scaled to [0, 1] over the node and its children."""
         n, visits = tree.node_visits[node], tree.children_visits[node]  # n = 1 + Σ_b n(s, b)
         q = mctx.qtransform_by_parent_and_siblings(tree, node)
         c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)  # MuZero's c1 = 1.25 and c2 = 19,652
@@ -389,7 +389,7 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
     moving, absorbing, known = (x[:, : K + 1] for x in (moving, absorbing, known))  # [B, K+1]
     p = jnp.where(absorbing[..., None], 1 / num_actions, p[:, : K + 1])
 
-    # Eq. 12-14, means over the K + 1 steps; the root has no reward, so K for it (authors' code).
+    # Eq. 12-14, means over K + 1 steps (reward: K, the root has none); unknown steps count as zero.
     reward = two_hot(jnp.where(moving[:, :K], batch.reward[:, :K], 0.0), args.num_bins)
     reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward)
     value_loss = optax.softmax_cross_entropy(prediction.value_logits, two_hot(z, args.num_bins))
@@ -478,7 +478,7 @@ def sample_windows(key, steps: Steps, starts, num_starts, batch_size: int, lengt
 def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, by_device):
     """One update of every seed -> (states, metrics); all but the steps have a leading seed axis.
 
-    The batches are shared out to the devices.
+    The batches are sharded over the devices.
     """
 
     def update_seed(state, key, starts, num_starts):
@@ -631,7 +631,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that a later start may change (files count by their content), and those not in its name.
+# What a resumed run may change (files are compared by content), and what the folder's name omits.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every", "world_model"}
 NOT_NAMED = NOT_COMPARED - {"dataset", "world_model"} | {"env_id", "seed", "num_seeds"}
@@ -644,7 +644,7 @@ class Run:
     """
 
     def __init__(self, args, seeds: list[int], data: dict):
-        """Opens the folder. Ends the program if it holds something else, or the run's end."""
+        """Opens the folder. Ends the program if it holds something else or this run is finished."""
         self.args, self.seeds, self.stopping = args, seeds, False
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
@@ -702,7 +702,7 @@ class Run:
         self.config["starts"] = [] if self.args.overwrite else starts
 
     def keep(self) -> None:
-        """Keeps the folder for this process."""
+        """Locks the folder for this process; ends the program if another process has it."""
         (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock")
         try:
@@ -883,7 +883,7 @@ class Run:
 # --- end run folder ---
 
 
-# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
+# Bounds of the numeric arguments; other integers go from 1 to 1e9, other floats from 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}

@@ -22,14 +22,14 @@ Where the paper is silent, or differs from the authors' code, this file does the
    actions, zero reward and value, uniform policy target (authors' code).
 2. An episode that ends without a terminal state is bootstrapped; the rest of the window is ignored
    (--truncation-as-termination: the authors' code).
-3. Eq. 11 is about logged actions alone (authors' code). Its advantage is the model's (the paper;
+3. Eq. 11 skips point 1's random actions (authors' code). Its advantage is the model's (the paper;
    the authors' code takes the next observation: --behavior-advantage next-observation).
 4. Eq. 6 is a softmax of log π + adv, as exp(adv) overflows; the weights of Eq. 9 stop at e^20.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
-   weights only; the gradient is halved at every unrolled state, its heads' too (authors' code;
-   A.2: at the start of the dynamics function).
-6. Batch, K and dynamics are Table 4's (authors' code: 512, 3 and [32, 32]). The 20 bins, integers
-   -9 to 10 of h-space of which targets reach ±9, and the initial weights are the authors' code's.
+   weights only; the gradient is halved at every unrolled state, with what its heads send back
+   (authors' code; A.2: at the start of the dynamics function).
+6. Batch, K and dynamics are Table 4's (authors' code: 512, 3 and [32, 32]). From the authors' code:
+   the 20 bins, which stand for h(x) = -9 to 10, targets clipped to ±9, and the initial weights.
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
    final evaluation reports the greedy policy beside it.
 """
@@ -117,7 +117,7 @@ class Args:
     value_coef: float = 0.25  # weight of the value loss
     behavior_coef: float = 0.2  # α, weight of the behaviour regularisation (Eq. 11)
     behavior_advantage: Literal["model", "next-observation"] = "model"
-    """what follows the logged action in Eq. 11: the model's state or the logged observation"""
+    """next state in Eq. 11's advantage: the model's, or the encoded next observation of the data"""
 
     # evaluation
     eval_every: int = 1_000  # updates between two evaluations
@@ -208,7 +208,7 @@ def inverse_transform(y):
 
 
 def two_hot(x, num_bins: int):
-    """φ(h(x)): values [...] -> probabilities [..., bins] of the two integers nearest to h(x)."""
+    """φ(h(x)): [...] -> probabilities [..., bins] on the two around h(x); bin i is i - limit."""
     limit = (num_bins - 1) // 2
     y = jnp.clip(transform(x), -limit, limit)
     return jnp.maximum(0, 1 - jnp.abs(y[..., None] - (jnp.arange(num_bins) - limit)))
@@ -228,7 +228,7 @@ def to_scalar(logits):
 
 # --- steps (identical in *_bsuite.py) ---
 class Steps(NamedTuple):
-    """Steps of episodes in RLDS form: the last one holds no action and no reward, only zeros."""
+    """Steps of episodes in RLDS form; an episode's last has no action and no reward, only zeros."""
 
     observation: Any  # [..., rows, columns] float32
     action: Any  # [...] int32
@@ -255,14 +255,14 @@ def window_positions(is_last, is_terminal):
 
 
 def value_target(reward, value, moving, absorbing, discount: float, td_steps: int):
-    """z, the n-step return (Eq. 3, 8): rewards and values [batch, time] -> [batch, time - n].
+    """z_t = Σ_{i<n} γ^i r_{t+i} + γ^n v_{t+n} (Eq. 3, 8): [batch, time] each -> [batch, time - n].
 
-    It stops where the episode does, with the value of a truncated end and with zero at a terminal
-    one.
+    An episode that ends earlier cuts the sum short: a truncated end is bootstrapped with its own
+    value, a terminal one with zero.
     """
     value = jnp.where(absorbing, 0.0, value)
     z = value
-    for _ in range(td_steps):  # one more reward in the returns of all positions but the last
+    for _ in range(td_steps):  # each pass adds a reward to all returns; the last position drops out
         length = z.shape[1] - 1
         longer = reward[:, :length] + discount * z[:, 1:]
         z = jnp.where(moving[:, :length], longer, value[:, :length])
@@ -273,7 +273,7 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
 
 
 def look_ahead(params, state, action, network: MuZeroNetwork, discount: float):
-    """q_g(s, a) = r_g + γ v(s'_g) (Eq. 7): states [..., 32], actions [..., M] or [M] to all."""
+    """q_g = r_g + γ v(s'_g) (Eq. 7): states [..., 32], actions [..., M] or [M] -> [..., M]."""
     action = jnp.broadcast_to(action, (*state.shape[:-1], action.shape[-1]))
     state = jnp.broadcast_to(state[..., None, :], (*action.shape, state.shape[-1]))
     next_state = network.apply(params, state, action, method="dynamics")
@@ -283,7 +283,7 @@ def look_ahead(params, state, action, network: MuZeroNetwork, discount: float):
 
 # --- improvement (identical in rosmo_*.py) ---
 def policy_target(prior_logits, advantage):
-    """p ∝ π_prior exp(adv) in log space (Eq. 6): [..., actions] -> [..., actions]."""
+    """p ∝ π_prior exp(adv) (Eq. 6), by way of logs: logits, advantages -> p, all [..., actions]."""
     return jax.nn.softmax(jax.nn.log_softmax(prior_logits) + advantage)
 
 
@@ -295,7 +295,7 @@ def sampled_policy_target(advantage, action, num_actions: int):
       action: [..., N], sampled from the prior.
 
     Returns:
-      [..., actions], of which the cross entropy with π is Eq. 9.
+      Weights w [..., actions]: -Σ_a w(a) log π(a|s) is the policy loss of Eq. 9.
     """
     num_samples = advantage.shape[-1]
     others = jnp.where(jnp.eye(num_samples, dtype=bool), -jnp.inf, advantage[..., None, :])
@@ -309,7 +309,7 @@ def improve(params, state, prediction, logged_action, key, network, args):
     """Improves the policy at latent states by looking one step ahead with the model.
 
     Args:
-      state: latent states, [batch, time, ...], and the network's prediction for them.
+      state, prediction: latent states [batch, time, ...], and the network's prediction for them.
       logged_action: [batch, time].
       key: draws the actions of the sampled target.
 
@@ -370,7 +370,7 @@ def rosmo_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork,
         adv_logged = next_reward + args.discount * value[:, 1 : K + 2] - value[:, : K + 1]
     p = jnp.where(absorbing[..., None], 1 / num_actions, p)
 
-    # Eq. 12-14, means over the K + 1 steps; the root has no reward, so K for it (authors' code).
+    # Eq. 12-14, means over K + 1 steps (reward: K, the root has none); unknown steps count as zero.
     reward = two_hot(jnp.where(moving[:, :K], batch.reward[:, :K], 0.0), args.num_bins)
     reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward)
     value_loss = optax.softmax_cross_entropy(prediction.value_logits, two_hot(z, args.num_bins))
@@ -464,7 +464,7 @@ def sample_windows(key, steps: Steps, starts, num_starts, batch_size: int, lengt
 def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, by_device):
     """One update of every seed -> (states, metrics); all but the steps have a leading seed axis.
 
-    The batches are shared out to the devices.
+    The batches are sharded over the devices.
     """
 
     def update_seed(state, key, starts, num_starts):
@@ -617,7 +617,7 @@ def evaluate(
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
-# Arguments that a later start may change (files count by their content), and those not in its name.
+# What a resumed run may change (files are compared by content), and what the folder's name omits.
 NOT_COMPARED = {"run_dir", "overwrite", "track", "data_dir", "dataset", "loader_threads"}
 NOT_COMPARED |= {"checkpoint_every", "world_model"}
 NOT_NAMED = NOT_COMPARED - {"dataset", "world_model"} | {"env_id", "seed", "num_seeds"}
@@ -630,7 +630,7 @@ class Run:
     """
 
     def __init__(self, args, seeds: list[int], data: dict):
-        """Opens the folder. Ends the program if it holds something else, or the run's end."""
+        """Opens the folder. Ends the program if it holds something else or this run is finished."""
         self.args, self.seeds, self.stopping = args, seeds, False
         self.started, self.seconds = time.monotonic(), Counter()
         self.writes = jax.process_index() == 0  # of the processes of a run on several hosts
@@ -688,7 +688,7 @@ class Run:
         self.config["starts"] = [] if self.args.overwrite else starts
 
     def keep(self) -> None:
-        """Keeps the folder for this process."""
+        """Locks the folder for this process; ends the program if another process has it."""
         (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock")
         try:
@@ -869,7 +869,7 @@ class Run:
 # --- end run folder ---
 
 
-# Least and most of the numbers; other integers are 1 to 1e9, other floats 0 to 1e9.
+# Bounds of the numeric arguments; other integers go from 1 to 1e9, other floats from 0 to 1e9.
 TINY = 1e-30
 RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
