@@ -776,10 +776,9 @@ def combo_loss(params, target_params, batch: Batch, network: CQLNetwork, args: A
         "losses/td": jnp.mean(td_loss * moving),
         "losses/conservative": args.cql_alpha * jnp.mean(penalty * moving),
     }
-    total = sum(losses.values())
     metrics = losses | {
-        "losses/total": total,
-        "charts/q": jnp.mean(q_logged * moving),
+        "losses/total": sum(losses.values()),
+        "charts/q": jnp.mean(to_scalar(logits_logged) * moving),
         "charts/q_target": jnp.mean(y * moving),
         "charts/q_min": jnp.min(jnp.where(moving[:, None], q, jnp.inf)),
         "charts/gap": jnp.mean(gap * moving),
@@ -788,7 +787,7 @@ def combo_loss(params, target_params, batch: Batch, network: CQLNetwork, args: A
     for name, rows in (("real", moving & is_real), ("model", moving & ~is_real)):
         for part, values in (("q", q_logged), ("gap", gap), ("reward", reward[:, 0])):
             metrics[f"charts/{part}_{name}"] = jnp.sum(values * rows) / jnp.maximum(1, rows.sum())
-    return total, metrics
+    return metrics["losses/total"], metrics
 
 
 class Starts(NamedTuple):

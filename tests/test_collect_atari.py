@@ -257,7 +257,8 @@ def test_rlu_shards_become_the_same_store(killed_and_resumed, tmp_path, monkeypa
     monkeypatch.setattr(collect_atari, "collect", collect)
     args.num_checkpoints = 4
     collect_atari.main(args)
-    shards = sorted((tmp_path / "Pong-dqn-rlu/atari_episodes_ordered/Pong").iterdir())
+    marker, *shards = sorted((tmp_path / "Pong-dqn-rlu/atari_episodes_ordered/Pong").iterdir())
+    assert marker.name == "collector.json"  # that these are not RL Unplugged's
     number = len({e["checkpoint"] for e in episodes})
     assert [p.name for p in shards] == [f"run_1-{i:05d}-of-{number:05d}" for i in range(number)]
     prefix, store = str(tmp_path / "Pong-dqn-rlu"), tmp_path / "imported"
