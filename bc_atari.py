@@ -178,7 +178,7 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
-        # In float32, because a value is a small difference of many large logits' weights.
+        # In float32: a scalar is the small difference of opposite bins' large terms (to_scalar).
         options = {"kernel_init": nn.initializers.zeros, "precision": "highest"}
         return nn.Dense(self.outputs, dtype=jnp.float32, **options)(x)
 
@@ -227,7 +227,7 @@ def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
 # --- end batch ---
 
 
-def bc_loss(params, batch: Batch, network: BCNetwork, args: Args):
+def bc_loss(params, batch: Batch, network: BCNetwork):
     """-log π(a|s) of logged transitions, steps [B, 1].
 
     Returns:
@@ -279,7 +279,7 @@ def init_state(key, network: BCNetwork, args: Args) -> TrainState:
 def update(state: TrainState, key, batch: Batch, network: BCNetwork, args: Args):
     """One update -> (state, metrics); the batch is sharded over devices, the state replicated."""
     # Nothing is drawn at random here; `key` is an argument as in the other scripts.
-    gradient, metrics = jax.grad(bc_loss, has_aux=True)(state.params, batch, network, args)
+    gradient, metrics = jax.grad(bc_loss, has_aux=True)(state.params, batch, network)
     metrics["charts/grad_norm"] = optax.tree.norm(gradient)
     delta, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, delta)
@@ -309,7 +309,7 @@ class Store(NamedTuple):
     offsets: np.ndarray  # of the chunks in the blob
     steps: np.ndarray  # action, reward, is_last, is_terminal and age of every frame
     episodes: np.ndarray  # start, length and return of those selected
-    index: np.ndarray  # of their steps, one after the other
+    index: np.ndarray  # rows of `steps` that belong to these episodes, in order
     facts: dict  # what a run writes down of them, and compares when it goes on
 
 
@@ -333,9 +333,10 @@ def open_store(args) -> Store:
         command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
         command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
         if jax.process_count() > 1 or not tool.exists():
+            command[0] = command[0] if tool.exists() else "benchmark/prepare_atari.py"
             message = f"The data are missing; make them first: python {shlex.join(command)}"
             raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
-        # This process holds the accelerator; the tool ends with it.
+        # JAX_PLATFORMS: this process holds the accelerator. ROSMO_PARENT: the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
             raise SystemExit(status if status > 0 else f"{tool} was killed.")  # else it said why
@@ -849,7 +850,7 @@ def main(args: Args) -> None:
     def play(num_episodes: int, greedy: bool) -> list[float] | None:
         if run.stopping:
             return None
-        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: not a batch's
+        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: no batch's
         params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
 
         def policy(observation, key):
@@ -859,7 +860,8 @@ def main(args: Args) -> None:
             return evaluate(policy, args.env_id, num_episodes, seed, args.eval_max_frames)
 
     run.show(done, "compiling")
-    batches, metrics, played = load_batches(load, done, args.loader_threads), None, ""
+    batches = load_batches(load, done, args.loader_threads)
+    metrics, played = None, ""
     while True:
         ends = done == args.total_updates
         evaluates = ends or (done > 0 and args.eval_episodes > 0 and done % args.eval_every == 0)

@@ -77,7 +77,7 @@ class Args:
     noise: float = 0.0  # probability of a random action when the data were collected (Appendix E)
     data_percent: float = 100.0  # share of the episodes to learn from; every seed draws its own
     data_dir: Path = Path("data")  # folder of the datasets, which are collected when missing
-    dataset: Path | None = None  # .npz file of benchmark/collect_bsuite.py to open instead
+    dataset: Path | None = None  # file to open instead, in the format of docs/bsuite_data.md
 
     # model
     dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the network; the rest float32
@@ -99,6 +99,8 @@ class Args:
 
 # --- torso (identical in *_bsuite.py) ---
 class MLP(nn.Module):
+    """Dense layers with relu between them: [..., n] -> [..., features[-1]], not activated."""
+
     features: tuple[int, ...]
     dtype: str
 
@@ -143,7 +145,7 @@ class Steps(NamedTuple):
 # --- end steps ---
 
 
-def bc_loss(params, batch: Steps, network: BCNetwork, args: Args):
+def bc_loss(params, batch: Steps, network: BCNetwork):
     """-log π(a|s) of logged transitions, steps [B, 1].
 
     Returns:
@@ -192,7 +194,7 @@ def init_state(key, network: BCNetwork, observation, args: Args) -> TrainState:
 def update(state: TrainState, key, batch: Steps, network: BCNetwork, args: Args):
     """One update of a seed on steps [B, 1] -> (state, metrics)."""
     # Nothing is drawn at random here; `key` is an argument as in the other scripts.
-    gradient, metrics = jax.grad(bc_loss, has_aux=True)(state.params, batch, network, args)
+    gradient, metrics = jax.grad(bc_loss, has_aux=True)(state.params, batch, network)
     metrics["charts/grad_norm"] = optax.tree.norm(gradient)
     delta, opt_state = make_optimizer(args).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, delta)
@@ -261,9 +263,10 @@ def load_dataset(args) -> Steps:
         tool = Path(__file__).resolve().parent / "benchmark" / "collect_bsuite.py"
         command = [str(tool), f"--env-id={args.env_id}", f"--noise={args.noise:g}", f"--out={path}"]
         if args.dataset or not tool.exists():
+            command[0] = command[0] if tool.exists() else "benchmark/collect_bsuite.py"
             advice = f"give another --dataset, or make it: python {shlex.join(command)}"
             raise SystemExit(f"There is no dataset {path}; {advice}, in the repository's folder.")
-        # This process holds the accelerator; the tool ends with it.
+        # JAX_PLATFORMS: this process holds the accelerator. ROSMO_PARENT: the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
             raise SystemExit(status if status > 0 else f"{tool} was killed.")  # else it said why
@@ -285,11 +288,16 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
 
     def demand(holds, fault: str) -> None:
         if not np.all(holds):
-            raise ValueError(fault)
+            row = f" (first in row {np.argmin(holds)})" if np.shape(holds) == action.shape else ""
+            raise ValueError(fault + row)
 
     observation, action, reward, last, terminal = steps
     demand([x.shape == (len(action),) for x in steps[1:]], "all but observation have one axis")
-    demand(observation.shape == (len(action), *shape), f"observation is not [steps, *{shape}]")
+    demand(len(shape) == 2, "an observation must have two axes; give a vector the shape (1, n)")
+    wanted = [len(action), *shape]
+    demand([*observation.shape] == wanted, f"observation is {[*observation.shape]}, not {wanted}")
+    numbers = [x.dtype.kind in "biuf" for x in (observation, reward)]
+    demand(numbers, "observation or reward are not of real numbers")
     demand(action.dtype.kind in "iu", "action is not of integers")
     demand((action >= 0) & (action < num_actions), f"action goes from 0 to {num_actions - 1}")
     demand([x.dtype == bool for x in steps[3:]], "is_last and is_terminal are not bool")
@@ -299,7 +307,7 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
     largest = np.array([np.abs(observation).max(), np.abs(reward).max()], float)
     demand(largest < 1e38, "it has numbers that are not finite in float32")
     advice = "an episode of T actions has T + 1 rows, the last without action and reward"
-    demand((reward[last] == 0) & (action[last] == 0), f"last rows are not void: {advice}")
+    demand(~last | ((reward == 0) & (action == 0)), f"last rows are not void: {advice}")
     dtypes = (np.float32, np.int32, np.float32, bool, bool)
     return Steps(*(x.astype(dtype) for x, dtype in zip(steps, dtypes, strict=True)))
 
@@ -335,7 +343,7 @@ def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
 # --- evaluate (identical in *_bsuite.py) ---
 def evaluate(
     act: Callable, env_id: str, seeds: list[int], done: int, num_episodes: int, noise: float
-):
+) -> np.ndarray | None:
     """Plays complete episodes in the real environment, those of all seeds side by side.
 
     Args:
@@ -763,6 +771,6 @@ if __name__ == "__main__":
     except Exception as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        message = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        message = "The memory is not enough: give a smaller --batch-size, network or dataset."
         raise SystemExit(message) from None
 # --- end entry ---

@@ -8,10 +8,10 @@
 # ///
 """MuZero Unplugged on Atari (Schrittwieser et al., 2021), a baseline of ROSMO.
 
-MuZero Unplugged learns MuZero's latent model from logged episodes. At every
-state of a window it searches the model's tree with N simulations (Eq. 2); the
-visits of the root's actions are the target of the policy (Eq. 3, 4), and the
-mean of their Q bootstraps the target of the value (Eq. 3).
+MuZero Unplugged learns MuZero's latent model from logged episodes. From each
+state of a window that a target needs it searches with N simulations (Eq. 2);
+the visits of the root's actions are the target of the policy (Eq. 3, 4), and
+the mean of their Q bootstraps the target of the value (Eq. 3).
 
     python muzero_unplugged_atari.py --env-id MsPacman    # N = 20
     python muzero_unplugged_atari.py --data-percent 1     # Fig. 4(a)
@@ -25,10 +25,11 @@ Where the paper is silent, or differs from the authors' code, this file does the
 2. An episode that ends without a terminal state is bootstrapped; the rest of the window is ignored
    (--truncation-as-termination: the authors' code).
 3. The root's value in Eq. 3 is the mean of Q over the visits; in the authors' code (mctx) the
-   network's own value counts as one more visit.
+   network's own value counts as one more visit. States that no target needs are not searched
+   (authors' code: all are); a truncated end there is bootstrapped with the network's value.
 4. MZU-Q fills in the Q of actions that were not visited with the value of the state.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
-   weights only; the gradient is halved at every unrolled state, with what its heads send back
+   weights only; the gradient is halved at every unrolled state, that of the state's own heads too
    (authors' code; A.2: at the start of the dynamics function).
 6. The network is D.2.1's, with the heads, the input of the dynamics, the initial weights and
    LayerNorm's ε of the authors' code.
@@ -214,7 +215,7 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
-        # In float32, because a value is a small difference of many large logits' weights.
+        # In float32: a scalar is the small difference of opposite bins' large terms (to_scalar).
         options = {"kernel_init": nn.initializers.zeros, "precision": "highest"}
         return nn.Dense(self.outputs, dtype=jnp.float32, **options)(x)
 
@@ -240,7 +241,7 @@ class Dynamics(nn.Module):
         """States [..., 6, 6, channels] and one-hot actions [..., actions] -> next states."""
         action = jnp.broadcast_to(action[..., None, None, :], (*state.shape[:-1], action.shape[-1]))
         x = nn.relu(layer_norm(self.dtype)(state))
-        x = jnp.concatenate([x, action.astype(x.dtype)], axis=-1)
+        x = jnp.concatenate([x, action], axis=-1)
         x = conv(self.channels, self.dtype)(x) + state
         for _ in range(2):
             x = ResidualBlock(self.channels, self.dtype)(x)
@@ -273,7 +274,7 @@ class MuZeroNetwork(nn.Module):
 
     def dynamics(self, state, action):
         """g: states [..., 6, 6, channels], actions [...] -> next states."""
-        return self.g(state, jax.nn.one_hot(action, self.num_actions))
+        return self.g(state, jax.nn.one_hot(action, self.num_actions, dtype=state.dtype))
 
     def prediction(self, state) -> Prediction:
         """f: states [..., 6, 6, channels] -> policy, value and reward logits, float32."""
@@ -395,10 +396,11 @@ def log_gamma(key, alpha: float, shape: tuple[int, ...]):
 
 
 def search(params, state, prediction, key, fraction: float, network, args):
-    """Searches the tree below latent states [...] with N simulations (Eq. 2).
+    """Searches the trees below latent states with N simulations each (Eq. 2).
 
     Args:
-      prediction: the network's, of the states.
+      state, prediction: latent states with any leading axes [...], and the network's prediction.
+      key: draws the noise of the roots and the order of ties.
       fraction: share of Dirichlet noise (α = 0.3) in the prior of the states.
 
     Returns:
@@ -419,8 +421,8 @@ def search(params, state, prediction, key, fraction: float, network, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2, n for Σ_b n(s, b) (mctx); Q is scaled to [0, 1] over the node and its children."""
-        n, visits = tree.node_visits[node], tree.children_visits[node]  # n = 1 + Σ_b n(s, b)
+        """Eq. 2 with Q scaled to [0, 1] over the node and its children, as in mctx."""
+        n, visits = tree.node_visits[node], tree.children_visits[node]  # n: 1 + Eq. 2's Σ_b n(s, b)
         q = mctx.qtransform_by_parent_and_siblings(tree, node)
         c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)  # MuZero's c1 = 1.25 and c2 = 19,652
         bonus = c * jnp.exp(tree.children_prior_logits[node]) * jnp.sqrt(n) / (1 + visits)
@@ -442,7 +444,7 @@ def search(params, state, prediction, key, fraction: float, network, args):
         interior_action_selection_fn=select,
         num_simulations=args.num_simulations,
         max_depth=args.max_depth,
-        extra_data=1e-6 * jax.random.uniform(tie_key, noisy.shape),  # breaks ties
+        extra_data=1e-6 * jax.random.uniform(tie_key, noisy.shape),  # breaks ties (mctx: 1e-7)
     ).summary()
     policy = summary.visit_probs
     root_value = jnp.sum(policy * summary.qvalues, axis=-1)
@@ -562,7 +564,7 @@ def update(state: TrainState, key, batch: Batch, network: MuZeroNetwork, args: A
 
 @jax.jit(static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Args):
-    """Actions [E] for observations [E, ...], sampled from the improved policy or its mode."""
+    """Actions [E] for observations [E, ...]: sampled as point 7 at the top says, or the mode."""
     state = network.apply(params, observation, method="representation")
     prediction = network.apply(params, state, method="prediction")
     tree_key, key = jax.random.split(key)
@@ -586,7 +588,7 @@ class Store(NamedTuple):
     offsets: np.ndarray  # of the chunks in the blob
     steps: np.ndarray  # action, reward, is_last, is_terminal and age of every frame
     episodes: np.ndarray  # start, length and return of those selected
-    index: np.ndarray  # of their steps, one after the other
+    index: np.ndarray  # rows of `steps` that belong to these episodes, in order
     facts: dict  # what a run writes down of them, and compares when it goes on
 
 
@@ -610,9 +612,10 @@ def open_store(args) -> Store:
         command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
         command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
         if jax.process_count() > 1 or not tool.exists():
+            command[0] = command[0] if tool.exists() else "benchmark/prepare_atari.py"
             message = f"The data are missing; make them first: python {shlex.join(command)}"
             raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
-        # This process holds the accelerator; the tool ends with it.
+        # JAX_PLATFORMS: this process holds the accelerator. ROSMO_PARENT: the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
             raise SystemExit(status if status > 0 else f"{tool} was killed.")  # else it said why
@@ -1128,7 +1131,7 @@ def main(args: Args) -> None:
     def play(num_episodes: int, greedy: bool) -> list[float] | None:
         if run.stopping:
             return None
-        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: not a batch's
+        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: no batch's
         params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
 
         def policy(observation, key):
@@ -1138,7 +1141,8 @@ def main(args: Args) -> None:
             return evaluate(policy, args.env_id, num_episodes, seed, args.eval_max_frames)
 
     run.show(done, "compiling")
-    batches, metrics, played = load_batches(load, done, args.loader_threads), None, ""
+    batches = load_batches(load, done, args.loader_threads)
+    metrics, played = None, ""
     while True:
         ends = done == args.total_updates
         evaluates = ends or (done > 0 and args.eval_episodes > 0 and done % args.eval_every == 0)

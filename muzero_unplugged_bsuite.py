@@ -8,10 +8,10 @@
 # ///
 """MuZero Unplugged on BSuite (Schrittwieser et al., 2021), a baseline of ROSMO.
 
-MuZero Unplugged learns MuZero's latent model from logged episodes. At every
-state of a window it searches the model's tree with N simulations (Eq. 2); the
-visits of the root's actions are the target of the policy (Eq. 3, 4), and the
-mean of their Q bootstraps the target of the value (Eq. 3).
+MuZero Unplugged learns MuZero's latent model from logged episodes. From each
+state of a window that a target needs it searches with N simulations (Eq. 2);
+the visits of the root's actions are the target of the policy (Eq. 3, 4), and
+the mean of their Q bootstraps the target of the value (Eq. 3).
 
     python muzero_unplugged_bsuite.py --env-id catch        # N = 4, five seeds
     python muzero_unplugged_bsuite.py --num-simulations 16  # Fig. 2(c)
@@ -23,10 +23,11 @@ Where the paper is silent, or differs from the authors' code, this file does the
 2. An episode that ends without a terminal state is bootstrapped; the rest of the window is ignored
    (--truncation-as-termination: the authors' code).
 3. The root's value in Eq. 3 is the mean of Q over the visits; in the authors' code (mctx) the
-   network's own value counts as one more visit.
+   network's own value counts as one more visit. States that no target needs are not searched
+   (authors' code: all are); a truncated end there is bootstrapped with the network's value.
 4. MZU-Q fills in the Q of actions that were not visited with the value of the state.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
-   weights only; the gradient is halved at every unrolled state, with what its heads send back
+   weights only; the gradient is halved at every unrolled state, that of the state's own heads too
    (authors' code; A.2: at the start of the dynamics function).
 6. Batch, K and dynamics are Table 4's (authors' code: 512, 3 and [32, 32]). From the authors' code:
    the 20 bins, which stand for h(x) = -9 to 10, targets clipped to ±9, and the initial weights.
@@ -96,7 +97,7 @@ class Args:
     noise: float = 0.0  # probability of a random action when the data were collected (Appendix E)
     data_percent: float = 100.0  # share of the episodes to learn from; every seed draws its own
     data_dir: Path = Path("data")  # folder of the datasets, which are collected when missing
-    dataset: Path | None = None  # .npz file of benchmark/collect_bsuite.py to open instead
+    dataset: Path | None = None  # file to open instead, in the format of docs/bsuite_data.md
     truncation_as_termination: bool = False  # treat every last step as terminal
 
     # model (Table 4)
@@ -135,6 +136,8 @@ class Args:
 
 # --- torso (identical in *_bsuite.py) ---
 class MLP(nn.Module):
+    """Dense layers with relu between them: [..., n] -> [..., features[-1]], not activated."""
+
     features: tuple[int, ...]
     dtype: str
 
@@ -296,10 +299,11 @@ def log_gamma(key, alpha: float, shape: tuple[int, ...]):
 
 
 def search(params, state, prediction, key, fraction: float, network, args):
-    """Searches the tree below latent states [...] with N simulations (Eq. 2).
+    """Searches the trees below latent states with N simulations each (Eq. 2).
 
     Args:
-      prediction: the network's, of the states.
+      state, prediction: latent states with any leading axes [...], and the network's prediction.
+      key: draws the noise of the roots and the order of ties.
       fraction: share of Dirichlet noise (α = 0.3) in the prior of the states.
 
     Returns:
@@ -320,8 +324,8 @@ def search(params, state, prediction, key, fraction: float, network, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2, n for Σ_b n(s, b) (mctx); Q is scaled to [0, 1] over the node and its children."""
-        n, visits = tree.node_visits[node], tree.children_visits[node]  # n = 1 + Σ_b n(s, b)
+        """Eq. 2 with Q scaled to [0, 1] over the node and its children, as in mctx."""
+        n, visits = tree.node_visits[node], tree.children_visits[node]  # n: 1 + Eq. 2's Σ_b n(s, b)
         q = mctx.qtransform_by_parent_and_siblings(tree, node)
         c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)  # MuZero's c1 = 1.25 and c2 = 19,652
         bonus = c * jnp.exp(tree.children_prior_logits[node]) * jnp.sqrt(n) / (1 + visits)
@@ -343,7 +347,7 @@ def search(params, state, prediction, key, fraction: float, network, args):
         interior_action_selection_fn=select,
         num_simulations=args.num_simulations,
         max_depth=args.max_depth,
-        extra_data=1e-6 * jax.random.uniform(tie_key, noisy.shape),  # breaks ties
+        extra_data=1e-6 * jax.random.uniform(tie_key, noisy.shape),  # breaks ties (mctx: 1e-7)
     ).summary()
     policy = summary.visit_probs
     root_value = jnp.sum(policy * summary.qvalues, axis=-1)
@@ -437,8 +441,7 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 
 def init_state(key, network: MuZeroNetwork, observation, args: Args) -> TrainState:
     params = network.init(key, observation, jnp.int32(0))
-    target_params = jax.tree.map(jnp.copy, params)
-    return TrainState(params, target_params, make_optimizer(args).init(params), jnp.int32(0))
+    return TrainState(params, params, make_optimizer(args).init(params), jnp.int32(0))
 
 
 def update(state: TrainState, key, batch: Steps, network: MuZeroNetwork, args: Args):
@@ -455,7 +458,7 @@ def update(state: TrainState, key, batch: Steps, network: MuZeroNetwork, args: A
 
 @jax.jit(static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Args):
-    """Actions [E] for observations [E, ...], sampled from the improved policy or its mode."""
+    """Actions [E] for observations [E, ...]: sampled as point 7 at the top says, or the mode."""
     state = network.apply(params, observation, method="representation")
     prediction = network.apply(params, state, method="prediction")
     tree_key, key = jax.random.split(key)
@@ -518,9 +521,10 @@ def load_dataset(args) -> Steps:
         tool = Path(__file__).resolve().parent / "benchmark" / "collect_bsuite.py"
         command = [str(tool), f"--env-id={args.env_id}", f"--noise={args.noise:g}", f"--out={path}"]
         if args.dataset or not tool.exists():
+            command[0] = command[0] if tool.exists() else "benchmark/collect_bsuite.py"
             advice = f"give another --dataset, or make it: python {shlex.join(command)}"
             raise SystemExit(f"There is no dataset {path}; {advice}, in the repository's folder.")
-        # This process holds the accelerator; the tool ends with it.
+        # JAX_PLATFORMS: this process holds the accelerator. ROSMO_PARENT: the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
             raise SystemExit(status if status > 0 else f"{tool} was killed.")  # else it said why
@@ -542,11 +546,16 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
 
     def demand(holds, fault: str) -> None:
         if not np.all(holds):
-            raise ValueError(fault)
+            row = f" (first in row {np.argmin(holds)})" if np.shape(holds) == action.shape else ""
+            raise ValueError(fault + row)
 
     observation, action, reward, last, terminal = steps
     demand([x.shape == (len(action),) for x in steps[1:]], "all but observation have one axis")
-    demand(observation.shape == (len(action), *shape), f"observation is not [steps, *{shape}]")
+    demand(len(shape) == 2, "an observation must have two axes; give a vector the shape (1, n)")
+    wanted = [len(action), *shape]
+    demand([*observation.shape] == wanted, f"observation is {[*observation.shape]}, not {wanted}")
+    numbers = [x.dtype.kind in "biuf" for x in (observation, reward)]
+    demand(numbers, "observation or reward are not of real numbers")
     demand(action.dtype.kind in "iu", "action is not of integers")
     demand((action >= 0) & (action < num_actions), f"action goes from 0 to {num_actions - 1}")
     demand([x.dtype == bool for x in steps[3:]], "is_last and is_terminal are not bool")
@@ -556,7 +565,7 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
     largest = np.array([np.abs(observation).max(), np.abs(reward).max()], float)
     demand(largest < 1e38, "it has numbers that are not finite in float32")
     advice = "an episode of T actions has T + 1 rows, the last without action and reward"
-    demand((reward[last] == 0) & (action[last] == 0), f"last rows are not void: {advice}")
+    demand(~last | ((reward == 0) & (action == 0)), f"last rows are not void: {advice}")
     dtypes = (np.float32, np.int32, np.float32, bool, bool)
     return Steps(*(x.astype(dtype) for x, dtype in zip(steps, dtypes, strict=True)))
 
@@ -592,7 +601,7 @@ def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
 # --- evaluate (identical in *_bsuite.py) ---
 def evaluate(
     act: Callable, env_id: str, seeds: list[int], done: int, num_episodes: int, noise: float
-):
+) -> np.ndarray | None:
     """Plays complete episodes in the real environment, those of all seeds side by side.
 
     Args:
@@ -1022,6 +1031,6 @@ if __name__ == "__main__":
     except Exception as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        message = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        message = "The memory is not enough: give a smaller --batch-size, network or dataset."
         raise SystemExit(message) from None
 # --- end entry ---

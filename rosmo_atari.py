@@ -29,7 +29,7 @@ Where the paper is silent, or differs from the authors' code, this file does the
    the authors' code takes the next observation: --behavior-advantage next-observation).
 4. Eq. 6 is a softmax of log π + adv, as exp(adv) overflows; the weights of Eq. 9 stop at e^20.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
-   weights only; the gradient is halved at every unrolled state, with what its heads send back
+   weights only; the gradient is halved at every unrolled state, that of the state's own heads too
    (authors' code; A.2: at the start of the dynamics function).
 6. The network is D.2.1's, with the heads, the input of the dynamics, the initial weights and
    LayerNorm's ε of the authors' code.
@@ -209,7 +209,7 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
-        # In float32, because a value is a small difference of many large logits' weights.
+        # In float32: a scalar is the small difference of opposite bins' large terms (to_scalar).
         options = {"kernel_init": nn.initializers.zeros, "precision": "highest"}
         return nn.Dense(self.outputs, dtype=jnp.float32, **options)(x)
 
@@ -235,7 +235,7 @@ class Dynamics(nn.Module):
         """States [..., 6, 6, channels] and one-hot actions [..., actions] -> next states."""
         action = jnp.broadcast_to(action[..., None, None, :], (*state.shape[:-1], action.shape[-1]))
         x = nn.relu(layer_norm(self.dtype)(state))
-        x = jnp.concatenate([x, action.astype(x.dtype)], axis=-1)
+        x = jnp.concatenate([x, action], axis=-1)
         x = conv(self.channels, self.dtype)(x) + state
         for _ in range(2):
             x = ResidualBlock(self.channels, self.dtype)(x)
@@ -268,7 +268,7 @@ class MuZeroNetwork(nn.Module):
 
     def dynamics(self, state, action):
         """g: states [..., 6, 6, channels], actions [...] -> next states."""
-        return self.g(state, jax.nn.one_hot(action, self.num_actions))
+        return self.g(state, jax.nn.one_hot(action, self.num_actions, dtype=state.dtype))
 
     def prediction(self, state) -> Prediction:
         """f: states [..., 6, 6, channels] -> policy, value and reward logits, float32."""
@@ -402,7 +402,8 @@ def sampled_policy_target(advantage, action, num_actions: int):
     # Eq. 10: Z^(k) = (1 + Σ_{i≠k} exp(adv_i)) / N.
     log_normalizer = jnp.logaddexp(0.0, jax.nn.logsumexp(others, axis=-1)) - math.log(num_samples)
     weight = jnp.exp(jnp.minimum(advantage - log_normalizer, 20.0))  # e^88 would overflow
-    return jnp.einsum("...n,...na->...a", weight, jax.nn.one_hot(action, num_actions)) / num_samples
+    # The mean of Eq. 9. A matrix product would be rounded to bfloat16 or TF32 on an accelerator.
+    return jnp.mean(weight[..., None] * jax.nn.one_hot(action, num_actions), axis=-2)
 
 
 def improve(params, state, prediction, logged_action, key, network, args):
@@ -478,8 +479,8 @@ def rosmo_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork,
     reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward)
     value_loss = optax.softmax_cross_entropy(prediction.value_logits, two_hot(z, args.num_bins))
     policy_loss = optax.softmax_cross_entropy(prediction.policy_logits, p)  # Eq. 5
-    # Eq. 11: imitate the logged action where its advantage is positive.
-    logged, imitated = jax.nn.one_hot(action, num_actions), (adv_logged > 0) & moving
+    imitated = (adv_logged > 0) & moving  # Eq. 11
+    logged = jax.nn.one_hot(action, num_actions)
     behavior_loss = optax.softmax_cross_entropy(prediction.policy_logits, logged) * imitated
 
     losses = {
@@ -549,7 +550,7 @@ def update(state: TrainState, key, batch: Batch, network: MuZeroNetwork, args: A
 
 @jax.jit(static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Args):
-    """Actions [E] for observations [E, ...], sampled from the improved policy or its mode."""
+    """Actions [E] for observations [E, ...]: sampled as point 7 at the top says, or the mode."""
     state = network.apply(params, observation, method="representation")
     logits = network.apply(params, state, method="prediction").policy_logits
     if args.num_samples is None:  # Eq. 6, whose Z cancels v(s); else the policy is π
@@ -573,7 +574,7 @@ class Store(NamedTuple):
     offsets: np.ndarray  # of the chunks in the blob
     steps: np.ndarray  # action, reward, is_last, is_terminal and age of every frame
     episodes: np.ndarray  # start, length and return of those selected
-    index: np.ndarray  # of their steps, one after the other
+    index: np.ndarray  # rows of `steps` that belong to these episodes, in order
     facts: dict  # what a run writes down of them, and compares when it goes on
 
 
@@ -597,9 +598,10 @@ def open_store(args) -> Store:
         command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
         command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
         if jax.process_count() > 1 or not tool.exists():
+            command[0] = command[0] if tool.exists() else "benchmark/prepare_atari.py"
             message = f"The data are missing; make them first: python {shlex.join(command)}"
             raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
-        # This process holds the accelerator; the tool ends with it.
+        # JAX_PLATFORMS: this process holds the accelerator. ROSMO_PARENT: the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
             raise SystemExit(status if status > 0 else f"{tool} was killed.")  # else it said why
@@ -1114,7 +1116,7 @@ def main(args: Args) -> None:
     def play(num_episodes: int, greedy: bool) -> list[float] | None:
         if run.stopping:
             return None
-        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: not a batch's
+        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: no batch's
         params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
 
         def policy(observation, key):
@@ -1124,7 +1126,8 @@ def main(args: Args) -> None:
             return evaluate(policy, args.env_id, num_episodes, seed, args.eval_max_frames)
 
     run.show(done, "compiling")
-    batches, metrics, played = load_batches(load, done, args.loader_threads), None, ""
+    batches = load_batches(load, done, args.loader_threads)
+    metrics, played = None, ""
     while True:
         ends = done == args.total_updates
         evaluates = ends or (done > 0 and args.eval_episodes > 0 and done % args.eval_every == 0)

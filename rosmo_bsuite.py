@@ -26,7 +26,7 @@ Where the paper is silent, or differs from the authors' code, this file does the
    the authors' code takes the next observation: --behavior-advantage next-observation).
 4. Eq. 6 is a softmax of log π + adv, as exp(adv) overflows; the weights of Eq. 9 stop at e^20.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
-   weights only; the gradient is halved at every unrolled state, with what its heads send back
+   weights only; the gradient is halved at every unrolled state, that of the state's own heads too
    (authors' code; A.2: at the start of the dynamics function).
 6. Batch, K and dynamics are Table 4's (authors' code: 512, 3 and [32, 32]). From the authors' code:
    the 20 bins, which stand for h(x) = -9 to 10, targets clipped to ±9, and the initial weights.
@@ -92,7 +92,7 @@ class Args:
     noise: float = 0.0  # probability of a random action when the data were collected (Appendix E)
     data_percent: float = 100.0  # share of the episodes to learn from; every seed draws its own
     data_dir: Path = Path("data")  # folder of the datasets, which are collected when missing
-    dataset: Path | None = None  # .npz file of benchmark/collect_bsuite.py to open instead
+    dataset: Path | None = None  # file to open instead, in the format of docs/bsuite_data.md
     truncation_as_termination: bool = False  # treat every last step as terminal
 
     # model (Table 4)
@@ -129,6 +129,8 @@ class Args:
 
 # --- torso (identical in *_bsuite.py) ---
 class MLP(nn.Module):
+    """Dense layers with relu between them: [..., n] -> [..., features[-1]], not activated."""
+
     features: tuple[int, ...]
     dtype: str
 
@@ -302,7 +304,8 @@ def sampled_policy_target(advantage, action, num_actions: int):
     # Eq. 10: Z^(k) = (1 + Σ_{i≠k} exp(adv_i)) / N.
     log_normalizer = jnp.logaddexp(0.0, jax.nn.logsumexp(others, axis=-1)) - math.log(num_samples)
     weight = jnp.exp(jnp.minimum(advantage - log_normalizer, 20.0))  # e^88 would overflow
-    return jnp.einsum("...n,...na->...a", weight, jax.nn.one_hot(action, num_actions)) / num_samples
+    # The mean of Eq. 9. A matrix product would be rounded to bfloat16 or TF32 on an accelerator.
+    return jnp.mean(weight[..., None] * jax.nn.one_hot(action, num_actions), axis=-2)
 
 
 def improve(params, state, prediction, logged_action, key, network, args):
@@ -375,8 +378,8 @@ def rosmo_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork,
     reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward)
     value_loss = optax.softmax_cross_entropy(prediction.value_logits, two_hot(z, args.num_bins))
     policy_loss = optax.softmax_cross_entropy(prediction.policy_logits, p)  # Eq. 5
-    # Eq. 11: imitate the logged action where its advantage is positive.
-    logged, imitated = jax.nn.one_hot(action, num_actions), (adv_logged > 0) & moving
+    imitated = (adv_logged > 0) & moving  # Eq. 11
+    logged = jax.nn.one_hot(action, num_actions)
     behavior_loss = optax.softmax_cross_entropy(prediction.policy_logits, logged) * imitated
 
     losses = {
@@ -423,8 +426,7 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 
 def init_state(key, network: MuZeroNetwork, observation, args: Args) -> TrainState:
     params = network.init(key, observation, jnp.int32(0))
-    target_params = jax.tree.map(jnp.copy, params)
-    return TrainState(params, target_params, make_optimizer(args).init(params), jnp.int32(0))
+    return TrainState(params, params, make_optimizer(args).init(params), jnp.int32(0))
 
 
 def update(state: TrainState, key, batch: Steps, network: MuZeroNetwork, args: Args):
@@ -441,7 +443,7 @@ def update(state: TrainState, key, batch: Steps, network: MuZeroNetwork, args: A
 
 @jax.jit(static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: MuZeroNetwork, args: Args):
-    """Actions [E] for observations [E, ...], sampled from the improved policy or its mode."""
+    """Actions [E] for observations [E, ...]: sampled as point 7 at the top says, or the mode."""
     state = network.apply(params, observation, method="representation")
     logits = network.apply(params, state, method="prediction").policy_logits
     if args.num_samples is None:  # Eq. 6, whose Z cancels v(s); else the policy is π
@@ -504,9 +506,10 @@ def load_dataset(args) -> Steps:
         tool = Path(__file__).resolve().parent / "benchmark" / "collect_bsuite.py"
         command = [str(tool), f"--env-id={args.env_id}", f"--noise={args.noise:g}", f"--out={path}"]
         if args.dataset or not tool.exists():
+            command[0] = command[0] if tool.exists() else "benchmark/collect_bsuite.py"
             advice = f"give another --dataset, or make it: python {shlex.join(command)}"
             raise SystemExit(f"There is no dataset {path}; {advice}, in the repository's folder.")
-        # This process holds the accelerator; the tool ends with it.
+        # JAX_PLATFORMS: this process holds the accelerator. ROSMO_PARENT: the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
         if status := subprocess.run([sys.executable, *command], env=environment).returncode:
             raise SystemExit(status if status > 0 else f"{tool} was killed.")  # else it said why
@@ -528,11 +531,16 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
 
     def demand(holds, fault: str) -> None:
         if not np.all(holds):
-            raise ValueError(fault)
+            row = f" (first in row {np.argmin(holds)})" if np.shape(holds) == action.shape else ""
+            raise ValueError(fault + row)
 
     observation, action, reward, last, terminal = steps
     demand([x.shape == (len(action),) for x in steps[1:]], "all but observation have one axis")
-    demand(observation.shape == (len(action), *shape), f"observation is not [steps, *{shape}]")
+    demand(len(shape) == 2, "an observation must have two axes; give a vector the shape (1, n)")
+    wanted = [len(action), *shape]
+    demand([*observation.shape] == wanted, f"observation is {[*observation.shape]}, not {wanted}")
+    numbers = [x.dtype.kind in "biuf" for x in (observation, reward)]
+    demand(numbers, "observation or reward are not of real numbers")
     demand(action.dtype.kind in "iu", "action is not of integers")
     demand((action >= 0) & (action < num_actions), f"action goes from 0 to {num_actions - 1}")
     demand([x.dtype == bool for x in steps[3:]], "is_last and is_terminal are not bool")
@@ -542,7 +550,7 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
     largest = np.array([np.abs(observation).max(), np.abs(reward).max()], float)
     demand(largest < 1e38, "it has numbers that are not finite in float32")
     advice = "an episode of T actions has T + 1 rows, the last without action and reward"
-    demand((reward[last] == 0) & (action[last] == 0), f"last rows are not void: {advice}")
+    demand(~last | ((reward == 0) & (action == 0)), f"last rows are not void: {advice}")
     dtypes = (np.float32, np.int32, np.float32, bool, bool)
     return Steps(*(x.astype(dtype) for x, dtype in zip(steps, dtypes, strict=True)))
 
@@ -578,7 +586,7 @@ def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
 # --- evaluate (identical in *_bsuite.py) ---
 def evaluate(
     act: Callable, env_id: str, seeds: list[int], done: int, num_episodes: int, noise: float
-):
+) -> np.ndarray | None:
     """Plays complete episodes in the real environment, those of all seeds side by side.
 
     Args:
@@ -1006,6 +1014,6 @@ if __name__ == "__main__":
     except Exception as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        message = "The memory is not enough: give a smaller --batch-size, or a smaller network."
+        message = "The memory is not enough: give a smaller --batch-size, network or dataset."
         raise SystemExit(message) from None
 # --- end entry ---

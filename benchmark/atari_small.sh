@@ -5,7 +5,7 @@
 # Cost: 15 runs of 5,000 updates; 4 minutes of data, then about 14 hours on one core.
 # Disk: 30 MB of data, 200 MB of runs.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 source benchmark/small_data.sh atari_small "$@"
 python benchmark/run.py atari_small "$@"
 python benchmark/report.py atari_small "$@"

@@ -48,7 +48,8 @@ import signal
 import sys
 import zipfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -287,8 +288,20 @@ class Recorder:
         return labels
 
 
-def collect(args: Args, recorder: Recorder) -> None:
-    """Plays and learns until `num_steps` are recorded."""
+@contextmanager
+def noted_signals() -> Iterator[list]:
+    """Notes SIGINT and SIGTERM: JAX may swallow an exception that a signal handler raises."""
+    noted, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda *_: noted.append(True)) for number in numbers]
+    try:
+        yield noted
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def collect(args: Args, recorder: Recorder, noted: Sequence = ()) -> None:
+    """Plays and learns until `num_steps` are recorded, or a signal is noted."""
     env = make_env(args.env_id, args.num_envs, max_num_frames_per_episode=args.max_frames)
     network, tx = QNetwork(int(env.single_action_space.n), args.width), optimizer(args)
     params = network.init(jax.random.key(args.seed % 2**32), jnp.zeros((1, 84, 84, 4), jnp.uint8))
@@ -310,6 +323,8 @@ def collect(args: Args, recorder: Recorder) -> None:
         disable=not sys.stderr.isatty(),
     )
     while recorder.num_steps < args.num_steps:
+        if noted:
+            raise KeyboardInterrupt
         rng = np.random.default_rng((args.seed, step))
         learning = max(0, step - args.replay_start)
         epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * learning / args.epsilon_steps)
@@ -427,7 +442,8 @@ def main(args: Args) -> None:
     def episodes() -> Iterator[dict]:
         """Plays first; by then this process alone has the store."""
         recorder = Recorder(recorded, args)
-        collect(args, recorder)
+        with noted_signals() as noted:
+            collect(args, recorder, noted)
         returns.extend(recorder.returns)
         labels = recorder.checkpoints(steps_per_checkpoint)
         for number, (checkpoint, id) in enumerate(labels):

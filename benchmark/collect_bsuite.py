@@ -13,10 +13,9 @@
 
 An online DQN (double Q-learning, squared loss) learns on a real bsuite
 environment, and every episode from the first to the last of its training is
-recorded. With probability --noise the
-environment executes a uniformly random action in place of the agent's; the
-recorded action, from which the DQN also learns, is the agent's, so that the
-noise belongs to the environment.
+recorded. With probability --noise the environment executes a uniformly random
+action in place of the agent's; the recorded action, from which the DQN also
+learns, is the agent's, so that the noise belongs to the environment.
 
     python benchmark/collect_bsuite.py --env-id catch --noise 0.1 --seed 0
 

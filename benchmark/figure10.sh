@@ -4,6 +4,6 @@
 # Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
 # Cost: that of Fig. 2(b), none when its runs are finished.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 python benchmark/run.py figure10 "$@"
 python benchmark/report.py figure10 "$@"

@@ -5,6 +5,6 @@
 # Cost: 24 runs of 5 seeds, 200,000 updates. Measured on one core of a shared CPU: 14 hours with
 # 50,000 updates; extrapolated: 56 hours with 200,000. Disk: 120 MB.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 python benchmark/run.py figure2a "$@"
 python benchmark/report.py figure2a "$@"

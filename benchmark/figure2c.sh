@@ -5,6 +5,6 @@
 # Cost: 36 runs of 5 seeds, 200,000 updates. Extrapolated from 7 runs on one core of a shared CPU:
 # 35 hours with 20,000 updates, 350 hours with 200,000. Disk: 180 MB.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 python benchmark/run.py figure2c "$@"
 python benchmark/report.py figure2c "$@"

@@ -5,6 +5,6 @@
 # Cost: 12 runs of one seed, 200,000 updates (six are Table 8's). Disk: 10 GB of data, 1.3 of runs.
 # Not measured; by the paper's footnote 3 Table 8's five methods on a game take 16 V100 days a seed.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 python benchmark/run.py figure4c "$@"
 python benchmark/report.py figure4c "$@"

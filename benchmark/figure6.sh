@@ -4,6 +4,6 @@
 # Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
 # Cost: that of Table 8, none when its runs are finished.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 python benchmark/run.py figure6 "$@"
 python benchmark/report.py figure6 "$@"

@@ -5,6 +5,6 @@
 # Cost: 72 runs of one seed, 200,000 updates. Disk: 1.5 GB of data, 8 GB of runs.
 # Not measured; by the paper's footnote 3 Table 8's five methods on a game take 16 V100 days a seed.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 python benchmark/run.py figure8 "$@"
 python benchmark/report.py figure8 "$@"

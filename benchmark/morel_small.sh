@@ -5,7 +5,7 @@
 # Cost: 5 runs of one seed, one of them table7_small's, as is the world model (four core hours);
 # four minutes of data; the rest is not measured. Disk: 30 MB of data, 100 MB of runs.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 source benchmark/small_data.sh morel_small "$@"
 python benchmark/run.py morel_small "$@"
 python benchmark/report.py morel_small "$@"

@@ -123,7 +123,8 @@ class Item(NamedTuple):
     values: tuple = (None,)
     axis: str = ""  # what is swept, in words
     column: str = "{}"  # a value in words
-    common: tuple[tuple[str, Any], ...] = ()  # arguments of every cell
+    common: dict[str, Any] = {}  # noqa: RUF012
+    """arguments of every cell"""
     average: Literal["mean", "IQM"] = "mean"  # of returns, over seeds
     unit: Literal["return", "normalised score"] = "return"  # of curves
     claim: str = ""  # the paper's
@@ -145,7 +146,7 @@ class Item(NamedTuple):
             for value in self.values:
                 for task in tasks or self.tasks:
                     swept = {self.argument: value} if self.argument else {}
-                    cell = dict(self.common) | arguments | swept | {"env_id": task}
+                    cell = self.common | arguments | swept | {"env_id": task}
                     yield Cell(method, value, task, script, cell)
 
 
@@ -163,20 +164,18 @@ ATARI = {"seeds": (0, 1, 2)}
 SHARES = {"argument": "data_percent", "axis": "share of the data, %", "column": "{}% of the data"}
 FOUR = {"num_simulations": 4}
 # Breakout on local data: 176 transitions an update, five minutes of play at most.
-SMALL = (
-    ("dataset", Path("data/atari/Breakout-dqn-60k")),
-    *(("channels", 16), ("batch_size", 176), ("eval_episodes", 5), ("final_eval_episodes", 20)),
-    ("eval_max_frames", 18_000),
-)
+SMALL = {"dataset": Path("data/atari/Breakout-dqn-60k"), "channels": 16, "batch_size": 176}
+SMALL |= {"eval_episodes": 5, "final_eval_episodes": 20, "eval_max_frames": 18_000}
 # A world model that two hours of two cores can train.
 SMALL_MODEL = {"members": 2, "deter": 128, "hidden": 128, "latents": 16, "classes": 16}
 SMALL_MODEL |= {"depth": 12, "head_units": 64, "model_batch_size": 8, "model_length": 12}
 SMALL_MODEL |= {"model_learning_rate": 1e-3, "model_updates": 14_000}
-# MOReL's policy imitates the data as BC does, and then learns from 51,200 imagined steps.
-SMALL_MOREL = SMALL_MODEL | {"bc_updates": 5_000, "bc_batch_size": 176, "batch_size": 16}
-SMALL_MOREL |= {"rollout_length": 32, "starts": 1, "epochs": 2, "halt_batches": 8}
+# MOReL's policy imitates logged steps until it plays as they do, then learns from 51,200 imagined
+# ones. Its threshold is a quantile of as many replayed steps as the default's.
+SMALL_MOREL = SMALL_MODEL | {"bc_updates": 1_500, "bc_batch_size": 176, "batch_size": 16}
+SMALL_MOREL |= {"rollout_length": 32, "starts": 1, "epochs": 2, "halt_batches": 64}
 SMALL_MOREL |= {"anneal_updates": 100, "total_updates": 100, "eval_every": 10}
-# An update of next to nothing.
+# The clone alone: a run needs an update, which at this learning rate moves next to nothing.
 CLONE = SMALL_MOREL | {"total_updates": 1, "learning_rate": 1e-12}
 # Beside the defaults, quantile 0.999 and penalty -10.
 MOREL_SWEEP = {f"quantile {x}": {"halt_quantile": x} for x in (0.99, 0.9999)}
@@ -223,7 +222,7 @@ ITEMS = {
         on("bsuite", **BOTH),
         TASKS,
         **BSUITE,
-        common=(("data_percent", 10.0),),
+        common={"data_percent": 10.0},
         argument="dynamics_hidden",
         values=(32, 128, 256, 512, 1024),
         axis="hidden units of the dynamics function",
@@ -357,7 +356,7 @@ ITEMS = {
         on("atari", ROSMO=("rosmo", {}), OneStep=("rosmo", {"behavior_coef": 0.0})),
         GAMES,
         **ATARI,
-        common=(("data_percent", 1.0),),
+        common={"data_percent": 1.0},
         average="IQM",
         claim="ROSMO is significantly better; both over-fit when training goes on. (The games of "
         "the paper's figure are not named in its text; these are all of Table 8's.)",
@@ -383,7 +382,7 @@ ITEMS = {
             "atari",
             MOReL=("morel", SMALL_MOREL),
             **{"MOReL's clone alone": ("morel", CLONE)},
-            COMBO=("combo", SMALL_COMBO),
+            **{"COMBO, random rollouts": ("combo", SMALL_COMBO)},
             **{k: (ALGORITHMS[k], {"batch_size": 16}) for k in ("MuZero Unplugged", "ROSMO")},
         ),
         ("Breakout",),
@@ -392,11 +391,13 @@ ITEMS = {
         claim="On MsPacman at the paper's size: ROSMO 5020, MuZero Unplugged 4539, COMBO 1538, "
         "MOReL 1476 (Table 7).",
         total_updates=5_000,
-        needs={k: ("MOReL", "world_model") for k in ("MOReL's clone alone", "COMBO")},
+        needs=dict.fromkeys(
+            ("MOReL's clone alone", "COMBO, random rollouts"), ("MOReL", "world_model")
+        ),
     ),
     "morel_small": Item(
         "MOReL's threshold and penalty on Breakout, small",
-        "table",
+        "table and curves",
         on("atari", MOReL=("morel", SMALL_MOREL), **MOREL_SWEEP),
         ("Breakout",),
         (0,),
@@ -422,7 +423,7 @@ ITEMS = {
         on("bsuite", CRR=("crr", {})),
         ("catch",),
         seeds=(0, 1, 2),
-        common=(("beta", 1.0),),
+        common={"beta": 1.0},
         argument="weight",
         values=("exp", "binary"),
         axis="weight of a logged action",
@@ -461,7 +462,7 @@ ITEMS = {
         "CRR's weight on Breakout, small, β = 1",
         "curves",
         on("atari", CRR=("crr", {})),
-        **SWEEP,
+        **SWEEP | {"common": SMALL | {"beta": 1.0}},
         argument="weight",
         values=("exp", "binary"),
         axis="weight of a logged action",

@@ -779,6 +779,13 @@ def main(args: Args) -> None:
         raise SystemExit(f"--rlu-run is {args.rlu_run}; RL Unplugged has the runs 1 to 5.")
     if args.workers is not None and args.workers < 1:
         raise SystemExit(f"--workers is {args.workers}; give at least 1.")
+    given = [x for x in ("tfds_dir", "dqn_replay", "old_store") if getattr(args, x)]
+    given += ["rlu_prefix"] * (args.rlu_prefix != Args.rlu_prefix)
+    if len(given) > 1:
+        flags = " and ".join(f"--{x.replace('_', '-')}" for x in given)
+        raise SystemExit(f"{flags} name several sources: give one.")
+    if args.old_store and (args.percent, args.rlu_run) != (Args.percent, Args.rlu_run):
+        raise SystemExit("--percent and --rlu-run have no use with --old-store.")
     if args.old_store:
         return convert(args)
     source = f"{'replay' if args.dqn_replay else 'run'}{args.rlu_run}"

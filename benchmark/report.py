@@ -9,8 +9,8 @@ It takes the arguments of run.py, further ones included, and counts the runs
 of which run.py says that they are finished; a cell without one stays empty
 and is listed. For each item, --out gets a page with the numbers and where
 they come from ({item}.md), the numbers alone ({item}.csv) and the figures
-({item}.png, ...); report.html holds all pages there with their images. Runs
-of different data or evaluations are not drawn together, unless --mix is
+({item}.png, ...); report.html holds these pages with their images. Runs of
+different data or evaluations are not drawn together, unless --mix is
 given. Runs keep raw returns only; their scores are normalised here. `curves`
 draws learning_curve.png anew in the folders of all finished runs below those
 named, with lines of random play and of the online DQN.
@@ -561,7 +561,7 @@ def reference_table(cells: dict) -> list[str]:
         name = f"{task}, noise ε = {noise:g}" if noise else task
         rows.append([name, *known, " or ".join(here) or "-", theirs])
     head = ["mean return", "random play", "online DQN", "data here", "data in the paper"]
-    source = "Random play and the online DQN: the paper's Table 6, of games RL Unplugged's returns."
+    source = "Random play and the online DQN: Table 6 of the paper, for games RL Unplugged's."
     return [*table(head, rows), source, ""]
 
 
@@ -644,10 +644,30 @@ def time_table(item: Item, cells: dict) -> list[str]:
                 mean = [np.mean([x.seconds[part] for x in runs]) / 3600 for part in run.PARTS]
                 label = swept(item, item.label(value))
                 label += [", ".join({x.config["args"]["env_id"]: 0 for x in runs})] * several
-                rows.append([method, *label, *(f"{x:.3f}" for x in mean)])
+                devices = dict.fromkeys(s["device"] for x in runs for s in x.config["starts"])
+                rows.append([method, *label, *(f"{x:.3f}" for x in mean), ", ".join(devices)])
     head = ["hours of a run", *swept(item, item.axis), *["mean over"] * several]
-    head += ["compilation", "data wait", "update", "evaluation"]
+    head += ["compilation", "data wait", "update", "evaluation", "device"]
     return ["## Time", "", *table(head, rows)] if rows else []
+
+
+def halting_table(cells: dict) -> list[str]:
+    """Of MOReL: the threshold, which replays it halts, and the imagined episodes of PPO."""
+    rows = []
+    for (method, _, task), result in cells.items():
+        for one in result.runs if result else []:
+            text = (one.folder / "metrics.jsonl").read_text()
+            lines = [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]
+            for first in [x for x in lines if "charts/threshold" in x]:
+                names = ("threshold", "halt_rate_logged", "halt_rate_random")
+                row = [f"{first[f'charts/{name}']:.4f}" for name in names]
+                for name in ("halt_rate", "episode_return"):
+                    values = [x[f"charts/{name}"] for x in lines if f"charts/{name}" in x]
+                    row.append(f"{values[0]:.3f} to {values[-1]:.3f}" if values else "-")
+                rows.append([method, task, *row])
+    head = ["", "task", "threshold", "logged replays that halt", "random ones"]
+    head += ["imagined episodes that halt, first to last", "imagined return, first to last"]
+    return ["## Imagined episodes", "", *table(head, rows)] if rows else []
 
 
 def caption(item: Item, found: list[Result], estimates: dict) -> str:
@@ -826,7 +846,7 @@ def write_page(
     lines += paper_table(item, cells, estimates)
     lines += reference_table(cells)
     lines += statistics(item, scores, tasks, estimates) if summary else []
-    lines += time_table(item, cells) + runs_table(item, cells)
+    lines += halting_table(cells) + time_table(item, cells) + runs_table(item, cells)
     lines += [f"Made by `{shlex.join(words)}`."]
     (out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_csv(item, cells, out / f"{name}.csv")
@@ -849,7 +869,7 @@ code { background: #f2f2f2; overflow-wrap: anywhere; }
 
 
 def write_html(out: Path) -> None:
-    """report.html: every page of the folder, with the images in the file."""
+    """report.html: the pages of items and of compare, with the images in the file."""
     order = [*ITEMS, "compare"]
     pages = sorted(
         (path for path in out.glob("*.md") if path.stem in order),
@@ -911,7 +931,8 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
         return False
     notes = refuse_conflicts(item, cells, args.mix, name)
     if nearly:
-        notes.append(f"Left out, as they differ: {'; '.join(nearly[:10])}.")
+        more = f"; and {len(nearly) - 10} more" if len(nearly) > 10 else ""
+        notes.append(f"Left out, as they differ: {'; '.join(nearly[:10])}{more}.")
     other, asked = [], args.total_updates or item.total_updates
     if asked != item.total_updates:
         other.append(f"{asked:,} updates, not {item.total_updates:,}")
@@ -952,7 +973,8 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
     several = "several runs of the same seed; name a folder of one setting"
     for pair in pairs:
         label, equals, folder = pair.partition("=")
-        runs = run.read_runs((Path(folder),), unfinished) if equals else []
+        named = label and equals
+        runs = run.read_runs((Path(folder).expanduser(),), unfinished) if named else []
         if not runs:
             raise SystemExit(f"{pair} is not LABEL=FOLDER with a finished run in the folder.")
         for one in runs:
@@ -989,20 +1011,24 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
 
 def main(args: Args, further: list[str]) -> None:
     if args.dry_run or args.launcher == "slurm":
-        print("The report can be made when the runs are finished.")
+        print("The report can be made when the runs are finished.", file=sys.stderr)
         return
     is_compare, is_curves = args.items[:1] == ("compare",), args.items[:1] == ("curves",)
     chosen = args.methods or args.env_ids or args.seeds or args.total_updates
     if (is_compare or is_curves) and (further or chosen):
         raise SystemExit(f"{args.items[0]} draws the folders that are named, whole.")
     if is_curves:
-        runs = run.read_runs(tuple(map(Path, args.items[1:])))
+        folders = tuple(Path(x).expanduser() for x in args.items[1:])
+        if absent := [str(x) for x in folders if not x.is_dir()]:
+            raise SystemExit(f"There is no folder {', '.join(absent)}.")
+        runs = run.read_runs(folders)
         if not (runs := [one for one in runs if len(one.updates) > 1]):
             raise SystemExit("Give folders with finished runs of two evaluations or more.")
         for one in runs:
             draw_run(one)
             print(f"See {one.folder / 'learning_curve.png'}.")
         return
+    args = run.expand_paths(args)
     out = args.out or Path("runs/report" if is_compare else "benchmark/results")
     args = dataclasses.replace(args, out=out)
     out.mkdir(parents=True, exist_ok=True)

@@ -245,7 +245,7 @@ def script_args(item: Item, further: list[str]) -> dict[str, Any]:
     if any(name == "overwrite" for name, _ in options):
         raise SystemExit("--overwrite is for single runs: delete the folders of these instead.")
     own = {"env_id", "seed", "num_seeds", "run_dir", item.argument}
-    own |= {name for name, _ in item.common}
+    own |= item.common.keys()
     free = ("total_updates", "log_", "eval_", "final_")
     for script, arguments in item.methods.values():
         module = importlib.import_module(script)
@@ -277,7 +277,7 @@ def cell_args(item: Item, args: Args, further: list[str]) -> Iterator[tuple]:
     parsed = script_args(item, further)
     for script, env_id in itertools.product(parsed, args.env_ids or ()):
         check_env_id(importlib.import_module(script), env_id)
-    if "dataset" in dict(item.common) and not {*(args.env_ids or ())} <= {*item.tasks}:
+    if "dataset" in item.common and not {*(args.env_ids or ())} <= {*item.tasks}:
         raise SystemExit(f"--env-ids: the dataset of this item is of {', '.join(item.tasks)}.")
     given = {name for name, _ in split_options(further)}
     for cell in item.cells(args.env_ids):
@@ -289,15 +289,27 @@ def cell_args(item: Item, args: Args, further: list[str]) -> Iterator[tuple]:
         yield cell, dataclasses.replace(parsed[cell.script], **arguments | paths)
 
 
+def expand_paths(args: Args) -> Args:
+    """The arguments, with ~ in paths expanded."""
+    out = args.out and args.out.expanduser()
+    runs = tuple(x.expanduser() for x in args.runs)
+    return dataclasses.replace(args, runs=runs, logs=args.logs.expanduser(), out=out)
+
+
 def get_items(args: Args) -> dict[str, Item]:
     """The items that the arguments name."""
-    for name, least in (("workers", 1), ("total_updates", 1), ("seeds", 0)):
-        given = getattr(args, name)
-        if given is not None and (given == () or np.min(given) < least):
-            raise SystemExit(f"--{name.replace('_', '-')} {given}: give {least} or more.")
-    for name in ("methods", "env_ids", "runs"):
+    for name in ("methods", "env_ids", "seeds", "runs"):
         if getattr(args, name) == ():
             raise SystemExit(f"--{name.replace('_', '-')}: name one or more.")
+    for name, least in (("workers", 1), ("total_updates", 1), ("seeds", 0)):
+        given = getattr(args, name)
+        if given is not None and np.min(given) < least:
+            words = " ".join(map(str, np.atleast_1d(given)))
+            raise SystemExit(f"--{name.replace('_', '-')} {words}: give {least} or more.")
+    if absent := [str(x) for x in args.runs if x not in Args.runs and not x.is_dir()]:
+        raise SystemExit(f"--runs: there is no folder {', '.join(absent)}.")
+    if args.slurm and args.launcher != "slurm":
+        raise SystemExit("--slurm has no use without --launcher slurm.")
     unknown = [name for name in args.items if name not in ITEMS]
     if unknown or not args.items:
         what = f"There is no {', '.join(unknown)}; the" if unknown else "Name items first; the"
@@ -404,7 +416,8 @@ def missing_jobs(
         """The folder of a run that another run must know."""
         updates, default = arguments.total_updates, type(arguments).total_updates
         length = () if updates == default else ("total-updates", updates)
-        name, script = slug(arguments.env_id, *variant, *length), type(arguments).__module__
+        data = arguments.dataset.name if "dataset" in item.common else arguments.env_id
+        name, script = slug(data, *variant, *length), type(arguments).__module__
         folder = Path("runs", script, name, f"seed{seed}")
         with contextlib.suppress(
             OSError, ValueError, KeyError, TypeError
@@ -438,12 +451,12 @@ def missing_jobs(
                         for other, other_args in cell_args(whole, args, further)
                         if (other.method, other.task) == (method, cell.task)
                     )
-                    found = [
+                    models = [
                         Path(run.config["args"].get(argument) or f"{run.folder}-world-model")
                         for run in find_runs(runs, theirs, (first,))
                     ]
-                    found.append(Path(f"{folder_of(theirs, first)}-world-model"))
-                    made = next((x for x in found if (x / "members.msgpack").exists()), None)
+                    models.append(Path(f"{folder_of(theirs, first)}-world-model"))
+                    made = next((x for x in models if (x / "members.msgpack").exists()), None)
                 more |= {argument: made} if made else {}
             words = command(dataclasses.replace(cell_arguments, **more))
             jobs.append(Job(name, words, after))
@@ -696,9 +709,8 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str,
 
 def main(args: Args, further: list[str]) -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs need no path to this file
+    args = expand_paths(args)
     items, planned, arrays, well = get_items(args), set(), {}, True
-    if absent := [str(x) for x in args.runs if x not in Args.runs and not x.is_dir()]:
-        raise SystemExit(f"--runs: there is no folder {', '.join(absent)}.")
     runs = read_runs(args.runs)
     for name, item in items.items():
         missing, total = missing_jobs(item, runs, args, further)

@@ -5,6 +5,6 @@
 # Cost: 17 runs of 3 seeds, 20,000 updates; 20 minutes measured on one core of a shared CPU.
 # Disk: 20 MB.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 python benchmark/run.py sweep_crr sweep_crr_weight sweep_cql "$@"
 python benchmark/report.py sweep_crr sweep_crr_weight sweep_cql "$@"

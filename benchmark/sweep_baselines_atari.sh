@@ -5,7 +5,7 @@
 # Cost: 7 runs of one seed, 5,000 updates, two of them atari_small's; 1.1 to 1.7 hours each on one core.
 # Disk: 30 MB of data, 100 MB of runs.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 source benchmark/small_data.sh sweep_crr_atari sweep_crr_weight_atari sweep_cql_atari "$@"
 python benchmark/run.py sweep_crr_atari sweep_crr_weight_atari sweep_cql_atari "$@"
 python benchmark/report.py sweep_crr_atari sweep_crr_weight_atari sweep_cql_atari "$@"

@@ -6,6 +6,6 @@
 # 200,000 of the others (six runs are Table 8's). Not measured. Disk: 10 GB of data, 20 GB of runs
 # (a checkpoint of a world model has 2.4 GB, and two are kept).
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 python benchmark/run.py table7 "$@"
 python benchmark/report.py table7 "$@"

@@ -5,7 +5,7 @@
 # Cost: 5 runs of one seed, two of them atari_small's; four minutes of data, four core hours of
 # world model; the rest is not measured. Disk: 30 MB of data, 100 MB of runs.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 source benchmark/small_data.sh table7_small "$@"
 python benchmark/run.py table7_small "$@"
 python benchmark/report.py table7_small "$@"

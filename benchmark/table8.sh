@@ -7,6 +7,6 @@
 # footnote 3: 16 days of a V100 for the five methods on a game with one seed, 570 days in all.
 # Disk: 120 GB for RL Unplugged's run 1 of the games, 20 GB for the runs.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 python benchmark/run.py table8 "$@"
 python benchmark/report.py table8 "$@"

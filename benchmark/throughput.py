@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -214,6 +215,8 @@ def write_section(path: Path, title: str, text: str) -> None:
 
 
 def main(args: Args) -> None:
+    paths = {k: v.expanduser() for k, v in vars(args).items() if isinstance(v, Path)}
+    args = dataclasses.replace(args, **paths)
     for name, value in vars(args).items():
         if type(value) is int and value < 1:
             raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least 1.")
@@ -275,7 +278,7 @@ def main(args: Args) -> None:
             next(words)
         elif not word.startswith("--out="):
             options.append(word)
-    command = " ".join(["python benchmark/throughput.py", *options])
+    command = shlex.join(["python", "benchmark/throughput.py", *options])
     if count := os.environ.get("JAX_NUM_CPU_DEVICES"):
         command = f"JAX_NUM_CPU_DEVICES={count} {command}"
     facts = f"`{command}` at {commit}, {time.strftime('%Y-%m-%d')}, on {machine()}, whose matrix "
@@ -283,7 +286,7 @@ def main(args: Args) -> None:
     text = "\n".join([*table, "", facts])
     print(text)
     if args.out:
-        write_section(args.out, f"## {' '.join(options)}", text)
+        write_section(args.out, f"## {shlex.join(options)}", text)
 
 
 if __name__ == "__main__":

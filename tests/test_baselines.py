@@ -50,7 +50,7 @@ def test_behavior_cloning_against_a_loop():
     args = bc.Args()
     network = bc.make_network(3, args)
     params, batch = helpers.make_params(bc, network, 0), random_batch()
-    loss, metrics = jax.jit(partial(bc.bc_loss, network=network, args=args))(params, batch)
+    loss, metrics = jax.jit(partial(bc.bc_loss, network=network))(params, batch)
     expected, hits, entropy = 0.0, 0, 0.0
     for i in range(32):
         logits = np.array(network.apply(params, batch.observation[i, 0]), float)

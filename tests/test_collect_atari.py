@@ -1,5 +1,6 @@
 """The collector of Atari data: what it records, and that a kill loses nothing that was saved."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -225,6 +226,22 @@ def test_signal_ends_a_collection(tmp_path):
     assert "Traceback" not in stderr
     assert "%|" not in stderr
     assert stderr.splitlines()[-1].startswith("Stopped; the same command goes on")
+
+
+def test_a_signal_whose_exception_is_swallowed_ends_a_collection(tmp_path, monkeypatch):
+    def swallowing(network, params, observations):  # as JAX does in its callbacks
+        if len(steps) == 5:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        steps.append(True)
+        return np.zeros(len(observations), np.int32)
+
+    steps, handler = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(collect_atari, "greedy", swallowing)
+    with pytest.raises(KeyboardInterrupt):
+        collect_atari.main(tyro.cli(collect_atari.Args, args=[*TINY, "--data-dir", str(tmp_path)]))
+    assert len(steps) == 6
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_collection_ends_with_its_parent(tmp_path):

@@ -181,8 +181,6 @@ def test_accelerators_compute_every_layer_in_its_type(name, settings):
             for layer in used & FLOAT32[name]:  # a TPU has fewer bits by default
                 precision = "highest" if layer.endswith("Dense_2") else "default"
                 expected.add((layer, "f32", precision))
-            if settings and program != "act":
-                expected.add(("...n,...na->...a", "f32", "default"))  # Eq. 9
             for platform in platforms:
                 text = traced.lower(lowering_platforms=(platform,)).as_text(debug_info=True)
                 found = operations(text, layers(params))

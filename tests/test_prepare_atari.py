@@ -918,6 +918,9 @@ def test_damaged_store_is_told(make, path, tmp_path, name):
     [
         ({"env_id": "Breakuot"}, "There is no game 'Breakuot'; .*Breakout"),
         ({"percent": 0}, "--percent is 0"),
+        ({"dqn_replay": Path("a"), "tfds_dir": Path("b")}, "--tfds-dir and --dqn-replay name sev"),
+        ({"old_store": Path("a"), "rlu_prefix": "b"}, "--old-store and --rlu-prefix name several"),
+        ({"old_store": Path("a"), "percent": 10}, "have no use with --old-store"),
         ({"percent": float("nan")}, "--percent is nan"),
         ({"rlu_run": 6}, "--rlu-run is 6; RL Unplugged has the runs 1 to 5"),
         ({"workers": 0}, "--workers is 0"),

@@ -381,6 +381,43 @@ def test_runs_with_another_evaluation_are_left_out_and_named(tmp_path):
     assert f"Left out, as they differ: {folder}: final_eval_episodes 7, not 100." in page
 
 
+def test_runs_that_are_left_out_are_counted(tmp_path):
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0])
+    for i in range(12):
+        folder = tmp_path / "runs" / f"b{i}"
+        write_run(folder, "muzero_unplugged_bsuite", [1.0], final_eval_episodes=5, seed=i % 5)
+    page = (make(tmp_path, "table1") / "table1.md").read_text()
+    (line,) = (x for x in page.splitlines() if x.startswith("Left out, as they differ: "))
+    assert line.count("final_eval_episodes 5") == 10
+    assert line.endswith("; and 2 more.")
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0] * 5)
+    for words in (("table1",), ("compare", "a=~/runs/a"), ("curves", "~/runs")):
+        args = report.Args(words, out=Path("~/out"))
+        args = args if words[1:] else dataclasses.replace(args, runs=(Path("~/runs"),))
+        report.main(dataclasses.replace(args, total_updates=None if words[1:] else UPDATES), [])
+    assert {"table1.md", "compare.md"} < {x.name for x in (tmp_path / "out").iterdir()}
+    assert (tmp_path / "runs" / "a" / "learning_curve.png").exists()
+
+
+def test_what_morel_imagines_is_on_the_page(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    write_run(folder, "morel_atari", [5.0], env_id="MsPacman", total_updates=1250)
+    path = folder / "metrics.jsonl"
+    first = {"charts/threshold": 0.03, "charts/halt_rate_logged": 0.01}
+    lines = [first | {"charts/halt_rate_random": 0.02, "update": 0, "seed": 0}]
+    for update, halts, imagined in ((10, 0.5, -4.0), (20, 0.25, 1.5)):
+        line = {"charts/halt_rate": halts, "charts/episode_return": imagined}
+        lines.append(line | {"update": update, "seed": 0})
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines) + path.read_text())
+    page = (make(tmp_path, "table7") / "table7.md").read_text()
+    found = rows(page.partition("## Imagined episodes")[2], "")["MOReL"]
+    assert found == ["MsPacman", "0.0300", "0.0100", "0.0200", "0.500 to 0.250", "-4.000 to 1.500"]
+
+
 def test_intervals_are_those_of_a_bootstrap_by_hand(tmp_path, monkeypatch):
     """Of two seeds on one task, one draw in four has each alone and two have both."""
     monkeypatch.setattr(report, "BOOTSTRAPS", 2000)
@@ -532,6 +569,7 @@ def test_hours_of_runs_that_tell_and_that_do_not_are_not_mixed(tmp_path):
     path.write_text("".join(json.dumps(x) + "\n" for x in told))
     page = (make(tmp_path, "figure9") / "figure9.md").read_text()
     assert "No curves against wall-clock: not all runs tell what evaluation took." in page
+    assert rows(page.partition("## Time")[2], "hours of a run")["ROSMO"][-1] == "1 x cpu"
     assert "figure9-time.png" not in page
 
 
@@ -546,7 +584,7 @@ def test_hours_of_processes_with_other_numbers_of_seeds_are_not_compared(tmp_pat
 
 def test_single_seeds_are_marked(tmp_path, figures):
     for beta in (0.1, 0.3):
-        folder, small = tmp_path / "runs" / str(beta), dict(paper.SMALL)
+        folder, small = tmp_path / "runs" / str(beta), paper.SMALL
         write_run(folder, "crr_atari", [300.0], env_id="Breakout", beta=beta, **small)
     page = (make(tmp_path, "sweep_crr_atari") / "sweep_crr_atari.md").read_text()
     assert "One seed in each cell: there is no interval, and a difference may be chance." in page
@@ -670,7 +708,7 @@ def test_old_runs_count(tmp_path):
     (folder / "metrics.jsonl").write_text(lines)
     folder = tmp_path / "runs" / "atari"
     data = {"env_id": "Breakout", "source": "dqn", "num_episodes": 99, "num_steps": 60984}
-    small = dict(paper.SMALL) | {"env_id": "Breakout"}
+    small = paper.SMALL | {"env_id": "Breakout"}
     write_run(folder, "crr_atari", [400.0], data=data, beta=0.3, **small)
     config = json.loads((folder / "config.json").read_text())
     del config["args"]["clip_rewards"]
@@ -772,7 +810,9 @@ def test_what_cannot_be_measured_ends_in_one_sentence(tool, options, message):
         (["compare", "x=runs"], {"seeds": (0,)}, "compare draws the folders that are named"),
         (["curves", "runs"], {"env_ids": ("catch",)}, "curves draws the folders that are named"),
         (["curves"], {}, "Give folders with finished runs"),
-        (["curves", "nowhere"], {}, "Give folders with finished runs"),
+        (["curves", "nowhere"], {}, "There is no folder nowhere"),
+        (["compare", "=benchmark/results/bc_bsuite/catch"], {}, "is not LABEL=FOLDER"),
+        (["table1"], {"runs": (Path("nowhere"),)}, "--runs: there is no folder nowhere"),
     ],
 )
 def test_words_that_own_runs_do_not_know(tmp_path, words, options, message):

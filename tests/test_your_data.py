@@ -43,9 +43,10 @@ def clone(tmp_path_factory) -> Path:
 
 
 def apply(diff: str, folder: Path) -> None:
-    command = ["git", "apply", "--whitespace=nowarn"]
+    command = ["git", "apply", "--whitespace=nowarn", "--verbose"]
     result = subprocess.run(command, input=diff, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert "rosmo_bsuite" not in diff or "offset" not in result.stderr  # the page's line numbers
 
 
 def python(folder: Path, cache_dir: Path, *words: str) -> str:
@@ -96,11 +97,13 @@ def test_own_vectors(clone, cache_dir):
     assert f"mean return {mean:.2f}" in written
 
     # Without a simulator, as the last lines of the page say.
-    path = clone / "rosmo_bsuite.py"
-    text = re.sub(
-        r"    def reset\(self\):.*?\n\n\n(?=ENVIRONMENTS)", "\n\n", path.read_text(), flags=re.S
-    )
-    assert "StepType.FIRST" not in text
+    text = (clone / "rosmo_bsuite.py").read_text().replace("import gymnasium\n", "")
+    text = re.sub(r"    def __init__\(self, seed.*?(?=    def observation)", "", text, flags=re.S)
+    text = re.sub(r"    def reset\(self\):.*?\n\n\n(?=ENVIRONMENTS)", "\n\n", text, flags=re.S)
+    text = text.replace("*self.env.observation_space.shape", "4")
+    text = text.replace("int(self.env.action_space.n)", "2")
+    assert "self.env" not in text
+    assert "gymnasium.make" not in text
     (clone / "without_bsuite.py").write_text(text)
     words = ["without_bsuite.py", *words[1:], "--eval-episodes", "0", "--final-eval-episodes", "0"]
     python(clone, cache_dir, *words)
