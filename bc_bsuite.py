@@ -275,6 +275,8 @@ def load_dataset(args) -> Steps:
             header = json.loads(str(file["header"]))
             if (header.get("schema"), header.get("env_id")) != (1, args.env_id):
                 raise ValueError(f"its header, {header}, does not say schema 1 and this env_id")
+            if (noise := header.get("noise", args.noise)) != args.noise:
+                raise ValueError(f"it was collected with --noise {noise:g}: give that, too")
             return check_steps(Steps(*(file[name] for name in Steps._fields)), args.env_id)
     except Exception as error:  # a damaged file can raise almost anything
         message = f"{path} cannot be used as a dataset of {args.env_id}: {error}"
@@ -436,8 +438,10 @@ class Run:
             return
         try:
             before = json.loads((self.dir / "config.json").read_text())
-            # A longer run begins as the shorter one; an argument that came later has its default.
-            theirs = defaults | before["args"] | {k: before[k] for k in ("script", "data")}
+            # A longer run begins as the shorter one. An argument that came later has its default,
+            # a fact of the data our value.
+            theirs = defaults | before["args"] | {"script": before["script"]}
+            theirs["data"] = self.config["data"] | before["data"]
             ours = self.config["args"] | {k: self.config[k] for k in ("script", "data")}
             theirs["total_updates"] = max(theirs["total_updates"], ours["total_updates"])
             pairs = [(k, theirs[k], ours[k]) for k in ours if k not in NOT_COMPARED]
@@ -446,6 +450,7 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError) as error:
             changes, starts = f"or its config.json is damaged: {error!r}", []
             mine = bool(names & {"config.json", "metrics.jsonl"})
+            mine &= (self.dir / "checkpoints").is_dir()  # as every run's folder has it
         if not mine or (changes and not self.args.overwrite):
             message = f"{self.dir} holds something else ({changes}); give another --run-dir"
             advice = ", or --overwrite to delete the run in it" if mine else ""
@@ -485,7 +490,8 @@ class Run:
                 self.wandb = wandb.init(dir=self.dir, config=self.config, **options)
             except (wandb.Error, ValueError) as error:
                 advice = "log in with 'wandb login', or set WANDB_MODE=offline"
-                raise SystemExit(f"Weights & Biases: {error}; {advice}.") from None
+                reason = " ".join(str(error).split())
+                raise SystemExit(f"Weights & Biases: {reason}; {advice}.") from None
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file of the folder; a kill leaves it as it was or as it will be."""
@@ -615,8 +621,10 @@ class Run:
         lines = self.lines() if self.writes else []
         if not (lines := [line for line in lines if "eval/return_mean" in line]):
             return
+        import matplotlib
         from matplotlib.figure import Figure  # without pyplot's global state
 
+        matplotlib.rcdefaults()  # a user's own style may ask for a LaTeX that is not here
         updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
         returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
         n = 1 + len(updates) // 25  # evaluations in the moving average
@@ -661,11 +669,14 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
 
 def prepare_jax() -> None:
     """Demands a device; keeps compiled programs in the user's cache folder, if there is one."""
+    jax.config.update("jax_enable_x64", False)  # a user's own settings would change the numbers
+    jax.config.update("jax_default_prng_impl", "threefry2x32")
     try:
         jax.devices()
     except (RuntimeError, AssertionError):
-        message = f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
-        raise SystemExit(f"{message}: install jax for it, or unset it.") from None
+        given = [f"{x}={os.environ.get(x)}" for x in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")]
+        message = f"JAX finds no device with {' and '.join(given)}"
+        raise SystemExit(f"{message}: install jax for it, or unset them.") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
@@ -761,7 +772,8 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
-        head = __doc__.split("\n\nWhere")[0].replace("\n", "\n ")  # else tyro joins the lines
+        head = (__doc__ or "").split("\n\nWhere")[0]  # None with python -OO
+        head = head.replace("\n", "\n ")  # else tyro joins the lines
         main(tyro.cli(Args, description=head))
     except KeyboardInterrupt:
         print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)

@@ -416,7 +416,7 @@ def main(args: Args) -> None:
     if args.format == "rlu" and importlib.util.find_spec("tensorflow") is None:
         raise SystemExit("--format rlu needs the package tensorflow.")
     path = Path(args.out or f"{args.data_dir}/atari/{args.env_id}-dqn-{args.num_steps // 1000}k")
-    path = path.expanduser()
+    path = Path(os.path.expanduser(path))
     if fault := path.exists() and find_fault(path, args.env_id, "dqn", 100):
         raise SystemExit(f"{path} {fault}.")
     shards = path.with_name(f"{path.name}-rlu") / "atari_episodes_ordered" / args.env_id
@@ -463,4 +463,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run(main, tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
+    run(main, tyro.cli(Args, description=(__doc__ or "").replace("\n", "\n ")))

@@ -456,6 +456,20 @@ def check_args(args: Args) -> None:
         sys.exit(f"There is no folder {args.from_rlds}.")
 
 
+def compare_file(path: Path, args: Args) -> str:
+    """In what a file differs from the one that is asked for, in words; nothing if in nothing."""
+    asked = {"env_id": args.env_id}
+    if not args.from_rlds:
+        asked |= {"noise": args.noise, "seed": args.seed}
+        asked["num_episodes"] = args.num_episodes or TASKS[args.env_id].num_episodes
+    try:
+        with np.load(path) as file:
+            there = json.loads(str(file["header"]))
+        return ", ".join(f"{k} {there[k]}, not {v}" for k, v in asked.items() if there[k] != v)
+    except Exception as error:  # a damaged file can raise almost anything
+        return f"other content ({error!r})"
+
+
 def open_path(args: Args) -> Path | None:
     """The file to write, in a folder that can be written; None if the file is there already."""
     part = f"-{args.num_episodes}episodes" if args.num_episodes else ""
@@ -464,6 +478,10 @@ def open_path(args: Args) -> Path | None:
     if path.is_dir():
         sys.exit(f"{path} is a folder; --out must be a file.")
     if path.exists() and not args.overwrite:
+        if differing := compare_file(path, args):
+            sys.exit(
+                f"{path} exists already, with {differing}: give another --out, or --overwrite."
+            )
         print(f"{path} exists already; --overwrite replaces it.")
         return None
     try:
@@ -544,11 +562,13 @@ def run() -> None:
     if parent := os.environ.pop("ROSMO_PARENT", None):  # set by what starts this program
         stop.parent = int(parent) if os.name == "posix" else None
     try:
-        main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
+        main(tyro.cli(Args, description=(__doc__ or "").replace("\n", "\n ")))
     except KeyboardInterrupt:
         below_bar = "\n" if sys.stderr.isatty() else ""
         print(f"{below_bar}Interrupted: nothing was written.", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # a closed pipe, a full disk
+        sys.exit(f"{error}: put that right, then run the same command again.")
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ def write_store(path: Path, meta: dict, episodes: Iterable[dict]) -> None:
     A ValueError says in one sentence what is wrong.
     """
     check_meta(meta)
-    with building(path) as folder:
+    with building(Path(path)) as folder:
         try:
             writer = StoreWriter(folder / "store", meta["num_actions"])
             for episode in episodes:
@@ -659,7 +659,7 @@ def find_source(args: Args) -> tuple[Callable, list[str]] | None:
         check_complete(logs, numbers, range(numbers[-1] + 1), "$store$_observation_ckpt.{}.gz")
         return partial(read_dqn_replay, logs), [f"ckpt.{number}.gz" for number in numbers]
     tfds_dir = args.tfds_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    prepared = Path(tfds_dir).expanduser() / "rlu_atari_checkpoints_ordered"
+    prepared = Path(os.path.expanduser(tfds_dir)) / "rlu_atari_checkpoints_ordered"
     # Beside the versions there may be folders incomplete.* of a preparation that was broken off.
     prepared = max(prepared.glob(f"{env_id}_run_{run}/[0-9]*.*.*/"), default=None)
     if prepared and (args.tfds_dir or prefix == Args.rlu_prefix):
@@ -668,7 +668,7 @@ def find_source(args: Args) -> tuple[Callable, list[str]] | None:
     if args.tfds_dir:
         raise SystemExit(f"{tfds_dir} has no rlu_atari_checkpoints_ordered/{env_id}_run_{run}.")
     if not prefix.startswith("gs://"):
-        prefix = str(Path(prefix).expanduser())
+        prefix = os.path.expanduser(prefix)
         folder = Path(prefix) / "atari_episodes_ordered" / env_id
         matches = match_names(folder, rf"run_{run}-(\d+)-of-(\d+)")
         totals = {m[2] for m in matches}
@@ -770,7 +770,7 @@ def fall_back(args: Args) -> None:
 
 def main(args: Args) -> None:
     """Sees to it that the store that `args` ask for is there, or ends in one sentence."""
-    paths = {k: v.expanduser() for k, v in vars(args).items() if isinstance(v, Path)}
+    paths = {k: Path(os.path.expanduser(v)) for k, v in vars(args).items() if isinstance(v, Path)}
     args = dataclasses.replace(args, **paths)
     num_actions = int(make_env(args.env_id, 1).single_action_space.n)
     if not 0 < args.percent <= 100:
@@ -842,4 +842,4 @@ def run(main: Callable, args: Any) -> None:
 
 
 if __name__ == "__main__":
-    run(main, tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
+    run(main, tyro.cli(Args, description=(__doc__ or "").replace("\n", "\n ")))

@@ -41,10 +41,13 @@ import tyro
 from markdown_it import MarkdownIt
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from rliable import library, metrics
 from scipy.stats import trim_mean
+
+matplotlib.rcdefaults()  # a user's own style may ask for a LaTeX that is not here
 
 import run
 from paper import ALGORITHMS, ITEMS, REFERENCE_RETURNS, TABLE5, Item
@@ -146,8 +149,8 @@ def conflicts(item: Item, cells: dict[tuple, Result | None]) -> list[str]:
                     {"crc32": "content", "mean": "mean return"}.get(k, k) for k in keys
                 )
                 found.append(
-                    f"the data of {task} differ in {what}: {name} has {text}; {other} has "
-                    f"{other_text}"
+                    f"the data of {task} differ in {what}: behind {name} are {text}; behind "
+                    f"{other} are {other_text}"
                 )
                 break
     sources.pop("?", None)
@@ -887,7 +890,8 @@ def write_html(out: Path) -> None:
         return f'style="min-width:{width}px" src="{source}"'
 
     for path in pages:
-        text, _, runs = path.read_text(encoding="utf-8").partition("## Runs\n")
+        text = path.read_text(encoding="utf-8", errors="replace")
+        text, _, runs = text.partition("## Runs\n")
         html = markdown.render(text)
         html += f"<details><summary>Runs</summary>{markdown.render(runs)}</details>"
         html = re.sub(r'src="([^"]+\.png)"', embed, html)
@@ -972,9 +976,11 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
     cells, tasks, unfinished = {}, {}, []
     several = "several runs of the same seed; name a folder of one setting"
     for pair in pairs:
-        label, equals, folder = pair.partition("=")
-        named = label and equals
-        runs = run.read_runs((Path(folder).expanduser(),), unfinished) if named else []
+        label, _, folder = pair.partition("=")
+        if not label.isprintable() or "$" in label:
+            raise SystemExit(f"{pair!a}: a label has printable characters, without $.")
+        named = label and folder
+        runs = run.read_runs((Path(os.path.expanduser(folder)),), unfinished) if named else []
         if not runs:
             raise SystemExit(f"{pair} is not LABEL=FOLDER with a finished run in the folder.")
         for one in runs:
@@ -1018,7 +1024,7 @@ def main(args: Args, further: list[str]) -> None:
     if (is_compare or is_curves) and (further or chosen):
         raise SystemExit(f"{args.items[0]} draws the folders that are named, whole.")
     if is_curves:
-        folders = tuple(Path(x).expanduser() for x in args.items[1:])
+        folders = tuple(Path(os.path.expanduser(x)) for x in args.items[1:])
         if absent := [str(x) for x in folders if not x.is_dir()]:
             raise SystemExit(f"There is no folder {', '.join(absent)}.")
         runs = run.read_runs(folders)
@@ -1055,7 +1061,7 @@ def main(args: Args, further: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    text = __doc__.replace("\n", "\n ")
+    text = (__doc__ or "").replace("\n", "\n ")
     try:
         main(*tyro.cli(Args, description=text, return_unknown_args=True))
     except OSError as error:  # a full disk, a folder that cannot be written

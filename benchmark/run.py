@@ -110,7 +110,7 @@ def read_run(folder: Path) -> Run | None:
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
     words = [config["script"], config["args"]["env_id"], *(x["device"] for x in config["starts"])]
     data = config["data"]
-    known = isinstance(data, str) or {"episodes", "num_episodes"} & data.keys()
+    known = isinstance(data, str) or data_facts(data).keys() >= {"episodes", "steps"}
     if not all(isinstance(x, str) for x in words) or not known:
         raise ValueError("config.json is damaged")
     text = (folder / "metrics.jsonl").read_text()
@@ -194,6 +194,7 @@ def data_facts(data: dict | str) -> dict:
     facts["rom"] = data.get("rom", data.get("rom_sha256"))
     if "mean_return" in data:
         facts |= {"mean": f"{data['mean_return']:.2f}", "crc32": data.get("crc32")}
+        facts["frames"] = data.get("frames_crc32")
     return {k: v for k, v in facts.items() if v is not None}
 
 
@@ -285,15 +286,18 @@ def cell_args(item: Item, args: Args, further: list[str]) -> Iterator[tuple]:
         updates, own = args.total_updates or item.total_updates, arguments.get("total_updates")
         arguments["total_updates"] = min(updates, own) if own else updates
         arguments = vars(parsed[cell.script]) | arguments
-        paths = {k: x.expanduser() for k, x in arguments.items() if isinstance(x, Path)}
+        paths = {k: expand(x) for k, x in arguments.items() if isinstance(x, Path)}
         yield cell, dataclasses.replace(parsed[cell.script], **arguments | paths)
+
+
+def expand(path: Path) -> Path:
+    return Path(os.path.expanduser(path))  # which leaves a ~ if there is no home
 
 
 def expand_paths(args: Args) -> Args:
     """The arguments, with ~ in paths expanded."""
-    out = args.out and args.out.expanduser()
-    runs = tuple(x.expanduser() for x in args.runs)
-    return dataclasses.replace(args, runs=runs, logs=args.logs.expanduser(), out=out)
+    runs, out = tuple(map(expand, args.runs)), args.out and expand(args.out)
+    return dataclasses.replace(args, runs=runs, logs=expand(args.logs), out=out)
 
 
 def get_items(args: Args) -> dict[str, Item]:
@@ -738,7 +742,7 @@ def main(args: Args, further: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    text = __doc__.replace("\n", "\n ")
+    text = (__doc__ or "").replace("\n", "\n ")
     try:
         main(*tyro.cli(Args, description=text, return_unknown_args=True))
     except OSError as error:  # a full disk, a folder that cannot be written

@@ -117,8 +117,12 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
+        main(tyro.cli(Args, description=(__doc__ or "").replace("\n", "\n ")))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:
         raise SystemExit(f"{error}.") from None
+    except Exception as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise SystemExit("The memory is not enough: give a smaller --batch-size.") from None

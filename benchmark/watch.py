@@ -37,6 +37,7 @@ import jax
 import numpy as np
 import tyro
 from flax import serialization
+from flax.errors import FlaxError
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,14 @@ def load_agent(run: Path) -> tuple[ModuleType, str, Callable]:
         raise SystemExit(f"{run} is a world model; give the folder of its policy.")
     params = state["params"]
     network = script.make_network(num_actions, args)
-    return script, args.env_id, partial(script.act, params, network=network, args=args)
+    agent = partial(script.act, params, network=network, args=args)
+    try:
+        stack = jax.ShapeDtypeStruct((1, 84, 84, 4), np.uint8)
+        jax.eval_shape(partial(agent, greedy=True), stack, jax.random.key(0))
+    except (FlaxError, TypeError, ValueError) as error:
+        message = f"{run} has the checkpoint of another network than {name}.py makes"
+        raise SystemExit(f"{message}: {str(error).partition(chr(10))[0]}") from None
+    return script, args.env_id, agent
 
 
 def record(
@@ -122,9 +130,9 @@ def main(args: Args) -> None:
         raise SystemExit(f"--seed is {args.seed}; give one from 0 to {2**31 - 1}.")
     if not 4 <= args.max_frames <= 10**9:
         raise SystemExit(f"--max-frames is {args.max_frames}; give at least 4.")
-    run = args.run.expanduser()
+    run = Path(os.path.expanduser(args.run))
     script, env_id, act = load_agent(run)
-    path = (args.out or run / "video.mp4").expanduser()
+    path = Path(os.path.expanduser(args.out or run / "video.mp4"))
     make_env = partial(script.make_env, max_num_frames_per_episode=args.max_frames)
     episode_return = record(act, make_env, env_id, args.seed, args.greedy, path)
     print(f"{path}: an episode of {env_id}, return {episode_return:g}.")
@@ -133,7 +141,7 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main(tyro.cli(Args, description=__doc__.replace("\n", "\n ")))
+        main(tyro.cli(Args, description=(__doc__ or "").replace("\n", "\n ")))
     except KeyboardInterrupt:
         print("Stopped; there is no video of it.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -15,6 +15,9 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")  # but where a test says more
 # XLA compiles with these in half the time; the programs are as quick.
 XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
+for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
+    os.environ.pop(f"JAX_{name}", None)
+os.environ.pop("SLURM_STEP_NUM_TASKS", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores both
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parent.parent

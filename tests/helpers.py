@@ -183,7 +183,7 @@ def write_catch_dataset(path: Path, num_episodes: int, seed: int = 0) -> Path:
     arrays["reward"] = arrays["reward"].astype(np.float32)
     arrays["is_first"] = np.roll(arrays["is_last"], 1)
     arrays["is_terminal"] = arrays["is_last"]
-    header = json.dumps({"schema": 1, "env_id": "catch", "noise": 0.0})
+    header = json.dumps({"schema": 1, "env_id": "catch"})
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, header=np.array(header), **arrays)
     return path

@@ -6,6 +6,7 @@ benchmark/prepare_atari.py writes the stores; test_prepare_atari.py tests it.
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 import threading
 import time
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from helpers import write_store
 
+import bc_bsuite
 import rosmo_atari as script
 
 LENGTHS = (30, 25, 20, 40, 33, 70, 5, 61, 3)
@@ -149,6 +151,9 @@ def test_the_data_are_known_by_what_is_learned_from(path, tmp_path):
     meta = {"source": "run1", "steps_per_checkpoint": PER_CHECKPOINT}
     changed = open_store(write_store(tmp_path / "other", "Pong", other, 6, **meta))
     assert changed.facts["crc32"] != facts["crc32"]
+    other = [episode | {"frames": 255 - episode["frames"]} for episode in EPISODES]
+    inverted = open_store(write_store(tmp_path / "inverted", "Pong", other, 6, **meta)).facts
+    assert [name for name in facts if facts[name] != inverted[name]] == ["frames_crc32"]
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])
@@ -211,9 +216,8 @@ def test_damaged_store(copy, name, how):
     """Frames have checksums of their own, and are read when they are needed."""
     helpers.damage(copy / name, how)
     if (name, how) == ("frames.bin", "changed"):
-        store = open_store(copy)
         with pytest.raises(SystemExit, match=r"A chunk of frames\.bin is damaged"):
-            script.read_frames(store, store.index)
+            open_store(copy)  # which samples them
         return
     with pytest.raises(SystemExit, match=REFUSED) as end:
         open_store(copy)
@@ -423,3 +427,14 @@ def test_evaluate_cuts_an_episode_off_after_so_many_frames(frames):
     act = lambda observations, key: steps.append(None) or fire(observations, key)  # noqa: E731
     assert len(script.evaluate(act, "MsPacman", 2, 0, max_frames=frames)) == 2
     assert len(steps) == frames // 4
+
+
+def test_a_killed_tool_is_named_and_knows_its_parent(tmp_path, monkeypatch):
+    seen = []
+    ended = lambda command, env: seen.append(env) or SimpleNamespace(returncode=-9)  # noqa: E731
+    monkeypatch.setattr(script.subprocess, "run", ended)
+    with pytest.raises(SystemExit, match=r"prepare_atari\.py was killed"):
+        script.open_store(script.Args(env_id="Pong", data_dir=tmp_path))
+    assert seen[0]["ROSMO_PARENT"] == str(os.getpid())
+    with pytest.raises(SystemExit, match=r"collect_bsuite\.py was killed"):
+        bc_bsuite.load_dataset(bc_bsuite.Args(data_dir=tmp_path))

@@ -258,3 +258,19 @@ def test_cql_acts_at_random_with_the_probability_of_eval_epsilon():
     assert len(set(best.tolist())) == 1
     actions = cql.act(params, observation, jax.random.key(0), False, network, args)
     assert np.mean(np.array(actions) != best) == pytest.approx(0.2, abs=0.02)  # 0.3 · 2/3
+
+
+@pytest.mark.parametrize("name", ["crr", "cql"])
+def test_truncation_as_termination_makes_every_last_step_terminal(name):
+    module, batch = importlib.import_module(f"{name}_bsuite"), random_batch()
+    args = module.Args()
+    cut = dataclasses.replace(args, truncation_as_termination=True)
+    network = module.make_network(3, args)
+    inputs = [helpers.make_params(module, network, seed) for seed in (0, 1)]
+    ended = batch._replace(is_terminal=batch.is_last)
+    key = [jax.random.key(0)] if name == "crr" else []
+
+    def loss(batch, args):
+        return getattr(module, f"{name}_loss")(*inputs, batch, *key, network, args)[0]
+
+    assert loss(batch, cut) == loss(ended, args) != loss(batch, args)

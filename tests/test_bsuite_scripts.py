@@ -1,5 +1,6 @@
 """What the five BSuite scripts have in common: data, evaluation, `main`."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -208,3 +209,14 @@ def test_actions_are_drawn_anew_for_every_seed_update_and_step(in_process, monke
     monkeypatch.setattr(bc_bsuite, "evaluate", evaluate)
     assert in_process("bc_bsuite", "--total-updates", 40).returncode == 0
     assert len(set(drawn[:8])) == 8  # two evaluations, steps and seeds
+
+
+def test_the_noise_of_a_dataset_is_that_of_the_arguments(catch_dataset, tmp_path):
+    with np.load(catch_dataset) as file:
+        arrays = dict(file)
+    arrays["header"] = json.dumps({"schema": 1, "env_id": "catch", "noise": 0.5})
+    np.savez(tmp_path / "noisy.npz", **arrays)
+    args = rosmo.Args(dataset=tmp_path / "noisy.npz", noise=0.1)
+    with pytest.raises(SystemExit, match=r"it was collected with --noise 0\.5: give that, too"):
+        rosmo.load_dataset(args)
+    rosmo.load_dataset(dataclasses.replace(args, noise=0.5))

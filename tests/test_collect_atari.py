@@ -400,3 +400,17 @@ def test_damaged_arguments_of_a_collection_end_in_a_sentence(tmp_path, text):
     (tmp_path / "args.json").write_text(text)
     with pytest.raises(SystemExit, match=r"args\.json is damaged: delete"):
         collect_atari.Recorder(tmp_path, collect_atari.Args())
+
+
+def test_a_collection_goes_on_with_its_learner_and_its_memory(tmp_path):
+    args, episode = collect_atari.Args(), make_episode(0, 5, True)
+    episode["frames"] = np.zeros((5, 84, 84), np.uint8)
+    recorder = collect_atari.Recorder(tmp_path / "r", args)
+    recorder.add(episode)
+    ones, zeros = {"w": np.ones(3)}, {"w": np.zeros(3)}
+    recorder.save(collect_atari.Learner(ones, ones, ()))
+    recorder.add(episode)  # is recorded again
+    recorder, replay = collect_atari.Recorder(tmp_path / "r", args), collect_atari.Replay(100)
+    learner = recorder.restore(collect_atari.Learner(zeros, zeros, ()), replay)
+    assert learner.params["w"].tolist() == learner.target["w"].tolist() == [1, 1, 1]
+    assert (recorder.lengths, recorder.num_steps, replay.added) == ([5], 5, 5)

@@ -1,10 +1,12 @@
 """The BSuite collector: its record against the real environments, its noise, its files."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -206,7 +208,9 @@ def test_the_data_of_the_page_come_again(script, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     with np.load(tmp_path / "data/bsuite/catch-noise0-seed0.npz") as file:
-        assert len(file["action"]) == 20_000
+        names = ("observation", "action", "reward", "is_last", "is_terminal")
+        crc32 = zlib.crc32(b"".join(file[name].tobytes() for name in names))
+    assert crc32 == collector.CHECKSUMS["catch", 0.0]
 
 
 def test_the_page_has_the_checksums_that_the_collector_compares():
@@ -245,10 +249,12 @@ def test_existing_data_are_kept_unless_told(dataset, tmp_path, capsys):
     args = collector.Args(num_episodes=1, data_dir=tmp_path)
     path = tmp_path / "bsuite" / "catch-noise0-seed0-1episodes.npz"
     path.parent.mkdir()
-    path.write_bytes(b"old")
+    header = {"env_id": "catch", "noise": 0.0, "seed": 0, "num_episodes": 1}
+    np.savez(path, header=json.dumps(header))
+    old = path.read_bytes()
     collector.main(args)
-    assert path.read_bytes() == b"old"
-    assert "exists" in capsys.readouterr().out
+    assert path.read_bytes() == old
+    assert "exists already; --overwrite replaces it." in capsys.readouterr().out
     args.overwrite = True
     collector.main(args)
     with np.load(path) as file:
@@ -592,3 +598,37 @@ def test_a_tfds_folder_becomes_a_file(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"cannot be read as a TFDS/RLDS dataset: .*\.$"):
         collector.read_rlds(tmp_path / "new")
+
+
+def test_the_collector_compares_its_data_with_those_of_the_page(tmp_path, monkeypatch, capsys):
+    collect = collector.collect
+    monkeypatch.setattr(collector, "collect", lambda task, number, *more: collect(task, 1, *more))
+    collector.main(collector.Args(data_dir=tmp_path))
+    assert "Warning: the data have the CRC-32 " in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_not_taken_for_the_one_asked_for(tmp_path):
+    out = tmp_path / "catch.npz"
+    args = collector.Args(num_episodes=1, out=out)
+    collector.main(args)
+    content = out.read_bytes()
+    changes = ({"env_id": "cartpole"}, {"noise": 0.3}, {"seed": 1}, {"num_episodes": 2})
+    for change in changes:
+        ((name, value),) = change.items()
+        with pytest.raises(SystemExit, match=rf"exists already, with .*{name} \S+, not {value}"):
+            collector.main(dataclasses.replace(args, **change))
+    collector.main(args)
+    assert out.read_bytes() == content
+    out.write_bytes(b"")
+    with pytest.raises(SystemExit, match="exists already, with other content"):
+        collector.main(args)
+
+
+def test_a_closed_pipe_ends_a_collection_in_a_sentence(script, tmp_path):
+    command = ["benchmark/collect_bsuite.py", "--num-episodes", 200, "--out", tmp_path / "x.npz"]
+    process = script(*command, wait=False)
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert "Traceback" not in stderr
+    assert "Broken pipe: put that right, then run the same command again." in stderr

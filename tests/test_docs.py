@@ -1,6 +1,7 @@
 """README and docs: their links lead somewhere, and their commands have flags that exist."""
 
 import ast
+import dataclasses
 import importlib
 import re
 import shlex
@@ -83,6 +84,7 @@ def parse(program: str, words: list[str]) -> None:
     elif name in ("run", "report"):
         args, further = tyro.cli(run.Args, args=words, return_unknown_args=True)
         if args.items[0] not in ("compare", "curves"):
+            args = dataclasses.replace(args, runs=run.Args.runs)  # not all of them are here
             for item in run.get_items(args).values():
                 run.script_args(item, further)
     elif hasattr(module := importlib.import_module(name), "Args"):

@@ -3,10 +3,19 @@
 import importlib
 import json
 import signal
+import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import helpers
+import jax
+import numpy as np
 import pytest
+import watch
+from flax import serialization
+
+import bc_atari
+import bc_bsuite
 
 pytestmark = pytest.mark.usefixtures("hurry")
 TOOLS = sorted(path.stem for path in (helpers.ROOT / "benchmark").glob("*.py"))
@@ -44,7 +53,7 @@ def test_an_accelerator_that_is_not_there(started, name):
     result = started(name, JAX_PLATFORMS="cuda")
     assert result.returncode == 1
     assert_one_sentence(result.stderr)
-    assert "JAX finds no device of JAX_PLATFORMS=cuda" in result.stderr
+    assert "JAX finds no device with JAX_PLATFORMS=cuda" in result.stderr
 
 
 def test_memory_that_is_not_enough(started):
@@ -63,17 +72,28 @@ def test_a_home_in_paths_is_expanded(name, monkeypatch, tmp_path):
     assert (args.run_dir, args.dataset) == (tmp_path / "run", tmp_path / "data")
 
 
-@by_script
-@pytest.mark.parametrize("reason", ["no home", "the user's own folder"])
-def test_programs_are_kept_in_no_folder_but_the_users(name, reason, monkeypatch):
-    module, changes, own = importlib.import_module(name), [], reason != "no home"
-    config = SimpleNamespace(update=lambda *change: changes.append(change))
-    config.jax_compilation_cache_dir = "/own" if own else None
-    monkeypatch.setattr(module.jax, "config", config)
+@pytest.mark.parametrize(
+    ("given", "home", "own", "folder"),
+    [
+        ("/given", "/home", None, "/given/rosmo-suite"),
+        (None, "/home", None, "/home/.cache/rosmo-suite"),
+        (None, "~", None, None),  # no home
+        (None, "/home", "/own", None),
+    ],
+)
+def test_programs_are_kept_in_the_user_s_cache(given, home, own, folder, monkeypatch):
+    changes = {}
+    config = SimpleNamespace(update=changes.__setitem__, jax_compilation_cache_dir=own)
+    monkeypatch.setattr(bc_bsuite.jax, "config", config)
+    monkeypatch.setattr(bc_bsuite.os.path, "expanduser", lambda path: path.replace("~", home))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(module.os.path, "expanduser", lambda path: "/home" if own else path)
-    module.prepare_jax()
-    assert changes == []
+    if given:
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+    bc_bsuite.prepare_jax()
+    assert changes.get("jax_compilation_cache_dir") == folder
+    assert ("jax_persistent_cache_min_compile_time_secs" in changes) == (folder is not None)
+    assert changes["jax_enable_x64"] is False  # or a seed would have other numbers
+    assert changes["jax_default_prng_impl"] == "threefry2x32"
 
 
 def test_a_tool_with_closed_streams(script, tmp_path):
@@ -87,6 +107,15 @@ def test_a_tool_with_closed_streams(script, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rosmo_bsuite", "morel_atari"])
+def test_help_without_docstrings(script, name):
+    result = script(f"{name}.py", "--help", PYTHONOPTIMIZE="2")
+    assert result.returncode == 0, result.stderr
+    texts = [path.read_text() for path in helpers.ROOT.glob("*.py")]
+    texts += [path.read_text() for path in (helpers.ROOT / "benchmark").glob("*.py")]
+    assert not any("__doc__." in text for text in texts)
+
+
+@pytest.mark.parametrize("name", ["rosmo_bsuite", "morel_atari"])
 def test_help_where_a_terminal_knows_ascii_alone(script, name):
     result = script(f"{name}.py", "--help", PYTHONIOENCODING="ascii")
     assert result.returncode == 0, result.stderr
@@ -94,12 +123,18 @@ def test_help_where_a_terminal_knows_ascii_alone(script, name):
 
 
 def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
-    import watch
-
     helpers.without_blocks(monkeypatch, "bc_atari")
+    make_network = bc_atari.make_network
     in_process("bc_atari", "--eval-episodes", 0, "--final-eval-episodes", 0)
     run = tmp_path / "run"
+    act, whole = watch.load_agent(run)[2], (run / "checkpoints" / "8.msgpack").read_bytes()
+    params = serialization.msgpack_restore(whole[4:])["state"]["params"]
+    jax.tree.map(np.testing.assert_array_equal, act.args[0], params)
     watch.main(watch.Args(run, seed=3, greedy=True, max_frames=40))
+    with monkeypatch.context() as patch:
+        patch.setattr(bc_atari, "make_network", lambda _, args: make_network(7, args))
+        with pytest.raises(SystemExit, match=r"another network than bc_atari\.py makes"):
+            watch.load_agent(run)
     assert (run / "video.mp4").stat().st_size > 1_000
     assert "an episode of Asterix, return " in capsys.readouterr().out
     video = (run / "video.mp4").read_bytes()
@@ -138,3 +173,45 @@ def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
     (tmp_path / "other" / "config.json").write_text(config)
     with pytest.raises(SystemExit, match="only Atari has pictures"):
         watch.load_agent(tmp_path / "other")
+
+
+def test_an_episode_is_played_with_the_seed_and_as_greedily_as_told(tmp_path):
+    calls, resets = [], []
+
+    def act(observations, key, greedy):
+        calls.append((jax.random.key_data(key).tolist(), greedy))
+        return np.zeros(1, np.int32)
+
+    def make_env(*inputs, **options):
+        env = bc_atari.make_env(*inputs, max_num_frames_per_episode=8, **options)
+        reset = lambda seed: resets.append(seed) or env.reset(seed=seed)  # noqa: E731
+        return SimpleNamespace(reset=reset, step=env.step)
+
+    for seed, greedy in ((0, False), (3, True)):
+        watch.record(act, make_env, "Asterix", seed, greedy, tmp_path / "video.mp4")
+    assert resets == [0, 0, 3, 3]
+    assert [greedy for _, greedy in calls] == [False, False, True, True]
+    assert calls[0][0] != calls[2][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "--seed is -1; give"),
+        ({"max_frames": 3}, "--max-frames is 3; give at least 4"),
+    ],
+)
+def test_numbers_out_of_range_are_not_watched(options, message):
+    with pytest.raises(SystemExit, match=message):
+        watch.main(watch.Args(Path("nowhere"), **options))
+
+
+def test_a_world_model_is_not_watched(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    content = serialization.msgpack_serialize({"state": {"members": {}}})
+    crc32 = zlib.crc32(content).to_bytes(4, "little")
+    (tmp_path / "checkpoints/1.msgpack").write_bytes(crc32 + content)
+    config = {"script": "bc_atari.py", "args": {"env_id": "Pong"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="is a world model; give the folder of its policy"):
+        watch.load_agent(tmp_path)

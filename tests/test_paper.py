@@ -155,3 +155,10 @@ PAGES = {name: ROOT / "benchmark" / "results" / f"{name}.md" for name in paper.I
 def test_pages_of_results_have_the_claims_of_today(name):
     claim = f"The paper's claim: {paper.ITEMS[name].claim}"
     assert claim in PAGES[name].read_text().splitlines()
+
+
+def test_no_number_of_table_8_has_changed():
+    sums = np.sum([*paper.TABLE8.values()], axis=0)
+    expected = [[30986.452, 3999.976], [48785.31, 2783.619], [66761.858, 12693.238]]
+    expected += [[80659.786, 9300.307], [100090.476, 9047.763]]
+    np.testing.assert_allclose(sums, expected, atol=5e-4)

@@ -59,7 +59,8 @@ def write_run(
 
 
 @pytest.fixture(autouse=True)
-def few_bootstraps(monkeypatch):
+def few_bootstraps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there are no data
     monkeypatch.setattr(report, "BOOTSTRAPS", 100)
     monkeypatch.setattr(report, "CURVE_BOOTSTRAPS", 20)
 
@@ -321,7 +322,7 @@ STORE = {"source": "rlu", "episodes": 99, "steps": 60984, "mean_return": 512.5, 
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        (BSUITE_DATA, OTHER_DATA, "the data of catch differ in mean return: ROSMO noise ε = 0 has"),
+        (BSUITE_DATA, OTHER_DATA, "differ in mean return: behind ROSMO noise ε = 0 are"),
         (BSUITE_DATA, BSUITE_DATA | {"transitions": 17_000}, "differ in steps"),
         (BSUITE_DATA, BSUITE_DATA | {"crc32": 4321}, "differ in content"),
         ("2000 episodes, 18000 transitions, mean return 0.72", OTHER_DATA, "differ in mean return"),
@@ -731,7 +732,8 @@ def test_data_of_atari_in_words():
 
 
 def test_without_a_run_it_says_so(tmp_path, capsys):
-    with pytest.raises(SystemExit):
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(SystemExit, match="1"):
         make(tmp_path, "figure2c")
     message = f"No run of figure2c with 2,000 updates in {tmp_path / 'runs'}.\n"
     assert capsys.readouterr().err == message
@@ -744,14 +746,13 @@ def test_without_a_run_it_says_so(tmp_path, capsys):
 @pytest.mark.parametrize("name", paper.ITEMS)
 def test_runs_of_the_printed_commands_fill_every_cell(tmp_path, monkeypatch, capsys, name):
     """Of two games or tasks, with one seed or two."""
-    monkeypatch.chdir(ROOT)
     item = paper.ITEMS[name]
     (tmp_path / "runs").mkdir()
     options = {"env_ids": item.tasks[:2], "seeds": item.seeds[:2], "total_updates": UPDATES}
     run.main(run.Args((name,), **options, runs=(tmp_path / "runs",), dry_run=True), [])
     for i, line in enumerate(capsys.readouterr().out.splitlines()):
         _, script, *words = line.split()
-        module = importlib.import_module(script.removesuffix(".py"))
+        module = importlib.import_module(Path(script).stem)
         args = vars(tyro.cli(module.Args, args=words))
         data = None if "num_seeds" in args else STORE | {"episodes": len(args["env_id"])}
         data = data and data | {"steps": int(args["data_percent"])}
@@ -812,6 +813,9 @@ def test_what_cannot_be_measured_ends_in_one_sentence(tool, options, message):
         (["curves"], {}, "Give folders with finished runs"),
         (["curves", "nowhere"], {}, "There is no folder nowhere"),
         (["compare", "=benchmark/results/bc_bsuite/catch"], {}, "is not LABEL=FOLDER"),
+        (["compare", "unset="], {}, "is not LABEL=FOLDER"),
+        (["compare", "caf\udce9=runs"], {}, "a label has printable characters"),
+        (["compare", "$x_{$=runs"], {}, "a label has printable characters, without \\$"),
         (["table1"], {"runs": (Path("nowhere"),)}, "--runs: there is no folder nowhere"),
     ],
 )
@@ -865,7 +869,7 @@ def test_old_runs_do_not_hide_that_new_ones_differ(tmp_path):
     old = "2000 episodes, 18000 transitions, mean return 0.72"
     for name, data in (("rosmo", old), ("bc", BSUITE_DATA), ("crr", BSUITE_DATA | {"crc32": 2})):
         write_run(tmp_path / "runs" / name, f"{name}_bsuite", [1.0], data=data)
-    with pytest.raises(SystemExit, match="differ in content: BC has"):
+    with pytest.raises(SystemExit, match="differ in content: behind BC are"):
         make(tmp_path, "table2")
 
 
@@ -877,3 +881,77 @@ def test_moving_averages_stand_at_their_last_evaluation(tmp_path, figures):
     line = shown(figures["learning_curve.png"])[0].lines[0]
     np.testing.assert_array_equal(line.get_xdata(), np.arange(2, 50))
     np.testing.assert_allclose(line.get_ydata(), np.arange(1, 49))
+
+
+def test_no_report_is_made_before_the_runs(tmp_path, capsys):
+    for options in ({"dry_run": True}, {"launcher": "slurm"}):
+        make(tmp_path, "table1", **options)
+        assert "The report can be made when the runs are finished." in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_argument_of_an_evaluation_is_compared():
+    modules = map(importlib.import_module, helpers.SCRIPTS)
+    names = {field.name for module in modules for field in dataclasses.fields(module.Args)}
+    names = {x for x in names if x.startswith(("eval_", "final_eval_"))}
+    assert report.EVALUATION == names - {"eval_every"}
+
+
+def test_panels_and_profiles_show_the_scores(tmp_path, figures):
+    scores = np.random.default_rng(0).random((3, 4))
+    for task, row in zip(paper.TASKS, scores, strict=True):
+        folder, (random, online) = tmp_path / "runs" / task, paper.REFERENCE_RETURNS[task]
+        returns = random + row * (online - random)
+        write_run(folder, "rosmo_bsuite", returns, env_id=task, data_percent=10)
+    make(tmp_path, "figure2a")
+    panels = shown(figures["figure2a.png"])
+    assert [axes.get_title() for axes in panels] == ["all tasks", *paper.TASKS]
+    expected = [np.sort(scores.ravel())[3:9].mean()]
+    expected += [np.sort(row)[1:3].mean() for row in scores]
+    drawn = [axes.lines[0].get_ydata()[0] for axes in panels]
+    assert drawn == pytest.approx(expected)
+    line = shown(figures["figure2a-profiles.png"])[0].lines[0]
+    x, y = line.get_xdata(), line.get_ydata()
+    assert y == pytest.approx([(scores > tau).mean() for tau in x])
+
+
+def test_curves_against_hours_have_hours(tmp_path, figures):
+    folder = tmp_path / "runs" / "a"
+    write_run(folder, "rosmo_bsuite", [1.0])
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(x) | {"seconds/update": 1800.0} for x in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    page = (make(tmp_path, "figure9") / "figure9.md").read_text()
+    axes, against = (shown(figures[f"figure9{x}.png"])[0].lines[0] for x in ("", "-time"))
+    assert axes.get_xdata().tolist() == [1000, 2000]
+    assert against.get_xdata() == pytest.approx([1.0, 2.0])
+    hours = rows(page, "hours of a run")["ROSMO"][1:5]
+    assert hours == ["0.000", "0.000", "1.500", "0.000"]
+
+
+def test_throughput_is_measured_on_bsuite(tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "matrix_peak", lambda: 1.0)
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "bsuite"])
+    page, sizes = tmp_path / "page.md", {"updates": 2, "windows": 1}
+    throughput.main(throughput.Args("bsuite", ("bc_bsuite",), num_steps=1200, out=page, **sizes))
+    lines = [x for x in page.read_text().splitlines() if x.startswith("| ")]
+    assert [x.split(" | ")[0] for x in lines[1:]] == ["| bc_bsuite"]
+
+
+def test_throughput_is_measured_on_atari(monkeypatch, asterix_store):
+    helpers.without_blocks(monkeypatch, "bc_atari")
+    monkeypatch.setattr(throughput, "matrix_peak", lambda: 1.0)
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "atari"])
+    sizes = {"updates": 2, "windows": 1, "channels": 4, "batch_size": 4}
+    args = throughput.Args("atari", ("bc_atari",), store=asterix_store, **sizes)
+    throughput.main(args)
+    throughput.main(dataclasses.replace(args, store=None, compile_only=True))
+
+
+@pytest.mark.parametrize("options", [{"dataset": Path("other")}, {"rlu_run": 2}])
+def test_runs_of_other_data_are_left_out_and_named(tmp_path, options):
+    write_run(tmp_path / "runs" / "a", "rosmo_atari", [1.0], env_id="Pong", data=STORE)
+    write_run(tmp_path / "runs" / "b", "bc_atari", [1.0], env_id="Pong", data=STORE, **options)
+    page = (make(tmp_path, "table8") / "table8.md").read_text()
+    (name,) = options
+    assert f"runs/b: {name} " in page

@@ -3,6 +3,7 @@
 A stand-in for the Python interpreter takes the scripts' place, so that a run takes no time.
 """
 
+import dataclasses
 import json
 import os
 import shlex
@@ -11,8 +12,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import submitit
 from conftest import ROOT
 from test_report import write_run
 
@@ -36,9 +39,14 @@ DRIVER = "import run, sys, tyro; run.PYTHON = sys.argv.pop(1); "
 DRIVER += "run.main(*tyro.cli(run.Args, return_unknown_args=True))"
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Where there are no data."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     path = tmp_path / "python"
     path.write_text(STAND_IN.format(tmp_path))
     path.chmod(0o755)
@@ -73,7 +81,6 @@ def wait_for(path: Path, lines: int = 1) -> list[str]:
 
 @pytest.mark.parametrize("name", paper.ITEMS)
 def test_dry_run_prints_the_commands_of_every_item(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
     start(name, "--dry-run", "--runs", tmp_path)
     lines, item = capsys.readouterr().out.splitlines(), paper.ITEMS[name]
     seeds = 1 if item.tasks[0] in paper.TASKS else len(item.seeds)
@@ -192,7 +199,6 @@ def test_a_stopped_one_goes_on(stand_in, tmp_path, name):
 
 
 def test_finished_seeds_are_not_run_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
     write_run(tmp_path / "a", "bc_bsuite", [1.0, 1.0], seed=2)
     write_run(tmp_path / "b", "bc_bsuite", [1.0], seed=0, batch_size=64)  # another cell
     words = ["table2", "--methods", "BC", "--env-ids", "catch", "--dry-run", "--runs", tmp_path]
@@ -210,7 +216,6 @@ def test_finished_seeds_are_not_run_again(tmp_path, monkeypatch, capsys):
 
 
 def test_finished_runs_are_found_behind_links_and_under_a_home(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HOME", str(tmp_path))
     dataset = tmp_path / "store"  # the script has expanded the ~
     write_run(tmp_path / "disk" / "a", "bc_atari", [1.0], env_id="Pong", dataset=dataset)
@@ -224,7 +229,6 @@ def test_finished_runs_are_found_behind_links_and_under_a_home(tmp_path, monkeyp
 
 
 def test_items_share_cells(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
     start("table8", "figure3", "--dry-run", "--runs", tmp_path, "--env-ids", "Pong", "--seeds", 0)
     assert len(capsys.readouterr().out.splitlines()) == 5
 
@@ -253,6 +257,7 @@ def test_a_folder_that_is_no_run_stops_nothing(tmp_path, capsys):
     [
         ("config.json", {"data": None}),
         ("config.json", {"data": {"source": "mine"}}),
+        ("config.json", {"data": {"episodes": 3, "mean_return": 1.0}}),
         ("config.json", {"starts": [{"commit": "a"}]}),
         ("config.json", {"starts": [{"commit": "a", "device": None}]}),
         ("config.json", {"script": 3}),
@@ -280,7 +285,6 @@ def test_the_evaluation_of_a_method_can_be_changed(tmp_path, capsys):
 
 
 def test_further_arguments_reach_the_scripts_that_have_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
     words = ["table8", "--dry-run", "--runs", tmp_path, "--env-ids", "Pong", "--seeds", 0]
     start(*words, "--num-bins", 21, "--eval-greedy", "--no-clip-rewards")
     lines = capsys.readouterr().out.splitlines()
@@ -691,3 +695,101 @@ def test_hours_are_those_without_evaluation(tmp_path):
     assert result.seconds["evaluation"] == 7200
     assert result.seconds["update"] == 3600
     assert result.seconds["data"] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "home", "own", "folder"),
+    [
+        ("/given", "/home", None, "/given/rosmo-suite"),
+        (None, "/home", None, "/home/.cache/rosmo-suite"),
+        (None, "~", None, None),  # no home
+        (None, "/home", "/own", None),
+    ],
+)
+def test_programs_are_kept_in_the_user_s_cache(given, home, own, folder, monkeypatch):
+    changes = {}
+    config = SimpleNamespace(update=changes.__setitem__, jax_compilation_cache_dir=own)
+    monkeypatch.setattr(bc_bsuite.jax, "config", config)
+    monkeypatch.setattr(bc_bsuite.os.path, "expanduser", lambda path: path.replace("~", home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if given:
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+    bc_bsuite.prepare_jax()
+    assert changes.get("jax_compilation_cache_dir") == folder
+    assert ("jax_persistent_cache_min_compile_time_secs" in changes) == (folder is not None)
+
+
+def test_runs_side_by_side_share_the_cores(stand_in, monkeypatch):
+    tasks = []
+
+    class Process:
+        exitcode = 0
+
+        def __init__(self, target):
+            tasks.append(target)
+
+        def start(self):
+            pass
+
+    context = SimpleNamespace(Process=Process)
+    monkeypatch.setattr(run.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4}, raising=False)
+    words = ["table2", "--methods", "BC", "CRR", "--env-ids", "catch", "--total-updates", 7]
+    start(*words, "--workers", 2)
+    start(*words)
+    monkeypatch.setattr(run, "visible_gpus", lambda: ["3", "7"])
+    start(*words)
+    cores = [{0, 2, 4}, {1, 3}, None, None, None, None]
+    assert [(x.gpu, x.cores) for x in tasks] == list(
+        zip([None] * 4 + ["3", "7"], cores, strict=True)
+    )
+
+
+def test_what_changes_no_number_is_not_compared(tmp_path):
+    changes = {"log_every": 7, "checkpoint_every": 7, "track": True, "data_dir": tmp_path}
+    write_run(tmp_path / "a", "bc_atari", [1.0], env_id="Pong", loader_threads=8, **changes)
+    (one,) = run.read_runs((tmp_path,))
+    args = bc_atari.Args(env_id="Pong", total_updates=2000)
+    assert run.different(one, args) == {}
+    other = dataclasses.replace(args, batch_size=64)
+    assert run.different(one, other) == {"batch_size": (512, 64)}
+
+
+def test_one_store_serves_every_share_of_its_data(stand_in, slurm):
+    with pytest.raises(SystemExit) as end:
+        start("figure4a", "--total-updates", 7, "--launcher", "slurm")
+    (command,) = end.value.code.splitlines()[1:]
+    assert "--percent 10 " in command
+
+
+def test_bsuite_asks_slurm_for_two_cores_and_a_day(stand_in, slurm, tmp_path):
+    start("table2", "--methods", "BC", "--total-updates", 7, "--launcher", "slurm")
+    script = (tmp_path / "script").read_text()
+    assert "#SBATCH --cpus-per-task=2\n" in script
+    assert "#SBATCH --time=1440\n" in script
+    assert "gpu" not in script
+    (job, *_) = (tmp_path / "runs/logs/table2/submitit").glob("*_submitted.pkl")
+    job = submitit.core.utils.DelayedSubmission.load(job)
+    assert job._timeout_countdown > 100  # time limits are no failures
+
+
+def test_real_data_come_before_local_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    local = {"source": "dqn", "episodes": 1, "steps": 2, "mean_return": 1.0, "crc32": 3}
+    for name, source, value in (("a", "dqn", 1.0), ("b", "run1", 2.0)):
+        data = local | {"source": source}
+        write_run(tmp_path / "runs" / name, "bc_atari", [value], env_id="Pong", data=data)
+    args = bc_atari.Args(env_id="Pong", total_updates=2000)
+    assert [x.final for x in run.find_runs(run.read_runs((tmp_path / "runs",)), args)] == [2.0]
+
+
+def test_a_log_is_continued_and_finished_seeds_are_counted(stand_in, tmp_path, capsys):
+    words = ["table2", "--methods", "BC", "--env-ids", "catch", "--total-updates", 7]
+    start(*words)
+    start(*words)
+    log = tmp_path / "runs/logs/table2/BC-catch-seeds0-4.log"
+    assert log.read_text() == "it says something\n" * 2
+    write_run(tmp_path / "runs/a", "bc_bsuite", [1.0], total_updates=2000)
+    capsys.readouterr()
+    start(*words[:-1], 2000, "--mix")
+    assert "table2: 1 of 2 runs are finished." in capsys.readouterr().out

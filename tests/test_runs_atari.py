@@ -328,9 +328,14 @@ def test_several_processes_end_together(started, tmp_path, each, message):
 
 def test_the_first_process_leaves_last(started, tmp_path):
     """JAX aborts the others when it goes."""
-    slow = "import os, time\nleave = os._exit\n"
-    slow += "if os.environ['JAX_PROCESS_ID'] == '1':\n"
-    slow += "    os._exit = lambda status: time.sleep(1) or leave(status)\n"
+    slow = f"""import os, time
+leave, left, sleep = os._exit, {str(tmp_path / "left")!r}, time.sleep
+if os.environ["JAX_PROCESS_ID"] == "1":
+    os._exit = lambda status: sleep(1) or open(left, "w") and leave(status)
+else:  # the first one's seconds begin when the other leaves, also on a busy machine
+    wait = lambda _: [sleep(0.1) for _ in iter(lambda: os.path.exists(left), True)]
+    time.sleep = lambda seconds: wait(seconds) and sleep(1)
+"""
     (tmp_path / "sitecustomize.py").write_text(slow)
     nowhere, path = ["--dataset", "nowhere"], {"PYTHONPATH": str(tmp_path)}
     for result in two_processes(started, "bc_atari", *2 * [nowhere], timeout=100, **path):
@@ -368,6 +373,7 @@ def test_several_processes_end_when_the_first_cannot_write(started, tmp_path):
         {"JAX_NUM_PROCESSES": "2"},
         {"JAX_NUM_PROCESSES": "two"},
         {"JAX_COORDINATOR_ADDRESS": "host", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
+        {"JAX_COORDINATOR_ADDRESS": "host:x", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
     ],
 )
 def test_a_process_without_its_siblings_says_what_it_lacks(in_process, monkeypatch, given):
@@ -483,3 +489,20 @@ def test_the_tasks_of_slurm_share_the_batch_that_the_cores_share(monkeypatch, ta
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
     bc_atari.join_processes(bc_atari.Args(batch_size=4))
     assert config["jax_num_cpu_devices"] == devices
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(started, tmp_path):
+    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    shared |= {"JAX_NUM_CPU_DEVICES": "1", "blocks": False, "wait": False}
+    endless = ["--run-dir", "run", "--total-updates", 10**8, "--eval-every", 10**8]
+    endless += ["--log-every", 5, "--checkpoint-every", 10**8]
+    both = [started("bc_atari", *endless, **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    for line in both[0].stdout:
+        if line.startswith("update 5:"):
+            break
+    both[1].terminate()
+    outputs = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [130, 130], outputs
+    newest = int(checkpoints(tmp_path / "run")[-1].stem)
+    assert newest > 0
+    assert newest % 5 == 0  # the next line of the log

@@ -4,6 +4,7 @@ The folder and the `main` of all five are the same to the byte, so that most tes
 quickest one, bc_bsuite.py.
 """
 
+import importlib
 import json
 import os
 import re
@@ -12,11 +13,13 @@ import signal
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 from time import time
 from types import SimpleNamespace
 
 import flax.linen as nn
 import helpers
+import jax
 import numpy as np
 import pytest
 from filelock import FileLock
@@ -434,12 +437,12 @@ def test_a_run_is_finished_when_its_curve_is_drawn(in_process, monkeypatch):
 
 
 def test_the_folder_is_named_after_what_changes_the_run(in_process, tmp_path):
-    def folder(**changes):
-        args = bc_bsuite.Args(**changes)
+    def folder(source="file", **changes):
+        args, data = bc_bsuite.Args(**changes), {"mean_return": 0.0, "source": source}
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path)
             patch.setattr(signal, "signal", lambda *_: None)
-            return str(bc_bsuite.Run(args, [0, 1], {"mean_return": 0.0}).dir)
+            return str(bc_bsuite.Run(args, [0, 1], data).dir)
 
     assert folder() == "runs/bc_bsuite/catch/seeds0-1"
     assert folder(learning_rate=0.1, dataset=tmp_path / "x.npz", eval_greedy=True) == (
@@ -452,6 +455,8 @@ def test_the_folder_is_named_after_what_changes_the_run(in_process, tmp_path):
     long = folder(dataset=tmp_path / ("x" * 200))
     assert max(map(len, long.split("/"))) < 180
     assert long != folder(dataset=tmp_path / ("x" * 199 + "y"))
+    assert folder("dqn") == "runs/bc_bsuite/catch-dqn/seeds0-1"  # not the paper's data
+    assert folder("dqn", dataset=tmp_path / "x") == "runs/bc_bsuite/catch-dataset=x/seeds0-1"
 
 
 # One sentence
@@ -493,22 +498,25 @@ def test_a_closed_pipe(started, tmp_path):
     )
 
 
+@pytest.mark.parametrize("metric", ["losses/total", "charts/grad_norm"])
 @pytest.mark.parametrize("when", ["log", "save"])
-def test_a_loss_that_is_not_finite_ends_the_run(in_process, monkeypatch, tmp_path, when):
+def test_a_number_that_is_not_finite_ends_the_run(in_process, monkeypatch, tmp_path, when, metric):
     train, calls = bc_bsuite.train, []
 
     def broken(*arguments):
         states, sums = train(*arguments)
         calls.append(arguments[0])
         if sum(calls) > 40:
-            sums = sums | {"losses/total": sums["losses/total"] * np.nan}
+            sums = sums | {metric: sums[metric] * np.nan}
         return states, sums
 
     monkeypatch.setattr(bc_bsuite, "train", broken)
     intervals = ["--log-every", 10 if when == "log" else 100]
     result = in_process("bc_bsuite", *intervals)
     assert result.returncode == 1
-    assert re.search(r"not finite by update (50|60); the last checkpoint is kept", result.stderr)
+    assert re.search(
+        rf"{metric} is not finite by update (50|60); the last checkpoint is kept", result.stderr
+    )
     assert checkpoints(tmp_path / "run")[-1].stem == "40"
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
@@ -662,3 +670,88 @@ def test_the_curve_is_the_moving_average_of_the_evaluations(monkeypatch, tmp_pat
         np.testing.assert_allclose(line, np.arange(1, 49) + more)
     assert [*drawn[2].get_xdata()] == [*range(2, 50)]
     assert set(data) == {7.0}
+
+
+@pytest.mark.parametrize("name", ["bc_bsuite", "bc_atari"])
+def test_every_seed_begins_with_weights_of_its_own(name, in_process, monkeypatch):
+    module, found = importlib.import_module(name), []
+    if name == "bc_atari":
+        helpers.without_blocks(monkeypatch, name)
+
+    def note(run, state):
+        largest = max(jax.tree.leaves(state.params), key=np.size)
+        found.extend(np.asarray(largest).reshape(len(run.seeds), -1))
+        raise SystemExit(7)
+
+    monkeypatch.setattr(module.Run, "restore", note)
+    for seed in (0, 1):  # on BSuite 0 and 1, 1 and 2
+        assert in_process(name, "--seed", seed, folder=str(seed)).returncode == 7
+    assert np.abs(found[0] - found[1]).max() > 0.01
+    if name == "bc_bsuite":
+        np.testing.assert_array_equal(found[1], found[2])
+
+
+def test_the_project_of_wandb_and_its_refusal(in_process, monkeypatch, tmp_path):
+    given = []
+
+    def init(**options):
+        given.append(options)
+        raise ValueError("no key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=OSError))
+    for project in (None, "mine"):
+        monkeypatch.delenv("WANDB_PROJECT", raising=False)
+        if project:
+            monkeypatch.setenv("WANDB_PROJECT", project)
+        result = in_process("bc_bsuite", "--track", folder=str(project))
+        assert result.returncode == 1
+        assert "Weights & Biases: no key; log in with 'wandb login'" in result.stderr
+    assert [x["project"] for x in given] == ["rosmo-suite", "mine"]
+    config = json.loads((tmp_path / "mine/run/config.json").read_text())
+    assert bool(config["starts"][0]["commit"]) == (ROOT / ".git").exists()
+
+
+def test_what_changes_no_number_may_change(in_process, tmp_path):
+    assert in_process("bc_bsuite", "--total-updates", 20).returncode == 0
+    result = in_process("bc_bsuite", "--total-updates", 20, "--track", "--data-dir", tmp_path)
+    assert "This run is finished" in result.stdout
+
+
+def test_a_stopped_run_draws_its_curve(in_process, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(bc_bsuite.Run, "plot", lambda run: drawn.append(run))
+    evaluate = bc_bsuite.evaluate
+
+    def interrupted(*inputs):
+        in_process.interrupt()
+        return evaluate(*inputs)
+
+    monkeypatch.setattr(bc_bsuite, "evaluate", interrupted)
+    assert in_process("bc_bsuite").returncode == 130
+    assert len(drawn) == 1
+
+
+def test_a_style_of_the_user_s_own_does_not_lose_a_run(started, tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    path = str(Path(sys.executable).parent)  # without LaTeX
+    result = started("bc_bsuite", "--run-dir", "run", "--total-updates", 40, PATH=path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "learning_curve.png").exists()
+
+
+def test_a_run_whose_data_lack_a_fact_that_came_later_goes_on(short, in_process):
+    path = short / "config.json"
+    config = json.loads(path.read_text())
+    del config["data"]["mean_return"]
+    path.write_text(json.dumps(config))
+    assert in_process("bc_bsuite").returncode == 0
+
+
+def test_a_folder_of_other_software_is_not_deleted(in_process, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / "run" / name).write_text('{"model_type": "bert"}\n')
+    result = in_process("bc_bsuite", "--overwrite")
+    assert result.returncode == 1
+    assert result.stderr.rstrip().endswith("give another --run-dir.")
+    assert "bert" in (tmp_path / "run" / "config.json").read_text()
