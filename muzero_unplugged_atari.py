@@ -25,8 +25,7 @@ Where the paper is silent, or differs from the authors' code, this file does the
 2. An episode that ends without a terminal state is bootstrapped; the rest of the window is ignored
    (--truncation-as-termination: the authors' code).
 3. The root's value in Eq. 3 is the mean of Q over the visits; in the authors' code (mctx) the
-   network's own value counts as one more visit. States that no target needs are not searched
-   (authors' code: all are); a truncated end there is bootstrapped with the network's value.
+   network's own value counts as one more visit, and states that no target needs are searched, too.
 4. MZU-Q fills in the Q of actions that were not visited with the value of the state.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state, that of the state's own heads too

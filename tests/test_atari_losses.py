@@ -76,10 +76,11 @@ def test_losses(pair):
         """And the metrics, of which one is the loss."""
         function = getattr(script, helpers.LOSSES[name])
         inputs = {"target_params": target_params, "batch": batch, "key": KEY}
-        names = inspect.signature(function).parameters.keys() & inputs.keys()
-        loss = partial(function, network=network, args=args)
+        known = inspect.signature(function).parameters  # BC's loss has no arguments
+        settings = {"network": network, "args": args}
+        loss = partial(function, **{k: settings[k] for k in settings if k in known})
         gradient = jax.jit(jax.grad(loss, has_aux=True))
-        return gradient(params, **{k: inputs[k] for k in names})
+        return gradient(params, **{k: inputs[k] for k in inputs if k in known})
 
     for variant in VARIANTS[name]:
         changed = dataclasses.replace(args, **variant)

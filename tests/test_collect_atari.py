@@ -267,7 +267,7 @@ def test_rlu_shards_become_the_same_store(killed_and_resumed, tmp_path, monkeypa
     args = collect_atari.Args(out=str(tmp_path / "Pong-dqn"), format="rlu", num_steps=400)
     episodes = read(killed_and_resumed)
 
-    def collect(args, recorder):
+    def collect(args, recorder, _):
         for episode in episodes:
             recorder.add({k: np.array(v) for k, v in episode.items()})
 

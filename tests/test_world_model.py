@@ -523,7 +523,8 @@ def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trai
         with pytest.raises(SystemExit, match=message):
             morel.load_world_model(as_run(dataclasses.replace(given, **change), data), folder)
     with pytest.raises(
-        SystemExit, match=r"is a world model with data of CRC-32 \d+: give the same"
+        SystemExit,
+        match=r"is a world model with data of CRC-32 \d+, frames of CRC-32 \d+: give the same",
     ):
         morel.load_world_model(as_run(given, {"crc32": 1}), model)
     for config in ("[1]", '{"args": {}}', '{"args": 3}'):
