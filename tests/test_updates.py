@@ -28,7 +28,8 @@ def simple(request, monkeypatch):
     def loss(params, *inputs):
         keys = [x for x in inputs if hasattr(x, "dtype") and x.dtype == jax.random.key(0).dtype]
         drawn = jax.random.uniform(keys[0]) if keys else 0.0
-        return inputs[-3 - len(keys)] * params["x"].sum() + params["y"].sum(), {"drawn": drawn}
+        (scale,) = (x for x in inputs if getattr(x, "dtype", None) == jnp.float32)
+        return scale * params["x"].sum() + params["y"].sum(), {"drawn": drawn}
 
     monkeypatch.setattr(module, LOSSES[request.param.rsplit("_", 1)[0]], loss)
     _, args = helpers.script_and_args(request.param, target_update_every=3, learning_rate=0.1)
