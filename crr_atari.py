@@ -59,6 +59,8 @@ if __name__ == "__main__":  # until the run takes over; where a stream is closed
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
+    # A user's own backend or style may ask for what is not installed here.
+    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
 # --- end signals ---
 
 import flax.linen as nn
@@ -470,8 +472,8 @@ def open_store(args) -> Store:
         command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
         command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
         if jax.process_count() > 1 or not tool.exists():
-            command[0] = command[0] if tool.exists() else "benchmark/prepare_atari.py"
-            message = f"The data are missing; make them first: python {shlex.join(command)}"
+            words = shlex.join([f"benchmark/{tool.name}", *command[1:]])
+            message = f"The data are missing; make them first: python {words}"
             raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
         # JAX_PLATFORMS: this process holds the accelerator. ROSMO_PARENT: the tool ends with it.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
@@ -692,8 +694,7 @@ class Run:
             return
         try:
             before = json.loads((self.dir / "config.json").read_text())
-            # A longer run begins as the shorter one. An argument that came later has its default,
-            # a fact of the data our value.
+            # A longer run begins as the shorter one; what came later has its default or our value.
             theirs = defaults | before["args"] | {"script": before["script"]}
             theirs["data"] = self.config["data"] | before["data"]
             ours = self.config["args"] | {k: self.config[k] for k in ("script", "data")}
@@ -703,8 +704,7 @@ class Run:
             mine, starts = theirs["script"] == ours["script"], [*before["starts"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             changes, starts = f"or its config.json is damaged: {error!r}", []
-            mine = bool(names & {"config.json", "metrics.jsonl"})
-            mine &= (self.dir / "checkpoints").is_dir()  # as every run's folder has it
+            mine = (self.dir / "lock").exists() and (self.dir / "checkpoints").is_dir()
         if not mine or (changes and not self.args.overwrite):
             message = f"{self.dir} holds something else ({changes}); give another --run-dir"
             advice = ", or --overwrite to delete the run in it" if mine else ""
@@ -744,8 +744,7 @@ class Run:
                 self.wandb = wandb.init(dir=self.dir, config=self.config, **options)
             except (wandb.Error, ValueError) as error:
                 advice = "log in with 'wandb login', or set WANDB_MODE=offline"
-                reason = " ".join(str(error).split())
-                raise SystemExit(f"Weights & Biases: {reason}; {advice}.") from None
+                raise SystemExit(f"wandb: {' '.join(str(error).split())}; {advice}.") from None
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file of the folder; a kill leaves it as it was or as it will be."""
@@ -875,10 +874,8 @@ class Run:
         lines = self.lines() if self.writes else []
         if not (lines := [line for line in lines if "eval/return_mean" in line]):
             return
-        import matplotlib
         from matplotlib.figure import Figure  # without pyplot's global state
 
-        matplotlib.rcdefaults()  # a user's own style may ask for a LaTeX that is not here
         updates = [x["update"] for x in lines if x["seed"] == self.seeds[0]]
         returns = [[x["eval/return_mean"] for x in lines if x["seed"] == s] for s in self.seeds]
         n = 1 + len(updates) // 25  # evaluations in the moving average
@@ -929,9 +926,8 @@ def prepare_jax() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError):
-        given = [f"{x}={os.environ.get(x)}" for x in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")]
-        message = f"JAX finds no device with {' and '.join(given)}"
-        raise SystemExit(f"{message}: install jax for it, or unset them.") from None
+        message = f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+        raise SystemExit(f"{message}: install jax for it, or unset it.") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
@@ -950,8 +946,7 @@ def join_processes(args, *shared: int) -> None:
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = given = [os.environ.get(name, "") for name in names]
     joins = number.isdecimal() and index.isdecimal() and int(index) < int(number)
-    joins = joins and ":" in address and address.rpartition(":")[2].isdecimal()
-    if any(given) and not joins:
+    if any(given) and not (re.fullmatch(r".+:\d+", address) and joins):
         message = f"A run of several processes needs all of {', '.join(names)}"
         raise SystemExit(f"{message}; the first is HOST:PORT, the last counts from 0.")
     tasks = int(number or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
@@ -1062,12 +1057,10 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     status: Any = 130
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
-    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
-        head = (__doc__ or "").split("\n\nWhere")[0]  # None with python -OO
-        head = head.replace("\n", "\n ")  # else tyro joins the lines
+        head = (__doc__ or "").split("\n\nWhere")[0].replace("\n", "\n ")  # or tyro joins them
         main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:

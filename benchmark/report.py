@@ -40,14 +40,12 @@ import numpy as np
 import tyro
 from markdown_it import MarkdownIt
 
-os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
-import matplotlib
+# Not the user's own, of which a notebook's backend or LaTeX may not be installed here.
+os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from rliable import library, metrics
 from scipy.stats import trim_mean
-
-matplotlib.rcdefaults()  # a user's own style may ask for a LaTeX that is not here
 
 import run
 from paper import ALGORITHMS, ITEMS, REFERENCE_RETURNS, TABLE5, Item

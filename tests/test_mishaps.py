@@ -53,7 +53,7 @@ def test_an_accelerator_that_is_not_there(started, name):
     result = started(name, JAX_PLATFORMS="cuda")
     assert result.returncode == 1
     assert_one_sentence(result.stderr)
-    assert "JAX finds no device with JAX_PLATFORMS=cuda" in result.stderr
+    assert "JAX finds no device of JAX_PLATFORMS=cuda" in result.stderr
 
 
 def test_memory_that_is_not_enough(started):

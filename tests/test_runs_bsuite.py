@@ -705,7 +705,7 @@ def test_the_project_of_wandb_and_its_refusal(in_process, monkeypatch, tmp_path)
             monkeypatch.setenv("WANDB_PROJECT", project)
         result = in_process("bc_bsuite", "--track", folder=str(project))
         assert result.returncode == 1
-        assert "Weights & Biases: no key; log in with 'wandb login'" in result.stderr
+        assert "wandb: no key; log in with 'wandb login'" in result.stderr
     assert [x["project"] for x in given] == ["rosmo-suite", "mine"]
     config = json.loads((tmp_path / "mine/run/config.json").read_text())
     assert bool(config["starts"][0]["commit"]) == (ROOT / ".git").exists()
@@ -732,9 +732,9 @@ def test_a_stopped_run_draws_its_curve(in_process, monkeypatch):
 
 
 def test_a_style_of_the_user_s_own_does_not_lose_a_run(started, tmp_path):
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
-    path = str(Path(sys.executable).parent)  # without LaTeX
-    result = started("bc_bsuite", "--run-dir", "run", "--total-updates", 40, PATH=path)
+    (tmp_path / "own").write_text("text.usetex: True\n")
+    names = {"MATPLOTLIBRC": str(tmp_path / "own"), "PATH": str(Path(sys.executable).parent)}
+    result = started("bc_bsuite", "--run-dir", "run", "--total-updates", 40, **names)  # no LaTeX
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "learning_curve.png").exists()
 
