@@ -50,8 +50,9 @@ if __name__ == "__main__":  # until the run takes over; where a stream is closed
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
-    # A user's own backend or style may ask for what is not installed here.
+    # A user's own may ask for what is not installed here, or change the numbers of a seed.
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
+    os.environ |= {"JAX_ENABLE_X64": "0", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32"}
 # --- end signals ---
 
 import flax.linen as nn
@@ -342,7 +343,7 @@ def load_dataset(args) -> Steps:
     path = args.dataset or args.data_dir / f"bsuite/{args.env_id}-noise{args.noise:g}-seed0.npz"
     if not path.exists():
         tool = Path(__file__).resolve().parent / "benchmark" / "collect_bsuite.py"
-        command = [str(tool), f"--env-id={args.env_id}", f"--noise={args.noise:g}", f"--out={path}"]
+        command = [str(tool), f"--env-id={args.env_id}", f"--noise={args.noise}", f"--out={path}"]
         if args.dataset or not tool.exists():
             words = shlex.join([f"benchmark/{tool.name}", *command[1:]])
             advice = f"give another --dataset, or make it: python {words}"
@@ -371,15 +372,15 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
 
     def demand(holds, fault: str) -> None:
         if not np.all(holds):
-            row = f" (first in row {np.argmin(holds)})" if np.shape(holds) == action.shape else ""
-            raise ValueError(fault + row)
+            by_row = isinstance(holds, np.ndarray) and holds.shape == action.shape
+            raise ValueError(fault + f" (first in row {np.argmin(holds)})" * by_row)
 
     observation, action, reward, last, terminal = steps
     demand([x.shape == (len(action),) for x in steps[1:]], "all but observation have one axis")
     demand(len(shape) == 2, "an observation must have two axes; give a vector the shape (1, n)")
     wanted = [len(action), *shape]
     demand([*observation.shape] == wanted, f"observation is {[*observation.shape]}, not {wanted}")
-    demand([x.dtype.kind in "biuf" for x in (observation, reward)], "it has what is no number")
+    demand([x.dtype.kind in "biuf" for x in (observation, reward)], "it is not all real numbers")
     demand(action.dtype.kind in "iu", "action is not of integers")
     demand((action >= 0) & (action < num_actions), f"action goes from 0 to {num_actions - 1}")
     demand([x.dtype == bool for x in steps[3:]], "is_last and is_terminal are not bool")
@@ -513,8 +514,7 @@ class Run:
 
     def compare(self, defaults: dict) -> None:
         """Ends the program if the folder holds something else than this run."""
-        names = {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}
-        if not names:
+        if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
             return
         try:
             before = json.loads((self.dir / "config.json").read_text())
@@ -745,8 +745,6 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
 
 def prepare_jax() -> None:
     """Demands a device; keeps compiled programs in the user's cache folder, if there is one."""
-    jax.config.update("jax_enable_x64", False)  # a user's own settings would change the numbers
-    jax.config.update("jax_default_prng_impl", "threefry2x32")
     try:
         jax.devices()
     except (RuntimeError, AssertionError):
@@ -846,7 +844,7 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
-        head = (__doc__ or "").split("\n\nWhere")[0].replace("\n", "\n ")  # or tyro joins them
+        head = (__doc__ or "").split("\n\nWhere")[0].replace("\n", "\n ")  # or tyro joins lines
         main(tyro.cli(Args, description=head))
     except KeyboardInterrupt:
         print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)

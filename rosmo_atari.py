@@ -68,8 +68,9 @@ if __name__ == "__main__":  # until the run takes over; where a stream is closed
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
-    # A user's own backend or style may ask for what is not installed here.
+    # A user's own may ask for what is not installed here, or change the numbers of a seed.
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
+    os.environ |= {"JAX_ENABLE_X64": "0", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32"}
 # --- end signals ---
 
 import flax.linen as nn
@@ -657,7 +658,8 @@ def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
         chunk, skip = divmod(index[first], CHUNK)
         record = store.blob[store.offsets[chunk] : store.offsets[chunk + 1]]
         if zlib.crc32(record[:-4]) != int.from_bytes(record[-4:], "little"):
-            raise SystemExit("A chunk of frames.bin is damaged: make the store again.")
+            game = store.meta["env_id"]
+            raise SystemExit(f"A chunk of frames.bin is damaged: make the store of {game} again.")
         data = np.frombuffer(decompressor.decompress(record[:-4]), np.uint8)
         frames[first:end] = data.reshape(-1, 84, 84)[skip : skip + end - first]
     return frames
@@ -817,8 +819,7 @@ class Run:
 
     def compare(self, defaults: dict) -> None:
         """Ends the program if the folder holds something else than this run."""
-        names = {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}
-        if not names:
+        if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
             return
         try:
             before = json.loads((self.dir / "config.json").read_text())
@@ -1049,8 +1050,6 @@ def check_args(args, ranges: dict[str, tuple[float, float]]):
 
 def prepare_jax() -> None:
     """Demands a device; keeps compiled programs in the user's cache folder, if there is one."""
-    jax.config.update("jax_enable_x64", False)  # a user's own settings would change the numbers
-    jax.config.update("jax_default_prng_impl", "threefry2x32")
     try:
         jax.devices()
     except (RuntimeError, AssertionError):
@@ -1188,7 +1187,7 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
-        head = (__doc__ or "").split("\n\nWhere")[0].replace("\n", "\n ")  # or tyro joins them
+        head = (__doc__ or "").split("\n\nWhere")[0].replace("\n", "\n ")  # or tyro joins lines
         main(tyro.cli(Args, description=head))
         status = 0
     except KeyboardInterrupt:

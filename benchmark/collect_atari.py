@@ -298,6 +298,8 @@ def noted_signals() -> Iterator[list]:
     finally:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
+    if noted:
+        raise KeyboardInterrupt
 
 
 def collect(args: Args, recorder: Recorder, noted: Sequence = ()) -> None:
@@ -322,9 +324,7 @@ def collect(args: Args, recorder: Recorder, noted: Sequence = ()) -> None:
         smoothing=0.05,
         disable=not sys.stderr.isatty(),
     )
-    while recorder.num_steps < args.num_steps:
-        if noted:
-            raise KeyboardInterrupt
+    while recorder.num_steps < args.num_steps and not noted:
         rng = np.random.default_rng((args.seed, step))
         learning = max(0, step - args.replay_start)
         epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * learning / args.epsilon_steps)

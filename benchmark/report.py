@@ -40,7 +40,7 @@ import numpy as np
 import tyro
 from markdown_it import MarkdownIt
 
-# Not the user's own, of which a notebook's backend or LaTeX may not be installed here.
+# A user's own may ask for what is not installed here.
 os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
@@ -562,7 +562,7 @@ def reference_table(cells: dict) -> list[str]:
         name = f"{task}, noise ε = {noise:g}" if noise else task
         rows.append([name, *known, " or ".join(here) or "-", theirs])
     head = ["mean return", "random play", "online DQN", "data here", "data in the paper"]
-    source = "Random play and the online DQN: Table 6 of the paper, for games RL Unplugged's."
+    source = "Random play and the online DQN: Table 6 on BSuite, RL Unplugged's returns on Atari."
     return [*table(head, rows), source, ""]
 
 
@@ -665,8 +665,8 @@ def halting_table(cells: dict) -> list[str]:
                 for name in ("halt_rate", "episode_return"):
                     values = [x[f"charts/{name}"] for x in lines if f"charts/{name}" in x]
                     row.append(f"{values[0]:.3f} to {values[-1]:.3f}" if values else "-")
-                rows.append([method, task, *row])
-    head = ["", "task", "threshold", "logged replays that halt", "random ones"]
+                rows.append([method, task, str(first["seed"]), *row])
+    head = ["", "task", "seed", "threshold", "logged replays that halt", "random ones"]
     head += ["imagined episodes that halt, first to last", "imagined return, first to last"]
     return ["## Imagined episodes", "", *table(head, rows)] if rows else []
 

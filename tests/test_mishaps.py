@@ -92,8 +92,6 @@ def test_programs_are_kept_in_the_user_s_cache(given, home, own, folder, monkeyp
     bc_bsuite.prepare_jax()
     assert changes.get("jax_compilation_cache_dir") == folder
     assert ("jax_persistent_cache_min_compile_time_secs" in changes) == (folder is not None)
-    assert changes["jax_enable_x64"] is False  # or a seed would have other numbers
-    assert changes["jax_default_prng_impl"] == "threefry2x32"
 
 
 def test_a_tool_with_closed_streams(script, tmp_path):

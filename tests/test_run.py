@@ -80,7 +80,7 @@ def wait_for(path: Path, lines: int = 1) -> list[str]:
 
 
 @pytest.mark.parametrize("name", paper.ITEMS)
-def test_dry_run_prints_the_commands_of_every_item(name, tmp_path, monkeypatch, capsys):
+def test_dry_run_prints_the_commands_of_every_item(name, tmp_path, capsys):
     start(name, "--dry-run", "--runs", tmp_path)
     lines, item = capsys.readouterr().out.splitlines(), paper.ITEMS[name]
     seeds = 1 if item.tasks[0] in paper.TASKS else len(item.seeds)
@@ -198,7 +198,7 @@ def test_a_stopped_one_goes_on(stand_in, tmp_path, name):
     assert lines[0] == lines[1] != lines[2]
 
 
-def test_finished_seeds_are_not_run_again(tmp_path, monkeypatch, capsys):
+def test_finished_seeds_are_not_run_again(tmp_path, capsys):
     write_run(tmp_path / "a", "bc_bsuite", [1.0, 1.0], seed=2)
     write_run(tmp_path / "b", "bc_bsuite", [1.0], seed=0, batch_size=64)  # another cell
     words = ["table2", "--methods", "BC", "--env-ids", "catch", "--dry-run", "--runs", tmp_path]
@@ -228,7 +228,7 @@ def test_finished_runs_are_found_behind_links_and_under_a_home(tmp_path, monkeyp
     assert capsys.readouterr().out == ""
 
 
-def test_items_share_cells(tmp_path, monkeypatch, capsys):
+def test_items_share_cells(tmp_path, capsys):
     start("table8", "figure3", "--dry-run", "--runs", tmp_path, "--env-ids", "Pong", "--seeds", 0)
     assert len(capsys.readouterr().out.splitlines()) == 5
 
@@ -284,7 +284,7 @@ def test_the_evaluation_of_a_method_can_be_changed(tmp_path, capsys):
     assert "--eval-every 40" in line
 
 
-def test_further_arguments_reach_the_scripts_that_have_them(tmp_path, monkeypatch, capsys):
+def test_further_arguments_reach_the_scripts_that_have_them(tmp_path, capsys):
     words = ["table8", "--dry-run", "--runs", tmp_path, "--env-ids", "Pong", "--seeds", 0]
     start(*words, "--num-bins", 21, "--eval-greedy", "--no-clip-rewards")
     lines = capsys.readouterr().out.splitlines()
@@ -697,28 +697,6 @@ def test_hours_are_those_without_evaluation(tmp_path):
     assert result.seconds["data"] == 0
 
 
-@pytest.mark.parametrize(
-    ("given", "home", "own", "folder"),
-    [
-        ("/given", "/home", None, "/given/rosmo-suite"),
-        (None, "/home", None, "/home/.cache/rosmo-suite"),
-        (None, "~", None, None),  # no home
-        (None, "/home", "/own", None),
-    ],
-)
-def test_programs_are_kept_in_the_user_s_cache(given, home, own, folder, monkeypatch):
-    changes = {}
-    config = SimpleNamespace(update=changes.__setitem__, jax_compilation_cache_dir=own)
-    monkeypatch.setattr(bc_bsuite.jax, "config", config)
-    monkeypatch.setattr(bc_bsuite.os.path, "expanduser", lambda path: path.replace("~", home))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    if given:
-        monkeypatch.setenv("XDG_CACHE_HOME", given)
-    bc_bsuite.prepare_jax()
-    assert changes.get("jax_compilation_cache_dir") == folder
-    assert ("jax_persistent_cache_min_compile_time_secs" in changes) == (folder is not None)
-
-
 def test_runs_side_by_side_share_the_cores(stand_in, monkeypatch):
     tasks = []
 
@@ -773,8 +751,7 @@ def test_bsuite_asks_slurm_for_two_cores_and_a_day(stand_in, slurm, tmp_path):
     assert job._timeout_countdown > 100  # time limits are no failures
 
 
-def test_real_data_come_before_local_ones(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_real_data_come_before_local_ones(tmp_path):
     local = {"source": "dqn", "episodes": 1, "steps": 2, "mean_return": 1.0, "crc32": 3}
     for name, source, value in (("a", "dqn", 1.0), ("b", "run1", 2.0)):
         data = local | {"source": source}

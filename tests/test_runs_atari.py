@@ -334,7 +334,7 @@ if os.environ["JAX_PROCESS_ID"] == "1":
     os._exit = lambda status: sleep(1) or open(left, "w") and leave(status)
 else:  # the first one's seconds begin when the other leaves, also on a busy machine
     wait = lambda _: [sleep(0.1) for _ in iter(lambda: os.path.exists(left), True)]
-    time.sleep = lambda seconds: wait(seconds) and sleep(1)
+    time.sleep = lambda seconds: (wait(seconds), sleep(1))
 """
     (tmp_path / "sitecustomize.py").write_text(slow)
     nowhere, path = ["--dataset", "nowhere"], {"PYTHONPATH": str(tmp_path)}

@@ -755,3 +755,13 @@ def test_a_folder_of_other_software_is_not_deleted(in_process, tmp_path):
     assert result.returncode == 1
     assert result.stderr.rstrip().endswith("give another --run-dir.")
     assert "bert" in (tmp_path / "run" / "config.json").read_text()
+
+
+def test_settings_of_jax_do_not_change_the_numbers(started, tmp_path):
+    settings, losses = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}, []
+    for folder, names in (("a", {}), ("b", settings)):
+        result = started("bc_bsuite", "--run-dir", folder, "--total-updates", 20, **names)
+        assert result.returncode == 0, result.stderr
+        lines = metrics(tmp_path / folder)
+        losses.append([x["losses/total"] for x in lines if "losses/total" in x])
+    assert losses[0] == losses[1] != []
