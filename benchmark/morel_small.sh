@@ -2,8 +2,8 @@
 # MOReL with other thresholds and penalties on a small local dataset of Breakout, for CPU cores.
 #   bash benchmark/morel_small.sh
 # Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
-# Cost: 5 runs of one seed, one of them table7_small's, as is the world model (four core hours);
-# four minutes of data; the rest is not measured. Disk: 30 MB of data, 100 MB of runs.
+# Cost: 5 runs of one seed, one of them table7_small's, as is the world model (2.3 hours on two
+# cores); four minutes of data; the rest is not measured. Disk: 30 MB of data, 100 MB of runs.
 set -euo pipefail
 CDPATH="" cd "$(dirname "$0")/.."
 source benchmark/small_data.sh morel_small "$@"
