@@ -402,8 +402,7 @@ def search(params, state, prediction, key, fraction: float, network, args):
 
     Args:
       state, prediction: latent states with any leading axes [...], and the network's prediction.
-      key: draws the noise of the roots and the order of ties.
-      fraction: share of Dirichlet noise (α = 0.3) in the prior of the states.
+      fraction: share of Dirichlet noise (α = 0.3) in the roots' prior; `key` draws it, and ties.
 
     Returns:
       The policy [..., actions], visits (Eq. 3, T = 1) or π exp(Q/τ), and the mean of Q over the

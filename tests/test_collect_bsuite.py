@@ -249,7 +249,8 @@ def test_existing_data_are_kept_unless_told(dataset, tmp_path, capsys):
     args = collector.Args(num_episodes=1, data_dir=tmp_path)
     path = tmp_path / "bsuite" / "catch-noise0-seed0-1episodes.npz"
     path.parent.mkdir()
-    header = {"env_id": "catch", "noise": 0.0, "seed": 0, "num_episodes": 1}
+    header = {"env_id": "catch", "source": "collect_bsuite", "noise": 0, "seed": 0}
+    header["num_episodes"] = 1
     np.savez(path, header=json.dumps(header))
     old = path.read_bytes()
     collector.main(args)
