@@ -867,6 +867,7 @@ def main(args: Args) -> None:
             return evaluate(policy, args.env_id, num_episodes, seed, args.eval_max_frames)
 
     run.show(done, "compiling")
+    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program: with 32 in wait, CPU devices lock up
     batches = load_batches(load, done, args.loader_threads)
     metrics, played = None, ""
     while True:
@@ -890,7 +891,7 @@ def main(args: Args) -> None:
         with run.time("update" if metrics else "compilation"):
             previous, done = metrics, done + 1
             state, metrics = update(state, key, batch, network, args)
-            sums = jax.tree.map(jnp.add, sums, metrics) if sums else metrics
+            sums = add(sums, metrics) if sums else metrics
             logs = done % args.log_every == 0
             jax.block_until_ready(sums if logs else previous)  # at most one batch waits
         run.bar.update()

@@ -1482,6 +1482,7 @@ def train(
     """
     args = run.args
     run.show(done, "compiling")
+    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program: with 32 in wait, CPU devices lock up
     batches, metrics, shown = load_batches(load, done, args.loader_threads), None, ""
     while True:
         enough = done == args.total_updates
@@ -1503,7 +1504,7 @@ def train(
             previous = metrics
             state, metrics = update(state, batch, done)
             done += 1
-            sums = jax.tree.map(jnp.add, sums, metrics) if sums else metrics
+            sums = add(sums, metrics) if sums else metrics
             logs = done % args.log_every == 0
             jax.block_until_ready(sums if logs else previous)  # at most one batch waits
         run.bar.update()
