@@ -867,7 +867,7 @@ def main(args: Args) -> None:
             return evaluate(policy, args.env_id, num_episodes, seed, args.eval_max_frames)
 
     run.show(done, "compiling")
-    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program: with 32 in wait, CPU devices lock up
+    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program: devices of a CPU hang if 32 wait
     batches = load_batches(load, done, args.loader_threads)
     metrics, played = None, ""
     while True:

@@ -473,6 +473,9 @@ def init_members(key, network: WorldModel, num_members: int) -> list:
     return [init(member_key, *inputs) for member_key in jax.random.split(key, num_members)]
 
 
+copy = jax.jit(partial(jax.tree.map, jnp.copy))
+
+
 def init_model(key, background, network: WorldModel, args: Args) -> ModelState:
     """The ensemble before its first update.
 
@@ -482,7 +485,7 @@ def init_model(key, background, network: WorldModel, args: Args) -> ModelState:
     for params in init_members(key, network, args.members):
         params["params"]["decoder"]["background"] = jnp.asarray(background.ravel())
         members.append(MemberState(params, model_optimizer(args).init(params), jnp.int32(0)))
-    best = [jax.tree.map(jnp.copy, member.params) for member in members]  # updates donate theirs
+    best = [copy(member.params) for member in members]  # updates donate theirs
     never = (jnp.float32(jnp.inf), jnp.int32(0))
     return ModelState(members, best, *never, *never)
 
@@ -511,8 +514,13 @@ def update_model(state: ModelState, windows: list[Windows], keys, network, args:
     inputs = zip(state.members, windows, keys, strict=True)
     updated = [update_member(*x, network, args) for x in inputs]
     members, metrics = zip(*updated, strict=True)
-    metrics = jax.tree.map(lambda *x: jnp.stack(x), *metrics)
-    return state._replace(members=list(members)), metrics
+    return state._replace(members=list(members)), stack(metrics)
+
+
+@jax.jit
+def stack(metrics: tuple[dict, ...]) -> dict:
+    """The members' metrics, each [members]."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *metrics)
 
 
 def note_evaluation(state: ModelState, loss: float, update: int, args: Args) -> ModelState:
@@ -521,7 +529,7 @@ def note_evaluation(state: ModelState, loss: float, update: int, args: Args) -> 
     if loss < float(state.reference) * (1 - args.model_min_improvement):
         state = state._replace(reference=now[0], improved=now[1])
     if loss < float(state.best_loss):
-        best = [jax.tree.map(jnp.copy, member.params) for member in state.members]
+        best = [copy(member.params) for member in state.members]
         state = state._replace(best=best, best_loss=now[0], best_update=now[1])
     return state
 
@@ -1482,7 +1490,7 @@ def train(
     """
     args = run.args
     run.show(done, "compiling")
-    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program: with 32 in wait, CPU devices lock up
+    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program: devices of a CPU hang if 32 wait
     batches, metrics, shown = load_batches(load, done, args.loader_threads), None, ""
     while True:
         enough = done == args.total_updates

@@ -303,6 +303,16 @@ def test_several_devices_give_the_numbers_of_one(whole, started, tmp_path, name,
         assert_same_losses(model, tmp_path / "several-world-model", devices)
 
 
+def test_many_updates_without_a_line_do_not_hang(whole, started, tmp_path):
+    """XLA's all-reduce waits forever on two CPU devices for which 32 programs wait."""
+    every = ["--log-every", 100, "--eval-every", 100, "--checkpoint-every", 100]
+    model = ["--world-model", whole("morel_atari").with_name("run-world-model")]
+    options = [*NOT_PLAYED, *every, *model, "--total-updates", 100, "--run-dir", "many"]
+    result = started("morel_atari", *options, blocks=False, JAX_NUM_CPU_DEVICES="2")
+    assert result.returncode == 0, result.stderr
+    assert metrics(tmp_path / "many")[-1]["update"] == 100
+
+
 def test_several_processes_give_the_numbers_of_one(whole, started, tmp_path):
     both = 2 * [[*NOT_PLAYED, "--run-dir", "two"]]
     results = two_processes(started, "cql_atari", *both, blocks=False)
