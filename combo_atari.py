@@ -36,7 +36,6 @@ batch, and OfflineRL's COMBO as the code to follow.
    mix. COMBO's paper has logged actions only (--push-up real): a difference of Q between real and
    predicted frames, which has no lower bound.
 5. A checkpoint holds the actions of the rollouts; a run that goes on predicts their frames again.
-6. Everything else is as in cql_atari.py.
 """
 
 import dataclasses
@@ -212,10 +211,7 @@ def to_frame(image):
 
 
 class WorldModel(nn.Module):
-    """A member: a recurrent state-space model with categorical latents, encoder and decoders.
-
-    Inputs may have any leading axes.
-    """
+    """A member: a recurrent state-space model with categorical latents, encoder and decoders."""
 
     num_actions: int
     deter: int
@@ -413,11 +409,7 @@ def balanced_kl(posterior, prior, balance: float):
 
 
 def world_model_loss(params, windows: Windows, key, network: WorldModel, args: Args):
-    """-log p(o, r, terminal | s) + β KL(posterior ‖ prior) of a member, per step of windows [B, T].
-
-    Returns:
-      Their sum and a dictionary of scalars to log.
-    """
+    """-log p(o, r, terminal | s) + β KL(posterior ‖ prior) of windows [B, T] -> (loss, parts)."""
     states, prior, posterior = observe(network, params, windows, key)
     decoded = network.apply(params, states, method="decode")
     image_error = jnp.sum((decoded.image - to_image(windows.frame)) ** 2, axis=(-2, -1))  # [B, T]
@@ -512,7 +504,8 @@ def update_model(state: ModelState, windows: list[Windows], keys, network, args:
     twice as long.
     """
     inputs = zip(state.members, windows, keys, strict=True)
-    updated = [update_member(*x, network, args) for x in inputs]
+    # One after the other, as the devices of a CPU hang if 32 programs wait.
+    updated = [jax.block_until_ready(update_member(*x, network, args)) for x in inputs]
     members, metrics = zip(*updated, strict=True)
     return state._replace(members=list(members)), stack(metrics)
 
@@ -649,7 +642,7 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
-        # In float32: a scalar is the small difference of opposite bins' large terms (to_scalar).
+        # In float32: a scalar is the small difference of opposite bins' large terms.
         options = {"kernel_init": nn.initializers.zeros, "precision": "highest"}
         return nn.Dense(self.outputs, dtype=jnp.float32, **options)(x)
 
@@ -738,10 +731,7 @@ class Batch(NamedTuple):
 
 
 def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
-    """The observations at window position `time`, [B, 84, 84, 4], newest frame last.
-
-    Frames from before the start of the step's episode are zero, as in the environment.
-    """
+    """Observations [B, 84, 84, 4] at `time`, newest frame last, zeros before an episode's start."""
     own = jnp.arange(3, -1, -1) <= history[:, time, None]  # [B, 4]
     stack = jnp.where(own[:, :, None, None], frames[:, time : time + 4], 0)
     return jnp.moveaxis(stack, 1, -1)
@@ -756,12 +746,9 @@ def model_rows(args: Args) -> int:
 
 
 def combo_loss(params, target_params, batch: Batch, network: CQLNetwork, args: Args):
-    """The loss of Q-learning and the penalty on transitions, windows of two steps.
+    """The loss of Q-learning and the penalty on windows of two steps -> (their sum, metrics).
 
-    The last `model_rows` transitions come from the model. With --push-up mix this is CQL's loss.
-
-    Returns:
-      Their sum and a dictionary of scalars to log.
+    The last `model_rows` windows come from the model. With --push-up mix this is CQL's loss.
     """
     action, moving = batch.action[:, 0], ~batch.is_last[:, 0]  # [B]
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
@@ -966,7 +953,7 @@ class Store(NamedTuple):
     blob: memoryview  # zstd chunks of CHUNK frames each, with a CRC-32 at their ends
     offsets: np.ndarray  # of the chunks in the blob
     steps: np.ndarray  # action, reward, is_last, is_terminal and age of every frame
-    episodes: np.ndarray  # start, length and return of those selected
+    episodes: np.ndarray  # id, checkpoint, start, length and return of those selected
     index: np.ndarray  # rows of `steps` that belong to these episodes, in order
     facts: dict  # what a run writes down of them, and compares when it goes on
 
@@ -1346,10 +1333,7 @@ class Run:
         return 0, {"state": None, "sums": None, "lines": 0, "wall_time": 0.0}
 
     def restore(self, state):
-        """(done, state, sums) of the checkpoint, or else (0, state, None).
-
-        The metrics that were logged after it are dropped; they come again, the same.
-        """
+        """(done, state, sums) of the checkpoint, or else (0, state, None)."""
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
             ours = serialization.to_state_dict(state)
@@ -1359,16 +1343,13 @@ class Run:
             state = serialization.from_state_dict(state, saved["state"])
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
         self.started -= saved["wall_time"]
-        if self.writes:
+        if self.writes:  # metrics that were logged after it are dropped: they come again, the same
             lines = self.lines()[: saved["lines"]]
             self.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
         return self.saved, state, saved["sums"]
 
     def save(self, done: int, state, sums: dict | None) -> None:
-        """Writes checkpoints/{done}.msgpack, its CRC-32 first; the last two are kept.
-
-        sums: of the metrics since the last line of the log.
-        """
+        """Writes a checkpoint; sums: of the metrics since the last line of the log."""
         self.check_finite(done, sums or {})
         if self.writes and done != self.saved:
             saved = {"state": serialization.to_state_dict(state), "sums": sums}
@@ -1376,7 +1357,7 @@ class Run:
             content = serialization.msgpack_serialize(jax.device_get(saved))
             crc32 = zlib.crc32(content).to_bytes(4, "little")
             self.write(f"checkpoints/{done}.msgpack", crc32 + content)
-            for path in self.checkpoints():
+            for path in self.checkpoints():  # the last two are kept
                 if int(path.stem) not in (self.saved, done):
                     path.unlink()
         self.saved = done
@@ -1464,17 +1445,7 @@ class Run:
 
 
 # --- training (identical in morel_atari.py and combo_atari.py) ---
-def train(
-    run: Run,
-    done: int,
-    state,
-    sums: dict | None,
-    update: Callable,
-    load: Callable,
-    evaluate: Callable,
-    means: Callable,
-    saved: Callable = lambda state: state,
-):
+def train(run: Run, done: int, state, sums, update, load, evaluate, means, saved=lambda x: x):
     """Trains until `total_updates` of the run are done or an evaluation says that it is enough.
 
     Args:
@@ -1502,7 +1473,7 @@ def train(
         if evaluates and not stops:
             state, shown, stale = evaluate(done, state)
             enough |= stale
-        if stops or (evaluates and any(all_processes(run.stopping))):
+        if (stops or evaluates) and any(all_processes(stops or run.stopping)):  # and wait
             run.exit()
         if enough:
             break
@@ -1543,16 +1514,11 @@ def process_rows(count: int) -> slice:
     return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
-def put(tree, by_device: NamedSharding):
-    """A batch on the devices, from this process's part of it."""
-    return jax.make_array_from_process_local_data(by_device, tree)
-
-
 def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, args: Args):
     """Returns of episodes in the game, or None once a signal came."""
     if run.stopping:
         return None
-    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: no batch's
+    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: no update's
     params = jax.tree.map(lambda x: x.addressable_data(0), params)
 
     def policy(observation, key):
@@ -1613,17 +1579,17 @@ class ModelRun(Run):
         self.stopping = True
 
 
-def get_world_model(run: Run, store: Store, network: WorldModel, by_device, replicated, args: Args):
+def get_world_model(run: Run, store: Store, network: WorldModel, put, replicated, args: Args):
     """Parameters of the ensemble, each leaf [members, ...], and their CRC-32: loaded, or trained.
 
     Ends the program if the run would go on with another world model than it has learned from.
     """
     folder = args.world_model or Path(f"{run.dir}-world-model")
-    exists = (folder / "members.msgpack").exists() and not args.overwrite
+    exists = not args.overwrite and any(all_processes((folder / "members.msgpack").exists()))
     if args.world_model or run.saved or exists:  # what the policy has learned from must be there
         content = load_world_model(run, folder)
     else:
-        content = train_world_model(run, folder, store, network, by_device, replicated, args)
+        content = train_world_model(run, folder, store, network, put, replicated, args)
     saved, crc32 = run.checkpoint["state"], zlib.crc32(content)
     if saved and (before := int(saved["world_model_crc32"])) != crc32:
         change = f"its checksum {before:08x} -> {crc32:08x}"
@@ -1665,7 +1631,7 @@ def load_world_model(run: Run, folder: Path) -> bytes:
 
 
 def train_world_model(
-    run: Run, folder: Path, store: Store, network: WorldModel, by_device, replicated, args: Args
+    run: Run, folder: Path, store: Store, network: WorldModel, put, replicated, args: Args
 ) -> bytes:
     """Trains the ensemble in a run of its own -> its parameters, as `load_world_model`."""
     changed = {"run_dir": folder, "total_updates": args.model_updates, "track": False}
@@ -1684,15 +1650,14 @@ def train_world_model(
     batches = [sample_windows(heldout, number, length, 1, args)[0] for number in numbers]
 
     def load(step: int) -> list[Windows]:
-        windows = sample_windows(training, step, args.model_length, args.members, args)
-        return put(windows, by_device)
+        return put(sample_windows(training, step, args.model_length, args.members, args))
 
     def update(state: ModelState, windows: list[Windows], step: int):
         return update_model(state, windows, update_keys, network, args)
 
     def evaluate(done: int, state: ModelState):
         with model_run.time("evaluation"):
-            metrics = evaluate_model(model_run, state, batches, eval_keys, network, by_device, args)
+            metrics = evaluate_model(model_run, state, batches, eval_keys, network, put, args)
         loss = metrics["heldout/total"]
         model_run.check_finite(done, {"losses/total": loss})
         model_run.log(done, args.seed, metrics)
@@ -1711,12 +1676,12 @@ def train_world_model(
 
 
 def evaluate_model(
-    run: Run, state: ModelState, heldout: list[Windows], keys, network, by_device, args: Args
+    run: Run, state: ModelState, heldout: list[Windows], keys, network, put, args: Args
 ) -> dict:
     """Held-out metrics, means of the members; also draws world_model.png of the first."""
     outputs = []
     for windows in heldout:
-        on_devices = put(windows, by_device)
+        on_devices = put(windows)
         for member, key in zip(state.members, keys, strict=True):
             output = evaluate_member(member.params, on_devices, key, network, args)
             *sums, predicted = multihost_utils.process_allgather(output, tiled=True)
@@ -1862,12 +1827,15 @@ def main(args: Args) -> None:
     check_mix(args)
     store = open_store(args)
     run = Run(args, [args.seed], store.facts)
+    if len({*all_processes(run.saved)}) > 1:
+        raise SystemExit(f"The processes see different files in {run.dir}: all must share it.")
     run.bar.set_description("Q")
     num_actions = store.meta["num_actions"]
     world_model, network = make_world_model(num_actions, args), make_network(num_actions, args)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    members, crc32 = get_world_model(run, store, world_model, by_device, replicated, args)
+    put = partial(jax.make_array_from_process_local_data, by_device)  # from this process's part
+    members, crc32 = get_world_model(run, store, world_model, put, replicated, args)
 
     init_key, key = jax.random.split(jax.random.key(args.seed))  # Q starts as in cql_atari.py
     rollout_key, mix_key = jax.random.split(key)
@@ -1891,10 +1859,10 @@ def main(args: Args) -> None:
         """The logged part of a batch, and the starts of the generation that begins with it."""
         batch = sample_batch(store, args.seed, step, logged, 2, process_rows(logged))
         generation, later = divmod(step, args.rollout_every)
-        return put(batch, by_device), None if later else starts(generation)
+        return put(batch), None if later else starts(generation)
 
     def starts(generation: int) -> Starts:
-        return put(load_starts(store, generation, args), by_device)
+        return put(load_starts(store, generation, args))
 
     def predict(state: TrainState, generation: int, starts: Starts, replay: bool) -> TrainState:
         inputs = (state.rollouts, starts, generation, replay, state.params, members, rollout_key)
@@ -1914,7 +1882,7 @@ def main(args: Args) -> None:
 
     generations = -(-done // args.rollout_every)  # that were made before
     for generation in range(max(0, generations - args.rollout_generations), generations):
-        state = predict(state, generation, starts(generation), replay=True)
+        state = jax.block_until_ready(predict(state, generation, starts(generation), replay=True))
         if any(all_processes(run.stopping)):
             run.exit()
     done, state = train(run, done, state, sums, learner, load, evaluate, mean_metrics, saved)

@@ -217,10 +217,7 @@ def to_frame(image):
 
 
 class WorldModel(nn.Module):
-    """A member: a recurrent state-space model with categorical latents, encoder and decoders.
-
-    Inputs may have any leading axes.
-    """
+    """A member: a recurrent state-space model with categorical latents, encoder and decoders."""
 
     num_actions: int
     deter: int
@@ -418,11 +415,7 @@ def balanced_kl(posterior, prior, balance: float):
 
 
 def world_model_loss(params, windows: Windows, key, network: WorldModel, args: Args):
-    """-log p(o, r, terminal | s) + β KL(posterior ‖ prior) of a member, per step of windows [B, T].
-
-    Returns:
-      Their sum and a dictionary of scalars to log.
-    """
+    """-log p(o, r, terminal | s) + β KL(posterior ‖ prior) of windows [B, T] -> (loss, parts)."""
     states, prior, posterior = observe(network, params, windows, key)
     decoded = network.apply(params, states, method="decode")
     image_error = jnp.sum((decoded.image - to_image(windows.frame)) ** 2, axis=(-2, -1))  # [B, T]
@@ -517,7 +510,8 @@ def update_model(state: ModelState, windows: list[Windows], keys, network, args:
     twice as long.
     """
     inputs = zip(state.members, windows, keys, strict=True)
-    updated = [update_member(*x, network, args) for x in inputs]
+    # One after the other, as the devices of a CPU hang if 32 programs wait.
+    updated = [jax.block_until_ready(update_member(*x, network, args)) for x in inputs]
     members, metrics = zip(*updated, strict=True)
     return state._replace(members=list(members)), stack(metrics)
 
@@ -654,7 +648,7 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
-        # In float32: a scalar is the small difference of opposite bins' large terms (to_scalar).
+        # In float32: a scalar is the small difference of opposite bins' large terms.
         options = {"kernel_init": nn.initializers.zeros, "precision": "highest"}
         return nn.Dense(self.outputs, dtype=jnp.float32, **options)(x)
 
@@ -816,11 +810,7 @@ def advantages(steps: Transitions, args: Args):
 
 
 def ppo_loss(params, steps: Transitions, advantage, policy: PolicyNetwork, args: Args):
-    """The loss of PPO on steps and advantages [...].
-
-    Returns:
-      It and a dictionary of scalars to log.
-    """
+    """The loss of PPO on steps and advantages [...] -> (loss, metrics)."""
     logits, value = policy.apply(params, steps.frames)
     log_probs = jax.nn.log_softmax(logits)  # [..., actions]
     log_prob = jnp.take_along_axis(log_probs, steps.action[..., None], axis=-1)[..., 0]
@@ -1014,10 +1004,7 @@ class Batch(NamedTuple):
 
 
 def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
-    """The observations at window position `time`, [B, 84, 84, 4], newest frame last.
-
-    Frames from before the start of the step's episode are zero, as in the environment.
-    """
+    """Observations [B, 84, 84, 4] at `time`, newest frame last, zeros before an episode's start."""
     own = jnp.arange(3, -1, -1) <= history[:, time, None]  # [B, 4]
     stack = jnp.where(own[:, :, None, None], frames[:, time : time + 4], 0)
     return jnp.moveaxis(stack, 1, -1)
@@ -1051,7 +1038,7 @@ class Store(NamedTuple):
     blob: memoryview  # zstd chunks of CHUNK frames each, with a CRC-32 at their ends
     offsets: np.ndarray  # of the chunks in the blob
     steps: np.ndarray  # action, reward, is_last, is_terminal and age of every frame
-    episodes: np.ndarray  # start, length and return of those selected
+    episodes: np.ndarray  # id, checkpoint, start, length and return of those selected
     index: np.ndarray  # rows of `steps` that belong to these episodes, in order
     facts: dict  # what a run writes down of them, and compares when it goes on
 
@@ -1447,10 +1434,7 @@ class Run:
         return 0, {"state": None, "sums": None, "lines": 0, "wall_time": 0.0}
 
     def restore(self, state):
-        """(done, state, sums) of the checkpoint, or else (0, state, None).
-
-        The metrics that were logged after it are dropped; they come again, the same.
-        """
+        """(done, state, sums) of the checkpoint, or else (0, state, None)."""
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
             ours = serialization.to_state_dict(state)
@@ -1460,16 +1444,13 @@ class Run:
             state = serialization.from_state_dict(state, saved["state"])
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
         self.started -= saved["wall_time"]
-        if self.writes:
+        if self.writes:  # metrics that were logged after it are dropped: they come again, the same
             lines = self.lines()[: saved["lines"]]
             self.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
         return self.saved, state, saved["sums"]
 
     def save(self, done: int, state, sums: dict | None) -> None:
-        """Writes checkpoints/{done}.msgpack, its CRC-32 first; the last two are kept.
-
-        sums: of the metrics since the last line of the log.
-        """
+        """Writes a checkpoint; sums: of the metrics since the last line of the log."""
         self.check_finite(done, sums or {})
         if self.writes and done != self.saved:
             saved = {"state": serialization.to_state_dict(state), "sums": sums}
@@ -1477,7 +1458,7 @@ class Run:
             content = serialization.msgpack_serialize(jax.device_get(saved))
             crc32 = zlib.crc32(content).to_bytes(4, "little")
             self.write(f"checkpoints/{done}.msgpack", crc32 + content)
-            for path in self.checkpoints():
+            for path in self.checkpoints():  # the last two are kept
                 if int(path.stem) not in (self.saved, done):
                     path.unlink()
         self.saved = done
@@ -1565,17 +1546,7 @@ class Run:
 
 
 # --- training (identical in morel_atari.py and combo_atari.py) ---
-def train(
-    run: Run,
-    done: int,
-    state,
-    sums: dict | None,
-    update: Callable,
-    load: Callable,
-    evaluate: Callable,
-    means: Callable,
-    saved: Callable = lambda state: state,
-):
+def train(run: Run, done: int, state, sums, update, load, evaluate, means, saved=lambda x: x):
     """Trains until `total_updates` of the run are done or an evaluation says that it is enough.
 
     Args:
@@ -1603,7 +1574,7 @@ def train(
         if evaluates and not stops:
             state, shown, stale = evaluate(done, state)
             enough |= stale
-        if stops or (evaluates and any(all_processes(run.stopping))):
+        if (stops or evaluates) and any(all_processes(stops or run.stopping)):  # and wait
             run.exit()
         if enough:
             break
@@ -1644,16 +1615,11 @@ def process_rows(count: int) -> slice:
     return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
-def put(tree, by_device: NamedSharding):
-    """A batch on the devices, from this process's part of it."""
-    return jax.make_array_from_process_local_data(by_device, tree)
-
-
 def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, args: Args):
     """Returns of episodes in the game, or None once a signal came."""
     if run.stopping:
         return None
-    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: no batch's
+    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: no update's
     params = jax.tree.map(lambda x: x.addressable_data(0), params)
 
     def policy(observation, key):
@@ -1714,17 +1680,17 @@ class ModelRun(Run):
         self.stopping = True
 
 
-def get_world_model(run: Run, store: Store, network: WorldModel, by_device, replicated, args: Args):
+def get_world_model(run: Run, store: Store, network: WorldModel, put, replicated, args: Args):
     """Parameters of the ensemble, each leaf [members, ...], and their CRC-32: loaded, or trained.
 
     Ends the program if the run would go on with another world model than it has learned from.
     """
     folder = args.world_model or Path(f"{run.dir}-world-model")
-    exists = (folder / "members.msgpack").exists() and not args.overwrite
+    exists = not args.overwrite and any(all_processes((folder / "members.msgpack").exists()))
     if args.world_model or run.saved or exists:  # what the policy has learned from must be there
         content = load_world_model(run, folder)
     else:
-        content = train_world_model(run, folder, store, network, by_device, replicated, args)
+        content = train_world_model(run, folder, store, network, put, replicated, args)
     saved, crc32 = run.checkpoint["state"], zlib.crc32(content)
     if saved and (before := int(saved["world_model_crc32"])) != crc32:
         change = f"its checksum {before:08x} -> {crc32:08x}"
@@ -1766,7 +1732,7 @@ def load_world_model(run: Run, folder: Path) -> bytes:
 
 
 def train_world_model(
-    run: Run, folder: Path, store: Store, network: WorldModel, by_device, replicated, args: Args
+    run: Run, folder: Path, store: Store, network: WorldModel, put, replicated, args: Args
 ) -> bytes:
     """Trains the ensemble in a run of its own -> its parameters, as `load_world_model`."""
     changed = {"run_dir": folder, "total_updates": args.model_updates, "track": False}
@@ -1785,15 +1751,14 @@ def train_world_model(
     batches = [sample_windows(heldout, number, length, 1, args)[0] for number in numbers]
 
     def load(step: int) -> list[Windows]:
-        windows = sample_windows(training, step, args.model_length, args.members, args)
-        return put(windows, by_device)
+        return put(sample_windows(training, step, args.model_length, args.members, args))
 
     def update(state: ModelState, windows: list[Windows], step: int):
         return update_model(state, windows, update_keys, network, args)
 
     def evaluate(done: int, state: ModelState):
         with model_run.time("evaluation"):
-            metrics = evaluate_model(model_run, state, batches, eval_keys, network, by_device, args)
+            metrics = evaluate_model(model_run, state, batches, eval_keys, network, put, args)
         loss = metrics["heldout/total"]
         model_run.check_finite(done, {"losses/total": loss})
         model_run.log(done, args.seed, metrics)
@@ -1812,12 +1777,12 @@ def train_world_model(
 
 
 def evaluate_model(
-    run: Run, state: ModelState, heldout: list[Windows], keys, network, by_device, args: Args
+    run: Run, state: ModelState, heldout: list[Windows], keys, network, put, args: Args
 ) -> dict:
     """Held-out metrics, means of the members; also draws world_model.png of the first."""
     outputs = []
     for windows in heldout:
-        on_devices = put(windows, by_device)
+        on_devices = put(windows)
         for member, key in zip(state.members, keys, strict=True):
             output = evaluate_member(member.params, on_devices, key, network, args)
             *sums, predicted = multihost_utils.process_allgather(output, tiled=True)
@@ -1949,7 +1914,7 @@ def check_policy_args(args: Args) -> None:
         raise SystemExit(f"{message} {args.minibatches}.")
 
 
-def measure_halting(run: Run, store: Store, members, network: WorldModel, by_device, args: Args):
+def measure_halting(run: Run, store: Store, members, network: WorldModel, put, args: Args):
     """The threshold of the discrepancy, from replays of logged episodes.
 
     Logs how many of these it would halt, and of those with random actions; draws discrepancy.png.
@@ -1960,7 +1925,7 @@ def measure_halting(run: Run, store: Store, members, network: WorldModel, by_dev
         rng, shape = np.random.default_rng((args.seed, i, 2)), (args.batch_size, args.horizon)
         random = rng.integers(store.meta["num_actions"], size=shape, dtype=np.int32)[rows]
         for name, actions in (("logged", logged), ("random", random)):
-            disc = replay(members, *put((windows, actions), by_device), network, args)
+            disc = replay(members, *put((windows, actions)), network, args)
             parts[name].append(multihost_utils.process_allgather(disc, tiled=True))
         if any(all_processes(run.stopping)):
             run.exit()
@@ -1990,14 +1955,13 @@ def draw_discrepancies(replays: dict, threshold: float, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def clone_behavior(run: Run, params, store: Store, policy: PolicyNetwork, by_device, args: Args):
+def clone_behavior(run: Run, params, store: Store, policy: PolicyNetwork, put, args: Args):
     """The policy's parameters after --bc-updates; a run that is stopped in these repeats them."""
     size, loss = args.bc_batch_size, 0.0
     opt_state = optax.adam(args.bc_learning_rate).init(params)
 
     def load(step: int) -> Batch:
-        batch = sample_batch(store, args.seed, step, size, 1, process_rows(size))
-        return put(batch, by_device)
+        return put(sample_batch(store, args.seed, step, size, 1, process_rows(size)))
 
     batches = load_batches(load, 0, args.loader_threads)
     for i in range(args.bc_updates):
@@ -2021,12 +1985,15 @@ def main(args: Args) -> None:
     check_policy_args(args)
     store = open_store(args)
     run = Run(args, [args.seed], store.facts)
+    if len({*all_processes(run.saved)}) > 1:
+        raise SystemExit(f"The processes see different files in {run.dir}: all must share it.")
     run.bar.set_description("policy")
     num_actions = store.meta["num_actions"]
     network, policy = make_world_model(num_actions, args), make_network(num_actions, args)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    members, crc32 = get_world_model(run, store, network, by_device, replicated, args)
+    put = partial(jax.make_array_from_process_local_data, by_device)  # from this process's part
+    members, crc32 = get_world_model(run, store, network, put, replicated, args)
 
     init_key, key = jax.random.split(jax.random.key(args.seed))
     shardings = TrainState(*[replicated] * len(TrainState._fields))._replace(env=by_device)
@@ -2036,15 +2003,15 @@ def main(args: Args) -> None:
     state, sums = jax.device_put((state, sums), (shardings, replicated))
     if done == 0:
         with run.time("update"):
-            threshold = measure_halting(run, store, members, network, by_device, args)
-            params = clone_behavior(run, state.params, store, policy, by_device, args)
+            threshold = measure_halting(run, store, members, network, put, args)
+            params = clone_behavior(run, state.params, store, policy, put, args)
         state = state._replace(params=params, threshold=jax.device_put(threshold, replicated))
 
     def load(step: int) -> Windows:
         """Starts for update number `step`."""
         count = args.batch_size * args.starts
         windows, _ = sample_starts(store, (args.seed, step), count, process_rows(count), args)
-        return put(windows, by_device)
+        return put(windows)
 
     def learner(state: TrainState, windows: Windows, step: int):
         return update(state, windows, members, key, policy, network, args)

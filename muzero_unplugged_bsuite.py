@@ -362,11 +362,7 @@ def search(params, state, prediction, key, fraction: float, network, args):
 
 
 def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork, args: Args):
-    """The loss of Eq. 1 on windows of K + 1 + n steps (Algorithm 2 with a search as IMPROVE).
-
-    Returns:
-      The total loss and a dictionary of scalars to log.
-    """
+    """Eq. 1 on windows of K + 1 + n steps (Algorithm 2, a search as IMPROVE) -> (loss, metrics)."""
     K, num_actions = args.unroll_steps, network.num_actions
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
     moving, absorbing, known = window_positions(batch.is_last, is_terminal)  # [B, K+1+n]
@@ -480,10 +476,7 @@ def sample_windows(key, steps: Steps, starts, num_starts, batch_size: int, lengt
 
 
 def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, by_device):
-    """One update of every seed -> (states, metrics); all but the steps have a leading seed axis.
-
-    The batches are sharded over the devices.
-    """
+    """One update of every seed -> (states, metrics); all but the steps have a leading seed axis."""
 
     def update_seed(state, key, starts, num_starts):
         # The key belongs to the seed and the step, so that a resumed run draws the same batches.
@@ -777,10 +770,7 @@ class Run:
         return 0, {"state": None, "sums": None, "lines": 0, "wall_time": 0.0}
 
     def restore(self, state):
-        """(done, state, sums) of the checkpoint, or else (0, state, None).
-
-        The metrics that were logged after it are dropped; they come again, the same.
-        """
+        """(done, state, sums) of the checkpoint, or else (0, state, None)."""
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
             ours = serialization.to_state_dict(state)
@@ -790,16 +780,13 @@ class Run:
             state = serialization.from_state_dict(state, saved["state"])
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
         self.started -= saved["wall_time"]
-        if self.writes:
+        if self.writes:  # metrics that were logged after it are dropped: they come again, the same
             lines = self.lines()[: saved["lines"]]
             self.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
         return self.saved, state, saved["sums"]
 
     def save(self, done: int, state, sums: dict | None) -> None:
-        """Writes checkpoints/{done}.msgpack, its CRC-32 first; the last two are kept.
-
-        sums: of the metrics since the last line of the log.
-        """
+        """Writes a checkpoint; sums: of the metrics since the last line of the log."""
         self.check_finite(done, sums or {})
         if self.writes and done != self.saved:
             saved = {"state": serialization.to_state_dict(state), "sums": sums}
@@ -807,7 +794,7 @@ class Run:
             content = serialization.msgpack_serialize(jax.device_get(saved))
             crc32 = zlib.crc32(content).to_bytes(4, "little")
             self.write(f"checkpoints/{done}.msgpack", crc32 + content)
-            for path in self.checkpoints():
+            for path in self.checkpoints():  # the last two are kept
                 if int(path.stem) not in (self.saved, done):
                     path.unlink()
         self.saved = done

@@ -212,7 +212,7 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
-        # In float32: a scalar is the small difference of opposite bins' large terms (to_scalar).
+        # In float32: a scalar is the small difference of opposite bins' large terms.
         options = {"kernel_init": nn.initializers.zeros, "precision": "highest"}
         return nn.Dense(self.outputs, dtype=jnp.float32, **options)(x)
 
@@ -331,10 +331,7 @@ class Batch(NamedTuple):
 
 
 def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
-    """The observations at window position `time`, [B, 84, 84, 4], newest frame last.
-
-    Frames from before the start of the step's episode are zero, as in the environment.
-    """
+    """Observations [B, 84, 84, 4] at `time`, newest frame last, zeros before an episode's start."""
     own = jnp.arange(3, -1, -1) <= history[:, time, None]  # [B, 4]
     stack = jnp.where(own[:, :, None, None], frames[:, time : time + 4], 0)
     return jnp.moveaxis(stack, 1, -1)
@@ -391,14 +388,9 @@ def policy_target(prior_logits, advantage):
 
 
 def sampled_policy_target(advantage, action, num_actions: int):
-    """Weights on log π(a|s) in the sampled policy loss (Eq. 9-10); they need not sum to one.
+    """Advantages [..., N] of actions [..., N] sampled from the prior -> weights w [..., actions].
 
-    Args:
-      advantage: [..., N], of the sampled actions.
-      action: [..., N], sampled from the prior.
-
-    Returns:
-      Weights w [..., actions]: -Σ_a w(a) log π(a|s) is the policy loss of Eq. 9.
+    -Σ_a w(a) log π(a|s) is the policy loss of Eq. 9; the weights need not sum to one.
     """
     num_samples = advantage.shape[-1]
     others = jnp.where(jnp.eye(num_samples, dtype=bool), -jnp.inf, advantage[..., None, :])
@@ -442,11 +434,7 @@ def improve(params, state, prediction, logged_action, key, network, args):
 
 
 def rosmo_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork, args: Args):
-    """The loss of Eq. 1 on windows of K + 1 + n steps (Algorithm 2, lines 4-9 and 12-42).
-
-    Returns:
-      The total loss and a dictionary of scalars to log.
-    """
+    """Eq. 1 on windows of K + 1 + n steps (Algorithm 2, lines 4-9 and 12-42) -> (loss, metrics)."""
     K, num_actions, length = args.unroll_steps, network.num_actions, batch.action.shape[1]
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
     moving, absorbing, known = window_positions(batch.is_last, is_terminal)  # [B, K+1+n]
@@ -576,7 +564,7 @@ class Store(NamedTuple):
     blob: memoryview  # zstd chunks of CHUNK frames each, with a CRC-32 at their ends
     offsets: np.ndarray  # of the chunks in the blob
     steps: np.ndarray  # action, reward, is_last, is_terminal and age of every frame
-    episodes: np.ndarray  # start, length and return of those selected
+    episodes: np.ndarray  # id, checkpoint, start, length and return of those selected
     index: np.ndarray  # rows of `steps` that belong to these episodes, in order
     facts: dict  # what a run writes down of them, and compares when it goes on
 
@@ -905,10 +893,7 @@ class Run:
         return 0, {"state": None, "sums": None, "lines": 0, "wall_time": 0.0}
 
     def restore(self, state):
-        """(done, state, sums) of the checkpoint, or else (0, state, None).
-
-        The metrics that were logged after it are dropped; they come again, the same.
-        """
+        """(done, state, sums) of the checkpoint, or else (0, state, None)."""
         saved, self.checkpoint = self.checkpoint, None  # it may be large
         if self.saved:
             ours = serialization.to_state_dict(state)
@@ -918,16 +903,13 @@ class Run:
             state = serialization.from_state_dict(state, saved["state"])
             print(f"Going on from update {self.saved:,} in {self.dir}.", flush=True)
         self.started -= saved["wall_time"]
-        if self.writes:
+        if self.writes:  # metrics that were logged after it are dropped: they come again, the same
             lines = self.lines()[: saved["lines"]]
             self.write("metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
         return self.saved, state, saved["sums"]
 
     def save(self, done: int, state, sums: dict | None) -> None:
-        """Writes checkpoints/{done}.msgpack, its CRC-32 first; the last two are kept.
-
-        sums: of the metrics since the last line of the log.
-        """
+        """Writes a checkpoint; sums: of the metrics since the last line of the log."""
         self.check_finite(done, sums or {})
         if self.writes and done != self.saved:
             saved = {"state": serialization.to_state_dict(state), "sums": sums}
@@ -935,7 +917,7 @@ class Run:
             content = serialization.msgpack_serialize(jax.device_get(saved))
             crc32 = zlib.crc32(content).to_bytes(4, "little")
             self.write(f"checkpoints/{done}.msgpack", crc32 + content)
-            for path in self.checkpoints():
+            for path in self.checkpoints():  # the last two are kept
                 if int(path.stem) not in (self.saved, done):
                     path.unlink()
         self.saved = done
@@ -1107,6 +1089,8 @@ def main(args: Args) -> None:
     args = check_args(args, RANGES)
     store = open_store(args)
     run = Run(args, [args.seed], store.facts)
+    if len({*all_processes(run.saved)}) > 1:
+        raise SystemExit(f"The processes see different files in {run.dir}: all must share it.")
     network = make_network(store.meta["num_actions"], args)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
@@ -1123,7 +1107,7 @@ def main(args: Args) -> None:
     def play(num_episodes: int, greedy: bool) -> list[float] | None:
         if run.stopping:
             return None
-        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: no batch's
+        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: no update's
         params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
 
         def policy(observation, key):
@@ -1148,7 +1132,7 @@ def main(args: Args) -> None:
                 mean = np.mean(returns)
                 run.log(done, args.seed, {"eval/return_mean": mean, "eval/returns": returns})
                 played = f", return {mean:.1f}"
-        if stops or (evaluates and any(all_processes(run.stopping))):
+        if (stops or evaluates) and any(all_processes(stops or run.stopping)):  # and wait
             run.exit()
         if ends:
             break

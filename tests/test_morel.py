@@ -510,10 +510,9 @@ def test_the_threshold_is_the_quantile_of_running_steps(monkeypatch, toy_store):
     logged[3, 2:] = np.nan  # 17 to 19
     replays = iter((logged, logged + 10))
     monkeypatch.setattr(morel, "replay", lambda *_: next(replays))
-    monkeypatch.setattr(morel, "put", lambda tree, _: tree)
     run = SimpleNamespace(stopping=False, writes=False, log=lambda *line: lines.append(line))
     args = dataclasses.replace(ARGS, batch_size=4, halt_batches=1, halt_quantile=0.75)
-    threshold = morel.measure_halting(run, toy_store, None, None, None, args)
+    threshold = morel.measure_halting(run, toy_store, None, None, lambda tree: tree, args)
     assert threshold == np.quantile(np.arange(17), 0.75) == 12
     assert lines == [(0, 0, dict(zip(HALTING, (12, 0.5, 1), strict=True)))]
 

@@ -304,7 +304,7 @@ def test_several_devices_give_the_numbers_of_one(whole, started, tmp_path, name,
 
 
 def test_many_updates_without_a_line_do_not_hang(whole, started, tmp_path):
-    """XLA's all-reduce waits forever on two CPU devices for which 32 programs wait."""
+    """The devices of a CPU hang if 32 programs wait for one of them."""
     every = ["--log-every", 100, "--eval-every", 100, "--checkpoint-every", 100]
     model = ["--world-model", whole("morel_atari").with_name("run-world-model")]
     options = [*NOT_PLAYED, *every, *model, "--total-updates", 100, "--run-dir", "many"]
@@ -504,6 +504,15 @@ def test_the_tasks_of_slurm_share_the_batch_that_the_cores_share(monkeypatch, ta
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
     bc_atari.join_processes(bc_atari.Args(batch_size=4))
     assert config["jax_num_cpu_devices"] == devices
+
+
+@pytest.mark.parametrize("name", ATARI)
+def test_processes_that_see_different_checkpoints_end(in_process, monkeypatch, name):
+    other = lambda value: [value, 5] if value == 0 else [value]  # noqa: E731
+    monkeypatch.setattr(importlib.import_module(name), "all_processes", other)
+    result = in_process(name)
+    assert result.returncode == 1
+    assert "The processes see different files in run: all must share it." in result.stderr
 
 
 def test_a_signal_to_one_of_two_processes_stops_both(started, tmp_path):

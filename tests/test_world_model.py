@@ -326,6 +326,7 @@ def train(toy_path, store, first_members):
     """
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     by_device, replicated = (morel.NamedSharding(mesh, morel.P(*x)) for x in (["data"], []))
+    put = partial(jax.make_array_from_process_local_data, by_device)
 
     def start(run_dir, overwrite=False, between=lambda run: None, draws=False, **changes):
         args = dataclasses.replace(ARGS, dataset=toy_path, run_dir=run_dir, overwrite=overwrite)
@@ -339,7 +340,7 @@ def train(toy_path, store, first_members):
             run = morel.Run(args, [args.seed], store.facts)
             between(run)
             args = dataclasses.replace(args, run_dir=None)
-            inputs = (run, store, NETWORK, by_device, replicated, args)
+            inputs = (run, store, NETWORK, put, replicated, args)
             members, start.crc32 = morel.get_world_model(*inputs)
             return members
 
