@@ -259,6 +259,7 @@ class WorldModel(nn.Module):
         return logits.reshape(*logits.shape[:-1], self.latents, self.classes)
 
     def decode(self, state: State) -> Decoded:
+        """What states [...] look like."""
         latent = state.latent.reshape(*state.latent.shape[:-2], -1)
         x = jnp.concatenate([state.deter, latent], axis=-1)
         return Decoded(self.decoder(x), self.reward_head(x), self.terminal_head(x))
@@ -409,7 +410,7 @@ def balanced_kl(posterior, prior, balance: float):
 
 
 def world_model_loss(params, windows: Windows, key, network: WorldModel, args: Args):
-    """-log p(o, r, terminal | s) + β KL(posterior ‖ prior) of windows [B, T] -> (loss, parts)."""
+    """-log p(o, r, terminal | s) + β KL(posterior ‖ prior), per step of [B, T] -> (loss, parts)."""
     states, prior, posterior = observe(network, params, windows, key)
     decoded = network.apply(params, states, method="decode")
     image_error = jnp.sum((decoded.image - to_image(windows.frame)) ** 2, axis=(-2, -1))  # [B, T]
@@ -503,9 +504,10 @@ def update_model(state: ModelState, windows: list[Windows], keys, network, args:
     They take turns: a vmap makes grouped convolutions of theirs, with which a CPU needs almost
     twice as long.
     """
-    inputs = zip(state.members, windows, keys, strict=True)
-    # One after the other, as the devices of a CPU hang if 32 programs wait.
-    updated = [jax.block_until_ready(update_member(*x, network, args)) for x in inputs]
+    updated = []
+    for inputs in zip(state.members, windows, keys, strict=True):
+        updated.append(update_member(*inputs, network, args))
+        jax.block_until_ready(updated[-2:-1])  # two wait at most: a CPU's devices hang if 32 do
     members, metrics = zip(*updated, strict=True)
     return state._replace(members=list(members)), stack(metrics)
 
@@ -1637,6 +1639,8 @@ def train_world_model(
     changed = {"run_dir": folder, "total_updates": args.model_updates, "track": False}
     changed |= dict.fromkeys(("eval_every", "checkpoint_every"), args.model_eval_every)
     model_run = ModelRun(run, dataclasses.replace(args, **changed))
+    if len({*all_processes(model_run.saved)}) > 1:
+        raise SystemExit(f"The processes see different files in {folder}: all must share it.")
     training, heldout = split_store(store, args.heldout_percent, args.seed)
     # The first two are the policy's.
     _, _, init_key, *keys = jax.random.split(jax.random.key(args.seed), 5)

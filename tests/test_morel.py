@@ -433,6 +433,23 @@ def test_an_update_learns_from_the_minibatches_of_its_steps(monkeypatch):
         np.testing.assert_array_equal(advantage, 10 * batch)
 
 
+def test_two_gradient_steps_wait_for_a_device_at_most(monkeypatch):
+    """The devices of a CPU hang if 32 programs do."""
+    waiting, numbers = [], []
+
+    def learn(state, steps, advantage, index, *_):
+        waiting.append({"index": index})
+        numbers.append(len(waiting))
+        return state, waiting[-1]
+
+    monkeypatch.setattr(morel, "collect", lambda state, *_: (state, None, None, range(40), {}))
+    monkeypatch.setattr(morel, "learn", learn)
+    monkeypatch.setattr(jax, "block_until_ready", lambda done: list(map(waiting.remove, done)))
+    _, metrics = morel.update(*7 * [None])
+    assert metrics["index"] == 19.5
+    assert max(numbers) == 2
+
+
 def test_cloning_learns_the_logged_actions_but_those_of_last_steps():
     """The intensity of the newest frame tells the action; last steps say another one."""
     rng, args = np.random.default_rng(0), dataclasses.replace(ARGS, bc_learning_rate=0.1)

@@ -450,22 +450,29 @@ def test_a_seed_has_batches_and_games_of_its_own_and_final_evaluations_sample_fi
 
 @pytest.mark.parametrize("name", ["bc_atari"])
 def test_a_signal_to_another_process_stops_this_one_too(in_process, monkeypatch, tmp_path, name):
-    module, updates = importlib.import_module(name), []
-    update = module.update
+    module, updates, notes = importlib.import_module(name), [], []
+    update, save = module.update, module.Run.save
 
     def counted(*inputs):
         updates.append(None)
         return update(*inputs)
 
     def all_processes(value):  # the other one gets the signal in the third update
+        notes.append("asked")
         return [value, len(updates) >= 3] if type(value) is bool else [value]
 
+    def noted(*inputs):
+        save(*inputs)
+        notes.append("saved")
+
     monkeypatch.setattr(module, "update", counted)
+    monkeypatch.setattr(module.Run, "save", noted)
     monkeypatch.setattr(module, "all_processes", all_processes)
     result = in_process(name)
     assert result.returncode == 130
     assert "Stopped at update 3; the same command goes on." in result.stderr
     assert checkpoints(tmp_path / "run")[-1].stem == "3"
+    assert notes[-2:] == ["saved", "asked"]  # the others wait until the first has saved
 
 
 def test_processes_are_joined_by_their_variables_or_by_slurm(monkeypatch):

@@ -247,6 +247,22 @@ def test_the_latents_of_an_update_belong_to_its_step_and_its_key(params):
     assert first not in (loss(1, 0), loss(0, 1))
 
 
+def test_two_members_wait_for_a_device_at_most(monkeypatch):
+    """The devices of a CPU hang if 32 programs do."""
+    waiting, numbers = [], []
+
+    def update_member(number, *_):
+        waiting.append((number, {}))
+        numbers.append(len(waiting))
+        return waiting[-1]
+
+    monkeypatch.setattr(morel, "update_member", update_member)
+    monkeypatch.setattr(jax, "block_until_ready", lambda done: list(map(waiting.remove, done)))
+    state = morel.ModelState(list(range(20)), *5 * [None])
+    assert morel.update_model(state, range(20), range(20), NETWORK, ARGS) == (state, {})
+    assert max(numbers) == 2
+
+
 def test_members_learn_from_their_own_windows_and_the_metrics_are_their_means(params):
     keys, windows = jax.random.split(jax.random.key(0)), [random_windows(seed=i) for i in range(2)]
     state = morel.init_model(jax.random.key(1), jnp.zeros((84, 84)), NETWORK, ARGS)
