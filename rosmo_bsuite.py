@@ -293,16 +293,13 @@ def policy_target(prior_logits, advantage):
 
 
 def sampled_policy_target(advantage, action, num_actions: int):
-    """Advantages [..., N] of actions [..., N] sampled from the prior -> weights w [..., actions].
-
-    -Σ_a w(a) log π(a|s) is the policy loss of Eq. 9; the weights need not sum to one.
-    """
+    """Actions [..., N] of the prior and their advantages -> weights of Eq. 9 [..., actions]."""
     num_samples = advantage.shape[-1]
     others = jnp.where(jnp.eye(num_samples, dtype=bool), -jnp.inf, advantage[..., None, :])
     # Eq. 10: Z^(k) = (1 + Σ_{i≠k} exp(adv_i)) / N.
     log_normalizer = jnp.logaddexp(0.0, jax.nn.logsumexp(others, axis=-1)) - math.log(num_samples)
     weight = jnp.exp(jnp.minimum(advantage - log_normalizer, 20.0))  # e^88 would overflow
-    # The mean of Eq. 9. A matrix product would be rounded to bfloat16 or TF32 on an accelerator.
+    # The mean of Eq. 9, of any sum. A matrix product would be rounded on an accelerator.
     return jnp.mean(weight[..., None] * jax.nn.one_hot(action, num_actions), axis=-2)
 
 

@@ -334,8 +334,12 @@ def finish(figure: Figure, drawn: dict, note: str, path: Path) -> None:
         drawn |= {x.get_label(): x for x in axes.lines if x.get_label() in LINES}
     width = figure.get_figwidth()
     style = {"title": textwrap.fill(note, int(15 * width)), "title_fontsize": "small"}
-    style |= {"frameon": False, "ncols": int(width / 1.8)}
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", **style)
+    style |= {"frameon": False, "loc": "outside upper center"}
+    for columns in range(int(width / 1.8), 0, -1):  # as many as there is room for
+        legend = figure.legend(drawn.values(), drawn.keys(), ncols=columns, **style)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
     figure.savefig(path, dpi=120)
 
 

@@ -183,6 +183,15 @@ def test_curves_have_a_legend_when_the_first_cell_is_empty(tmp_path, figures):
     assert legend(figures["figure9.png"]) == ["MuZero Unplugged", *known]
 
 
+def test_a_legend_of_long_names_is_as_wide_as_its_figure(tmp_path):
+    figure, (axes,) = report.panels(1)
+    lines = {f"MOReL, quantile 0.{i * '9'}, long": axes.plot([i])[0] for i in range(1, 8)}
+    report.finish(figure, lines, "a note", tmp_path / "figure.png")
+    (drawn,) = figure.legends
+    assert drawn.get_window_extent().width <= figure.bbox.width
+    assert legend(figure) == list(lines)
+
+
 def test_table_2_has_the_curves_of_all_methods_on_each_task(tmp_path, figures):
     for i, script in enumerate(("bc", "crr", "cql", "muzero_unplugged", "rosmo")):
         for task in paper.TASKS:
