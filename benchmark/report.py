@@ -657,22 +657,38 @@ def time_table(item: Item, cells: dict) -> list[str]:
 
 
 def halting_table(cells: dict) -> list[str]:
-    """Of MOReL: the threshold, which replays it halts, and the imagined episodes of PPO."""
+    """Of MOReL: the threshold, which replays it halts, and the imagined episodes of PPO.
+
+    A line of metrics.jsonl has means over its updates, and lacks those over episodes if none ended.
+    Without the penalties an episode pays its return less the penalty times the share that halted.
+    """
     rows = []
     for (method, _, task), result in cells.items():
         for one in result.runs if result else []:
             text = (one.folder / "metrics.jsonl").read_text()
             lines = [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]
             for first in [x for x in lines if "charts/threshold" in x]:
-                names = ("threshold", "halt_rate_logged", "halt_rate_random")
-                row = [f"{first[f'charts/{name}']:.4f}" for name in names]
-                for name in ("halt_rate", "episode_return"):
-                    values = [x[f"charts/{name}"] for x in lines if f"charts/{name}" in x]
-                    row.append(f"{values[0]:.3f} to {values[-1]:.3f}" if values else "-")
-                rows.append([method, task, str(first["seed"]), *row])
+                row = [method, task, str(first["seed"]), f"{first['charts/threshold']:.4f}"]
+                row += [f"{first[f'charts/halt_rate_{x}']:.1%}" for x in ("logged", "random")]
+                training = [x for x in lines if "charts/episodes" in x]
+                steps = np.diff([0, *(x["update"] for x in training)])
+                names = ("charts/episodes", "charts/halt_rate", "charts/episode_return")
+                ended = [[n, *map(x.get, names)] for n, x in zip(steps, training, strict=True)]
+                updates, each, rate, paid = np.array(ended, float).reshape(-1, 4).T
+                halted = np.nansum(updates * each * rate)
+                row.append(f"{halted:,.0f} of {(updates * each).sum():,.0f}")
+                pays = (paid - rate * one.config["args"]["halt_penalty"])[each > 0]
+                row.append(f"{pays.min():.2f} to {pays.max():.2f}" if pays.size else "-")
+                for name in ("eval/returns", "final/returns", "final/returns_greedy"):
+                    returns = [x for line in lines for x in line.get(name, [])]
+                    error = np.std(returns, ddof=1) / np.sqrt(len(returns)) if returns[1:] else 0
+                    row.append(f"{np.mean(returns):.2f} ± {error:.2f}" if returns else "-")
+                rows.append(row)
     head = ["", "task", "seed", "threshold", "logged replays that halt", "random ones"]
-    head += ["imagined episodes that halt, first to last", "imagined return, first to last"]
-    return ["## Imagined episodes", "", *table(head, rows)] if rows else []
+    head += ["imagined episodes that halt", "without penalties one pays, lowest to highest line"]
+    head += ["return of the evaluations", "final", "greedy"]
+    note = "Returns in the game ± standard error over all episodes of a column."
+    return ["## Imagined episodes", "", *table(head, rows), note, ""] if rows else []
 
 
 def caption(item: Item, found: list[Result], estimates: dict) -> str:

@@ -415,25 +415,24 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
 
 def test_what_morel_imagines_is_on_the_page(tmp_path):
     folder = tmp_path / "runs" / "a"
-    write_run(folder, "morel_atari", [5.0], env_id="MsPacman", total_updates=1250)
+    options = {"env_id": "MsPacman", "total_updates": 1250, "halt_penalty": -10.0}
+    write_run(folder, "morel_atari", [5.0], **options)
     path = folder / "metrics.jsonl"
     first = {"charts/threshold": 0.03, "charts/halt_rate_logged": 0.01}
     lines = [first | {"charts/halt_rate_random": 0.02, "update": 0, "seed": 0}]
-    for update, halts, imagined in ((10, 0.5, -4.0), (20, 0.25, 1.5)):
+    lines.append({"update": 10, "seed": 0, "charts/episodes": 0.0})
+    for update, episodes, halts, imagined in ((20, 2.0, 0.5, -4.0), (40, 1.0, 0.25, 1.5)):
         line = {"charts/halt_rate": halts, "charts/episode_return": imagined}
+        line |= {"charts/episodes": episodes, "eval/returns": [update, update + 2.0]}
         lines.append(line | {"update": update, "seed": 0})
     path.write_text("".join(json.dumps(x) + "\n" for x in lines) + path.read_text())
     page = (make(tmp_path, "table7") / "table7.md").read_text()
     found = rows(page.partition("## Imagined episodes")[2], "")["MOReL"]
-    assert found == [
-        "MsPacman",
-        "0",
-        "0.0300",
-        "0.0100",
-        "0.0200",
-        "0.500 to 0.250",
-        "-4.000 to 1.500",
-    ]
+    assert found[:5] == ["MsPacman", "0", "0.0300", "1.0%", "2.0%"]
+    # 10 updates of 2 episodes and 20 of one; -4 + 0.5 * 10 and 1.5 + 0.25 * 10
+    assert found[5:7] == ["15 of 40", "1.00 to 4.00"]
+    # the deviation of 20, 22, 40, 42 is 11.60
+    assert found[7] == "31.00 ± 5.80"
 
 
 def test_intervals_are_those_of_a_bootstrap_by_hand(tmp_path, monkeypatch):
