@@ -444,10 +444,11 @@ def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(
     assert metrics(tmp_path / "stopped" / "run") == whole
 
 
-def test_each_update_mixes_other_transitions_of_the_same_rollouts(run, world_model, monkeypatch):
-    drawn = []
+def test_each_update_mixes_other_logged_and_predicted_transitions(run, world_model, monkeypatch):
+    logged, drawn = [], []
 
     def note(state, key, batch, *_):
+        logged.append(np.array(batch.frames[:2]).tobytes())
         drawn.append(np.array(batch.frames[2:]).tobytes())  # the half that is predicted
         if len(drawn) == 3:
             raise SystemExit(7)
@@ -456,7 +457,7 @@ def test_each_update_mixes_other_transitions_of_the_same_rollouts(run, world_mod
     monkeypatch.setattr(combo, "update", note)
     with pytest.raises(SystemExit, match="7"):
         run("run", "--world-model", world_model)
-    assert len(set(drawn)) == 3
+    assert len(set(logged)) == len(set(drawn)) == 3
 
 
 def test_q_starts_as_in_cql_atari(run, path, world_model, tmp_path, monkeypatch):

@@ -397,6 +397,12 @@ def test_imagined_steps_halt_above_the_threshold_of_the_state_in_worlds_of_all_m
         assert len(set(after.env.member.tolist())) > 1
     assert terminated[0] == 1
     assert terminated[1] < 1
+    first = np.array(START(members, windows, jnp.zeros(8, jnp.int32)).frames)
+    np.testing.assert_array_equal(steps.frames[:, 0], first)
+    frames = np.array(after.env.frames)  # a copy: `collect` donates its state
+    assert (frames != first).any()
+    going_on = morel.collect(jax.tree.map(jnp.copy, after), *inputs)[1]
+    np.testing.assert_array_equal(going_on.frames[:, 0], frames)
     explained = 1 - jnp.var(advantage) / jnp.var(steps.value + advantage)
     assert metrics["charts/explained_variance"] == pytest.approx(float(explained), abs=1e-4)
     actions = []
@@ -574,7 +580,24 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
         morel.main(parse("--run-dir", "run"))
         return metrics(tmp_path / name / "run")
 
-    whole = run("whole")
+    entropies, thresholds = [], set()
+    sample_starts, collect = morel.sample_starts, morel.collect
+
+    def noted_starts(store, entropy, *inputs):
+        entropies.append(entropy)
+        return sample_starts(store, entropy, *inputs)
+
+    def noted_collect(state, *inputs):
+        thresholds.add(float(state.threshold))
+        return collect(state, *inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(morel, "sample_starts", noted_starts)
+        patch.setattr(morel, "collect", noted_collect)
+        whole = run("whole")
+    (threshold,) = thresholds
+    assert threshold == pytest.approx(whole[0]["charts/threshold"]) != 0
+    assert {*[(0, i) for i in range(5)], *[(0, i, 1) for i in range(2)]} <= set(entropies)
     assert [x["update"] for x in whole if "losses/total" in x] == [2, 4]
     assert [x["update"] for x in whole if "eval/returns" in x] == [2, 4, 5]
     assert set(whole[0]) == {"update", "seed", *HALTING}
@@ -649,12 +672,12 @@ def test_evaluations_have_games_of_their_own_and_the_final_ones_sample_first(mon
     run.time, run.log = lambda part: nullcontext(), lambda *_: None
     run.finish = lambda *inputs: final.append(inputs)
     for seed in (0, 1):
-        args = dataclasses.replace(ARGS, seed=seed, eval_greedy=True, eval_max_frames=44)
+        args = dataclasses.replace(ARGS, seed=seed, eval_greedy=seed == 0, eval_max_frames=44)
         for done in (4, 8):
             morel.evaluate_agent(run, done, {}, None, args)
         morel.finish_run(run, 8, {}, None, args)
     seeds, frames, greedy = zip(*games, strict=True)
-    assert greedy == (True, True, False, True) * 2
+    assert greedy == (True, True, False, True, False, False, False, True)
     assert len(set(seeds)) == 4  # of two seeds at two updates
     assert set(frames) == {44}
     assert len(final) == 2

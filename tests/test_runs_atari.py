@@ -427,9 +427,9 @@ def test_a_seed_has_batches_and_games_of_its_own_and_final_evaluations_sample_fi
         games.append((seed, frames, greedy))
         return [1.0] * number
 
-    def sample_batch(store, seed, *inputs):
-        batches.append(seed)
-        return sample(store, seed, *inputs)
+    def sample_batch(store, seed, step, *inputs):
+        batches.append((seed, step))
+        return sample(store, seed, step, *inputs)
 
     def update(state, *_):
         return state._replace(step=state.step + 1), {"losses/total": jnp.float32(0)}
@@ -439,11 +439,12 @@ def test_a_seed_has_batches_and_games_of_its_own_and_final_evaluations_sample_fi
     monkeypatch.setattr(bc_atari, "sample_batch", sample_batch)
     monkeypatch.setattr(bc_atari, "update", update)
     for seed in (0, 1):
-        options = ["--seed", seed, "--eval-greedy"]
+        options = ["--seed", seed, *["--eval-greedy"] * (seed == 0)]
         assert in_process("bc_atari", *options, folder=str(seed)).returncode == 0
-        assert set(batches) == set(range(seed + 1))
+        assert {x for x, _ in batches} == set(range(seed + 1))
+        assert set(itertools.product([seed], range(8))) <= set(batches)
     seeds, frames, greedy = zip(*games, strict=True)
-    assert greedy == (True, True, False, True) * 2
+    assert greedy == (True, True, False, True, False, False, False, True)
     assert len(set(seeds)) == 4  # of two seeds at two updates
     assert set(frames) == {40}
 

@@ -586,8 +586,10 @@ def test_training_ends_when_the_heldout_loss_stays_and_keeps_the_best_members(
 ):
     """And learns from none of the episodes that are held out."""
     losses, seen, sample = iter((2.0, 3.0)), {1: set(), 2: set()}, morel.sample_windows
+    numbers = set()
 
     def sample_windows(part, number, length, num_members, args):
+        numbers.update([number] * (num_members == 2))
         seen[num_members] |= {*part.episodes["id"].tolist()}
         return sample(part, number, length, num_members, args)
 
@@ -605,6 +607,7 @@ def test_training_ends_when_the_heldout_loss_stays_and_keeps_the_best_members(
         kernels = [x["params"]["encoder"]["Conv_0"]["kernel"] for x in (members, first)]
         np.testing.assert_allclose(kernels[0][i], kernels[1] + 4, rtol=1e-5)
     learned, heldout = morel.split_store(store, 30, ARGS.seed)
+    assert set(range(8)) <= numbers
     assert seen == {1: {*heldout.episodes["id"].tolist()}, 2: {*learned.episodes["id"].tolist()}}
 
 
