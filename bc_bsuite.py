@@ -43,9 +43,10 @@ if __name__ == "__main__":  # until the run takes over; where a stream is closed
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
-    # A user's own may ask for what is not installed here, or change the numbers of a seed.
+    # A user's settings of these may ask for what is not installed, or change a seed's numbers.
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     os.environ |= {"JAX_ENABLE_X64": "0", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32"}
+    os.environ |= {"JAX_THREEFRY_PARTITIONABLE": "1", "JAX_RANDOM_SEED_OFFSET": "0"}
 # --- end signals ---
 
 import flax.linen as nn
@@ -80,7 +81,7 @@ class Args:
     noise: float = 0.0  # probability of a random action when the data were collected (Appendix E)
     data_percent: float = 100.0  # share of the episodes to learn from; every seed draws its own
     data_dir: Path = Path("data")  # folder of the datasets, which are collected when missing
-    dataset: Path | None = None  # file to open instead, in the format of docs/bsuite_data.md
+    dataset: Path | None = None  # file to open; None: the one in data_dir, made if it is missing
 
     # model
     dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the network; the rest float32
@@ -130,8 +131,8 @@ class BCNetwork(nn.Module):
         """Observations [..., rows, columns] -> policy logits [..., actions], float32."""
         x = observation.reshape(*observation.shape[:-2], -1)
         x = nn.relu(MLP((32,), self.dtype)(MLP((64, 64, 32), self.dtype)(x)))
-        zeros = nn.initializers.zeros
-        return nn.Dense(self.num_actions, kernel_init=zeros, dtype=jnp.float32)(x)
+        exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
+        return exact(self.num_actions, kernel_init=nn.initializers.zeros)(x)
 
 
 # --- steps (identical in *_bsuite.py) ---
@@ -432,7 +433,8 @@ class Run:
             return
         try:
             before = json.loads((self.dir / "config.json").read_text())
-            # A longer run begins as the shorter one; what came later has its default or our value.
+            # A longer run begins as the shorter one. What an older version of the script did not
+            # write down counts as an argument's default, or as our data have it.
             theirs = defaults | before["args"] | {"script": before["script"]}
             theirs["data"] = self.config["data"] | before["data"]
             ours = self.config["args"] | {k: self.config[k] for k in ("script", "data")}
@@ -462,7 +464,8 @@ class Run:
     def open(self) -> None:
         """Writes down how the run was started; --overwrite deletes the run before it."""
         if self.args.overwrite:
-            for path in [self.dir / "metrics.jsonl", *self.checkpoints()]:
+            old = [self.dir / name for name in ("metrics.jsonl", "learning_curve.png")]
+            for path in [*old, *self.checkpoints()]:
                 path.unlink(missing_ok=True)
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
         git += ["--dirty", "--abbrev=40", "--exclude=*"]
@@ -559,7 +562,7 @@ class Run:
     def check_finite(self, done: int, metrics: dict) -> None:
         for name in ("losses/total", "charts/grad_norm"):
             if not np.isfinite(metrics.get(name, 0.0)).all():
-                message = f"{name} is not finite by update {done:,}; the last checkpoint is kept"
+                message = f"{name} is not finite by update {done:,}; checkpoints before it are kept"
                 raise SystemExit(f"{message}. Try a lower learning rate.")
 
     @contextmanager
@@ -630,7 +633,7 @@ TINY = 1e-30
 RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9)}
 RANGES |= {"learning_rate_decay": (TINY, 1), "noise": (0, 1)}
-RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
+RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6), "num_seeds": (1, 10_000)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---

@@ -58,9 +58,10 @@ if __name__ == "__main__":  # until the run takes over; where a stream is closed
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
-    # A user's own may ask for what is not installed here, or change the numbers of a seed.
+    # A user's settings of these may ask for what is not installed, or change a seed's numbers.
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     os.environ |= {"JAX_ENABLE_X64": "0", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32"}
+    os.environ |= {"JAX_THREEFRY_PARTITIONABLE": "1", "JAX_RANDOM_SEED_OFFSET": "0"}
 # --- end signals ---
 
 import flax.linen as nn
@@ -95,8 +96,8 @@ class Args:
     rlu_run: int = 1  # run of RL Unplugged, 1 to 5
     data_percent: float = 100.0  # learn from the first p% of the data of each checkpoint of the DQN
     data_dir: Path = Path("data")  # folder of the datasets, which are made when they are missing
-    dataset: Path | None = None  # store to open instead, such as benchmark/collect_atari.py's
-    loader_threads: int = 4  # threads that decode batches
+    dataset: Path | None = None  # store to open; None: the one in data_dir, made if it is missing
+    loader_threads: int = 4  # threads that decode batches, of which as many (at least 4) wait
     truncation_as_termination: bool = False  # treat every last step as terminal
 
     # model (Table 3, D.2.1)
@@ -198,8 +199,8 @@ class Head(nn.Module):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
         # In float32: a scalar is the small difference of opposite bins' large terms.
-        options = {"kernel_init": nn.initializers.zeros, "precision": "highest"}
-        return nn.Dense(self.outputs, dtype=jnp.float32, **options)(x)
+        exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
+        return exact(self.outputs, kernel_init=nn.initializers.zeros)(x)
 
 
 # --- end torso ---
@@ -412,17 +413,19 @@ def open_store(args) -> Store:
     path = args.dataset or find_store(args)
     if path is None:
         tool = Path(__file__).resolve().parent / "benchmark" / "prepare_atari.py"
+        local = args.data_dir / "atari" / f"{args.env_id}-dqn-200k"  # without a connection
         command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
         command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
-        if jax.process_count() > 1 or not tool.exists():
+        if jax.process_count() == 1 and tool.exists():
+            # The tool leaves the accelerator alone, ends with this process, and says what it lacks.
+            environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
+            if status := subprocess.run([sys.executable, *command], env=environment).returncode:
+                raise SystemExit(status if status > 0 else f"{tool} was killed.")
+        elif not local.exists():
             words = shlex.join([f"benchmark/{tool.name}", *command[1:]])
             message = f"The data are missing; make them first: python {words}"
             raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
-        # JAX_PLATFORMS: this process holds the accelerator. ROSMO_PARENT: the tool ends with it.
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
-        if status := subprocess.run([sys.executable, *command], env=environment).returncode:
-            raise SystemExit(status if status > 0 else f"{tool} was killed.")  # else it said why
-        path = find_store(args) or args.data_dir / "atari" / f"{args.env_id}-dqn-200k"
+        path = find_store(args) or local
     try:
         meta = json.loads((path / "meta.json").read_text())
         if meta["version"] != 2:
@@ -455,11 +458,13 @@ def open_store(args) -> Store:
         store = Store(meta, blob, offsets, steps, episodes, index, facts)
         some = index[:: len(index) // 100 + 1]  # to read all of the frames takes minutes
         facts["frames_crc32"] = zlib.crc32(read_frames(store, some))
-        return store
     except Exception as error:  # a damaged file can raise almost anything
         reason = error if type(error) is ValueError else repr(error)
         message = f"{path} cannot be used as a store of {args.env_id}: {reason}"
         raise SystemExit(f"{message}. Give another --dataset, or make it again.") from None
+    if len({*all_processes(facts["crc32"] ^ facts["frames_crc32"])}) > 1:
+        raise SystemExit("The processes of this run see different data: all must read one store.")
+    return store
 
 
 def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
@@ -637,7 +642,8 @@ class Run:
             return
         try:
             before = json.loads((self.dir / "config.json").read_text())
-            # A longer run begins as the shorter one; what came later has its default or our value.
+            # A longer run begins as the shorter one. What an older version of the script did not
+            # write down counts as an argument's default, or as our data have it.
             theirs = defaults | before["args"] | {"script": before["script"]}
             theirs["data"] = self.config["data"] | before["data"]
             ours = self.config["args"] | {k: self.config[k] for k in ("script", "data")}
@@ -667,7 +673,8 @@ class Run:
     def open(self) -> None:
         """Writes down how the run was started; --overwrite deletes the run before it."""
         if self.args.overwrite:
-            for path in [self.dir / "metrics.jsonl", *self.checkpoints()]:
+            old = [self.dir / name for name in ("metrics.jsonl", "learning_curve.png")]
+            for path in [*old, *self.checkpoints()]:
                 path.unlink(missing_ok=True)
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
         git += ["--dirty", "--abbrev=40", "--exclude=*"]
@@ -764,7 +771,7 @@ class Run:
     def check_finite(self, done: int, metrics: dict) -> None:
         for name in ("losses/total", "charts/grad_norm"):
             if not np.isfinite(metrics.get(name, 0.0)).all():
-                message = f"{name} is not finite by update {done:,}; the last checkpoint is kept"
+                message = f"{name} is not finite by update {done:,}; checkpoints before it are kept"
                 raise SystemExit(f"{message}. Try a lower learning rate.")
 
     @contextmanager
@@ -836,7 +843,7 @@ RANGES = {"seed": (0, 2**32 - 1), "data_percent": (TINY, 100), "num_bins": (3, 1
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
 RANGES |= {"learning_rate_decay": (TINY, 1), "channels": (2, 10**6), "eval_max_frames": (4, 10**9)}
 RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6), "rlu_run": (1, 5)}
-RANGES |= {"eval_epsilon": (0, 1)}
+RANGES |= {"eval_epsilon": (0, 1), "loader_threads": (1, 256)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---
@@ -876,7 +883,7 @@ def prepare_jax() -> None:
 def join_processes(args, *shared: int) -> None:
     """Splits a CPU into devices; joins the processes of a run, which all start this script.
 
-    It has the most devices, at most one a core, that divide every batch size and all of `shared`.
+    These are at most one a core, and their number divides every batch size and all of `shared`.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = given = [os.environ.get(name, "") for name in names]
@@ -933,7 +940,7 @@ def main(args: Args) -> None:
     def play(num_episodes: int, greedy: bool) -> list[float] | None:
         if run.stopping:
             return None
-        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: no update's
+        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # no batch's
         params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
 
         def policy(observation, key):
@@ -943,7 +950,7 @@ def main(args: Args) -> None:
             return evaluate(policy, args.env_id, num_episodes, seed, args.eval_max_frames)
 
     run.show(done, "compiling")
-    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program: devices of a CPU hang if 32 wait
+    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program: if 32 wait, a CPU's devices hang
     batches = load_batches(load, done, args.loader_threads)
     metrics, played = None, ""
     while True:

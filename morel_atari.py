@@ -71,9 +71,10 @@ if __name__ == "__main__":  # until the run takes over; where a stream is closed
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
-    # A user's own may ask for what is not installed here, or change the numbers of a seed.
+    # A user's settings of these may ask for what is not installed, or change a seed's numbers.
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     os.environ |= {"JAX_ENABLE_X64": "0", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32"}
+    os.environ |= {"JAX_THREEFRY_PARTITIONABLE": "1", "JAX_RANDOM_SEED_OFFSET": "0"}
 # --- end signals ---
 
 import flax.linen as nn
@@ -109,13 +110,13 @@ class Args:
     rlu_run: int = 1  # run of RL Unplugged, 1 to 5
     data_percent: float = 100.0  # learn from the first p% of the data of each checkpoint of the DQN
     data_dir: Path = Path("data")  # folder of the datasets, which are made when they are missing
-    dataset: Path | None = None  # store to open instead, such as benchmark/collect_atari.py's
-    loader_threads: int = 4  # threads that decode batches
+    dataset: Path | None = None  # store to open; None: the one in data_dir, made if it is missing
+    loader_threads: int = 4  # threads that decode batches, of which as many (at least 4) wait
     clip_rewards: bool = True  # clip rewards to [-1, 1]
     heldout_percent: float = 5.0  # percentage of the episodes held out from the world model
 
     # world model
-    world_model: Path | None = None  # folder of the ensemble: {run folder}-world-model of a run
+    world_model: Path | None = None  # {run folder}-world-model of another run; None: the run's own
     members: int = 4  # E, members of the ensemble of world models
     deter: int = 1024  # world model: size of the recurrent state h
     hidden: int = 1000  # world model: units of the layers around the recurrent state
@@ -651,8 +652,8 @@ class Head(nn.Module):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
         # In float32: a scalar is the small difference of opposite bins' large terms.
-        options = {"kernel_init": nn.initializers.zeros, "precision": "highest"}
-        return nn.Dense(self.outputs, dtype=jnp.float32, **options)(x)
+        exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
+        return exact(self.outputs, kernel_init=nn.initializers.zeros)(x)
 
 
 # --- end torso ---
@@ -845,7 +846,7 @@ class TrainState(NamedTuple):
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     steps = args.anneal_updates * args.epochs * args.minibatches
-    adam = optax.adam(optax.linear_schedule(args.learning_rate, 0.0, steps), eps=1e-5)
+    adam = optax.adam(optax.linear_schedule(args.learning_rate, 0.0, float(steps)), eps=1e-5)
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam)
 
 
@@ -871,7 +872,7 @@ def rollout(params, env: Imagined, starts: Imagined, key, step: Callable, policy
       The episodes then, Transitions [B, T], and a dictionary of metrics, of which "ended" are sums
       over the episodes that ended.
     """
-    # Logits [B, (N,) actions] and values [B, (N)] of the episodes and of the starts.
+    # Logits and values: [B, actions] and [B] of the episodes, [B, N, ...] and [B, N] of the starts.
     outputs, start_outputs = (policy.apply(params, x.frames) for x in (env, starts))
 
     def one_step(carry, key):
@@ -1063,17 +1064,19 @@ def open_store(args) -> Store:
     path = args.dataset or find_store(args)
     if path is None:
         tool = Path(__file__).resolve().parent / "benchmark" / "prepare_atari.py"
+        local = args.data_dir / "atari" / f"{args.env_id}-dqn-200k"  # without a connection
         command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
         command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
-        if jax.process_count() > 1 or not tool.exists():
+        if jax.process_count() == 1 and tool.exists():
+            # The tool leaves the accelerator alone, ends with this process, and says what it lacks.
+            environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
+            if status := subprocess.run([sys.executable, *command], env=environment).returncode:
+                raise SystemExit(status if status > 0 else f"{tool} was killed.")
+        elif not local.exists():
             words = shlex.join([f"benchmark/{tool.name}", *command[1:]])
             message = f"The data are missing; make them first: python {words}"
             raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
-        # JAX_PLATFORMS: this process holds the accelerator. ROSMO_PARENT: the tool ends with it.
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
-        if status := subprocess.run([sys.executable, *command], env=environment).returncode:
-            raise SystemExit(status if status > 0 else f"{tool} was killed.")  # else it said why
-        path = find_store(args) or args.data_dir / "atari" / f"{args.env_id}-dqn-200k"
+        path = find_store(args) or local
     try:
         meta = json.loads((path / "meta.json").read_text())
         if meta["version"] != 2:
@@ -1106,11 +1109,13 @@ def open_store(args) -> Store:
         store = Store(meta, blob, offsets, steps, episodes, index, facts)
         some = index[:: len(index) // 100 + 1]  # to read all of the frames takes minutes
         facts["frames_crc32"] = zlib.crc32(read_frames(store, some))
-        return store
     except Exception as error:  # a damaged file can raise almost anything
         reason = error if type(error) is ValueError else repr(error)
         message = f"{path} cannot be used as a store of {args.env_id}: {reason}"
         raise SystemExit(f"{message}. Give another --dataset, or make it again.") from None
+    if len({*all_processes(facts["crc32"] ^ facts["frames_crc32"])}) > 1:
+        raise SystemExit("The processes of this run see different data: all must read one store.")
+    return store
 
 
 def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
@@ -1355,7 +1360,8 @@ class Run:
             return
         try:
             before = json.loads((self.dir / "config.json").read_text())
-            # A longer run begins as the shorter one; what came later has its default or our value.
+            # A longer run begins as the shorter one. What an older version of the script did not
+            # write down counts as an argument's default, or as our data have it.
             theirs = defaults | before["args"] | {"script": before["script"]}
             theirs["data"] = self.config["data"] | before["data"]
             ours = self.config["args"] | {k: self.config[k] for k in ("script", "data")}
@@ -1385,7 +1391,8 @@ class Run:
     def open(self) -> None:
         """Writes down how the run was started; --overwrite deletes the run before it."""
         if self.args.overwrite:
-            for path in [self.dir / "metrics.jsonl", *self.checkpoints()]:
+            old = [self.dir / name for name in ("metrics.jsonl", "learning_curve.png")]
+            for path in [*old, *self.checkpoints()]:
                 path.unlink(missing_ok=True)
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
         git += ["--dirty", "--abbrev=40", "--exclude=*"]
@@ -1482,7 +1489,7 @@ class Run:
     def check_finite(self, done: int, metrics: dict) -> None:
         for name in ("losses/total", "charts/grad_norm"):
             if not np.isfinite(metrics.get(name, 0.0)).all():
-                message = f"{name} is not finite by update {done:,}; the last checkpoint is kept"
+                message = f"{name} is not finite by update {done:,}; checkpoints before it are kept"
                 raise SystemExit(f"{message}. Try a lower learning rate.")
 
     @contextmanager
@@ -1565,7 +1572,7 @@ def train(run: Run, done: int, state, sums, update, load, evaluate, means, saved
     """
     args = run.args
     run.show(done, "compiling")
-    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program: devices of a CPU hang if 32 wait
+    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program: if 32 wait, a CPU's devices hang
     batches, metrics, shown = load_batches(load, done, args.loader_threads), None, ""
     while True:
         enough = done == args.total_updates
@@ -1691,7 +1698,7 @@ def get_world_model(run: Run, store: Store, network: WorldModel, put, replicated
     folder = args.world_model or Path(f"{run.dir}-world-model")
     exists = not args.overwrite and any(all_processes((folder / "members.msgpack").exists()))
     if args.world_model or run.saved or exists:  # what the policy has learned from must be there
-        content = load_world_model(run, folder)
+        content = load_world_model(folder, args, run.config["data"])
     else:
         content = train_world_model(run, folder, store, network, put, replicated, args)
     saved, crc32 = run.checkpoint["state"], zlib.crc32(content)
@@ -1706,22 +1713,22 @@ def get_world_model(run: Run, store: Store, network: WorldModel, put, replicated
     return jax.device_put(members, replicated), np.uint32(crc32)
 
 
-def load_world_model(run: Run, folder: Path) -> bytes:
+def load_world_model(folder: Path, args: Args, data: dict) -> bytes:
     """The ensemble in the folder of a world model, serialized; ends the program if none fits."""
 
-    def facts(config: dict) -> dict:
-        data = {"data of CRC-32": config["data"]["crc32"]}
-        frames = config["data"].get("frames_crc32", run.config["data"].get("frames_crc32"))
-        return config["args"] | data | {"frames of CRC-32": frames}
+    def facts(args: dict, theirs: dict) -> dict:
+        frames = theirs.get("frames_crc32", data.get("frames_crc32"))
+        return args | {"data of CRC-32": theirs["crc32"], "frames of CRC-32": frames}
 
     try:
-        theirs = facts(json.loads((folder / "config.json").read_text()))
+        config = json.loads((folder / "config.json").read_text())
+        theirs = facts(config["args"], config["data"])
         content = (folder / "members.msgpack").read_bytes()
     except (OSError, ValueError, KeyError, TypeError):
         raise SystemExit(f"There is no trained world model in {folder}.") from None
-    ours = facts(run.config)
+    ours = facts(vars(args), data)
     names, other = [*MODEL_ARGS, "data of CRC-32", "frames of CRC-32"], "--world-model"
-    if not run.args.world_model:  # the run's own, of an earlier start
+    if not args.world_model:  # the run's own, of an earlier start
         names = [x for x in ours if x not in NOT_COMPARED | {"total_updates", "eval_every"}]
         other = "--run-dir"
     pairs = [(name, theirs.get(name, getattr(Args, name, None)), ours[name]) for name in names]
@@ -1836,7 +1843,7 @@ RANGES |= {"channels": (2, 10**6), "bc_updates": (0, 10**9), "bc_learning_rate":
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "rlu_run": (1, 5)}
 RANGES |= {"discount": (0, 1), "gae_lambda": (0, 1)}
 RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
-RANGES |= {"eval_max_frames": (4, 10**9)}
+RANGES |= {"eval_max_frames": (4, 10**9), "loader_threads": (1, 256)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---
@@ -1876,7 +1883,7 @@ def prepare_jax() -> None:
 def join_processes(args, *shared: int) -> None:
     """Splits a CPU into devices; joins the processes of a run, which all start this script.
 
-    It has the most devices, at most one a core, that divide every batch size and all of `shared`.
+    These are at most one a core, and their number divides every batch size and all of `shared`.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = given = [os.environ.get(name, "") for name in names]
@@ -1989,6 +1996,8 @@ def main(args: Args) -> None:
     args = check_args(args, RANGES)
     check_policy_args(args)
     store = open_store(args)
+    if args.overwrite and args.world_model:  # before a run is deleted
+        load_world_model(args.world_model, args, store.facts)
     run = Run(args, [args.seed], store.facts)
     if len({*all_processes(run.saved)}) > 1:
         raise SystemExit(f"The processes see different files in {run.dir}: all must share it.")

@@ -28,8 +28,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state, that of the state's own heads too
    (authors' code; A.2: at the start of the dynamics function).
-6. Batch, K and dynamics are Table 4's (authors' code: 512, 3 and [32, 32]). From the authors' code:
-   the 20 bins, which stand for h(x) = -9 to 10, targets clipped to ±9, and the initial weights.
+6. Batch, K, dynamics and 20 bins are Table 4's (authors' code: 512, 3, [32, 32], 20). From the
+   authors' code: the bins stand for h(x) = -9 to 10, targets are clipped to ±9; initial weights.
 7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
    [0, 1] over a node and its children, as for targets (authors' code; --eval-dirichlet-fraction 0:
    no noise); the final evaluation reports the greedy policy beside it. Ties in the tree are broken
@@ -61,9 +61,10 @@ if __name__ == "__main__":  # until the run takes over; where a stream is closed
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
-    # A user's own may ask for what is not installed here, or change the numbers of a seed.
+    # A user's settings of these may ask for what is not installed, or change a seed's numbers.
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     os.environ |= {"JAX_ENABLE_X64": "0", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32"}
+    os.environ |= {"JAX_THREEFRY_PARTITIONABLE": "1", "JAX_RANDOM_SEED_OFFSET": "0"}
 # --- end signals ---
 
 import flax.linen as nn
@@ -99,7 +100,7 @@ class Args:
     noise: float = 0.0  # probability of a random action when the data were collected (Appendix E)
     data_percent: float = 100.0  # share of the episodes to learn from; every seed draws its own
     data_dir: Path = Path("data")  # folder of the datasets, which are collected when missing
-    dataset: Path | None = None  # file to open instead, in the format of docs/bsuite_data.md
+    dataset: Path | None = None  # file to open; None: the one in data_dir, made if it is missing
     truncation_as_termination: bool = False  # treat every last step as terminal
 
     # model (Table 4)
@@ -180,7 +181,8 @@ class MuZeroNetwork(nn.Module):
         self.h = MLP((64, 64, 32), self.dtype)
         self.g = MLP((32, self.dynamics_hidden, 32), self.dtype)
         self.f = MLP((32,), self.dtype)
-        head = partial(nn.Dense, kernel_init=nn.initializers.zeros, dtype=jnp.float32)
+        exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
+        head = partial(exact, kernel_init=nn.initializers.zeros)
         self.policy = head(self.num_actions)
         self.value = head(self.num_bins)
         self.reward = head(self.num_bins)
@@ -382,6 +384,7 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
     target = network.apply(target_params, target_state, method="prediction")
     value = to_scalar(target.value_logits)  # [B, K+1+n]
     # Search the states of the K + 1 policy targets, which come first, and of the bootstrap values.
+    # If K + 1 < n, a truncated end between them is bootstrapped with the network's value.
     searched = np.union1d(np.arange(K + 1), np.arange(K + 1) + args.td_steps)
     roots = jax.tree.map(lambda x: x[:, searched], (target_state, target))
     p, root_value = search(target_params, *roots, key, args.dirichlet_fraction, network, args)
@@ -688,7 +691,8 @@ class Run:
             return
         try:
             before = json.loads((self.dir / "config.json").read_text())
-            # A longer run begins as the shorter one; what came later has its default or our value.
+            # A longer run begins as the shorter one. What an older version of the script did not
+            # write down counts as an argument's default, or as our data have it.
             theirs = defaults | before["args"] | {"script": before["script"]}
             theirs["data"] = self.config["data"] | before["data"]
             ours = self.config["args"] | {k: self.config[k] for k in ("script", "data")}
@@ -718,7 +722,8 @@ class Run:
     def open(self) -> None:
         """Writes down how the run was started; --overwrite deletes the run before it."""
         if self.args.overwrite:
-            for path in [self.dir / "metrics.jsonl", *self.checkpoints()]:
+            old = [self.dir / name for name in ("metrics.jsonl", "learning_curve.png")]
+            for path in [*old, *self.checkpoints()]:
                 path.unlink(missing_ok=True)
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
         git += ["--dirty", "--abbrev=40", "--exclude=*"]
@@ -815,7 +820,7 @@ class Run:
     def check_finite(self, done: int, metrics: dict) -> None:
         for name in ("losses/total", "charts/grad_norm"):
             if not np.isfinite(metrics.get(name, 0.0)).all():
-                message = f"{name} is not finite by update {done:,}; the last checkpoint is kept"
+                message = f"{name} is not finite by update {done:,}; checkpoints before it are kept"
                 raise SystemExit(f"{message}. Try a lower learning rate.")
 
     @contextmanager
@@ -886,7 +891,7 @@ TINY = 1e-30
 RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
 RANGES |= {"learning_rate_decay": (TINY, 1), "noise": (0, 1)}
-RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
+RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6), "num_seeds": (1, 10_000)}
 RANGES |= {"dirichlet_fraction": (0, 1), "eval_dirichlet_fraction": (0, 1)}
 RANGES |= {"mpo_temperature": (TINY, 1e9), "num_simulations": (1, 10_000)}
 

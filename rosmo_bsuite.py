@@ -13,9 +13,11 @@ every action, moves the prior policy towards actions with a positive advantage
 (Eq. 6), and imitates logged actions whose advantage is positive (Eq. 11).
 
     python rosmo_bsuite.py --env-id catch     # the paper's setting, five seeds
-    python rosmo_bsuite.py --behavior-coef 0  # OneStep, Fig. 4(d)
-    python rosmo_bsuite.py --policy-coef 0    # Behavior, Fig. 4(d)
+    python rosmo_bsuite.py --behavior-coef 0  # OneStep, as in Fig. 4(d)
+    python rosmo_bsuite.py --policy-coef 0    # Behavior, as in Fig. 4(d)
     python rosmo_bsuite.py --num-samples 2    # sampled targets, Eq. 9-10
+    python rosmo_bsuite.py --noise 0.3        # Table 1
+    python rosmo_bsuite.py --data-percent 10  # Fig. 2(a)
 
 Where the paper is silent, or differs from the authors' code, this file does the following.
 1. Windows start at any step. Past the end of an episode they hold an absorbing state: random
@@ -28,8 +30,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state, that of the state's own heads too
    (authors' code; A.2: at the start of the dynamics function).
-6. Batch, K and dynamics are Table 4's (authors' code: 512, 3 and [32, 32]). From the authors' code:
-   the 20 bins, which stand for h(x) = -9 to 10, targets clipped to ±9, and the initial weights.
+6. Batch, K, dynamics and 20 bins are Table 4's (authors' code: 512, 3, [32, 32], 20). From the
+   authors' code: the bins stand for h(x) = -9 to 10, targets are clipped to ±9; initial weights.
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
    final evaluation reports the greedy policy beside it.
 """
@@ -58,9 +60,10 @@ if __name__ == "__main__":  # until the run takes over; where a stream is closed
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
-    # A user's own may ask for what is not installed here, or change the numbers of a seed.
+    # A user's settings of these may ask for what is not installed, or change a seed's numbers.
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     os.environ |= {"JAX_ENABLE_X64": "0", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32"}
+    os.environ |= {"JAX_THREEFRY_PARTITIONABLE": "1", "JAX_RANDOM_SEED_OFFSET": "0"}
 # --- end signals ---
 
 import flax.linen as nn
@@ -95,7 +98,7 @@ class Args:
     noise: float = 0.0  # probability of a random action when the data were collected (Appendix E)
     data_percent: float = 100.0  # share of the episodes to learn from; every seed draws its own
     data_dir: Path = Path("data")  # folder of the datasets, which are collected when missing
-    dataset: Path | None = None  # file to open instead, in the format of docs/bsuite_data.md
+    dataset: Path | None = None  # file to open; None: the one in data_dir, made if it is missing
     truncation_as_termination: bool = False  # treat every last step as terminal
 
     # model (Table 4)
@@ -174,7 +177,8 @@ class MuZeroNetwork(nn.Module):
         self.h = MLP((64, 64, 32), self.dtype)
         self.g = MLP((32, self.dynamics_hidden, 32), self.dtype)
         self.f = MLP((32,), self.dtype)
-        head = partial(nn.Dense, kernel_init=nn.initializers.zeros, dtype=jnp.float32)
+        exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
+        head = partial(exact, kernel_init=nn.initializers.zeros)
         self.policy = head(self.num_actions)
         self.value = head(self.num_bins)
         self.reward = head(self.num_bins)
@@ -288,8 +292,8 @@ def look_ahead(params, state, action, network: MuZeroNetwork, discount: float):
 
 # --- improvement (identical in rosmo_*.py) ---
 def policy_target(prior_logits, advantage):
-    """p ∝ π_prior exp(adv) (Eq. 6), by way of logs: logits, advantages -> p, all [..., actions]."""
-    return jax.nn.softmax(jax.nn.log_softmax(prior_logits) + advantage)
+    """p ∝ π_prior exp(adv) (Eq. 6): logits of π_prior, advantages -> p, all [..., actions]."""
+    return jax.nn.softmax(prior_logits + advantage)
 
 
 def sampled_policy_target(advantage, action, num_actions: int):
@@ -298,8 +302,8 @@ def sampled_policy_target(advantage, action, num_actions: int):
     others = jnp.where(jnp.eye(num_samples, dtype=bool), -jnp.inf, advantage[..., None, :])
     # Eq. 10: Z^(k) = (1 + Σ_{i≠k} exp(adv_i)) / N.
     log_normalizer = jnp.logaddexp(0.0, jax.nn.logsumexp(others, axis=-1)) - math.log(num_samples)
-    weight = jnp.exp(jnp.minimum(advantage - log_normalizer, 20.0))  # e^88 would overflow
-    # The mean of Eq. 9, of any sum. A matrix product would be rounded on an accelerator.
+    weight = jnp.exp(jnp.minimum(advantage - log_normalizer, 20.0))  # e^89 would overflow
+    # Eq. 9's mean: weights that need not add up to 1. An accelerator rounds matrix products.
     return jnp.mean(weight[..., None] * jax.nn.one_hot(action, num_actions), axis=-2)
 
 
@@ -667,7 +671,8 @@ class Run:
             return
         try:
             before = json.loads((self.dir / "config.json").read_text())
-            # A longer run begins as the shorter one; what came later has its default or our value.
+            # A longer run begins as the shorter one. What an older version of the script did not
+            # write down counts as an argument's default, or as our data have it.
             theirs = defaults | before["args"] | {"script": before["script"]}
             theirs["data"] = self.config["data"] | before["data"]
             ours = self.config["args"] | {k: self.config[k] for k in ("script", "data")}
@@ -697,7 +702,8 @@ class Run:
     def open(self) -> None:
         """Writes down how the run was started; --overwrite deletes the run before it."""
         if self.args.overwrite:
-            for path in [self.dir / "metrics.jsonl", *self.checkpoints()]:
+            old = [self.dir / name for name in ("metrics.jsonl", "learning_curve.png")]
+            for path in [*old, *self.checkpoints()]:
                 path.unlink(missing_ok=True)
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
         git += ["--dirty", "--abbrev=40", "--exclude=*"]
@@ -794,7 +800,7 @@ class Run:
     def check_finite(self, done: int, metrics: dict) -> None:
         for name in ("losses/total", "charts/grad_norm"):
             if not np.isfinite(metrics.get(name, 0.0)).all():
-                message = f"{name} is not finite by update {done:,}; the last checkpoint is kept"
+                message = f"{name} is not finite by update {done:,}; checkpoints before it are kept"
                 raise SystemExit(f"{message}. Try a lower learning rate.")
 
     @contextmanager
@@ -865,7 +871,7 @@ TINY = 1e-30
 RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
 RANGES |= {"learning_rate_decay": (TINY, 1), "noise": (0, 1), "num_samples": (1, 10_000)}
-RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6)}
+RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6), "num_seeds": (1, 10_000)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---

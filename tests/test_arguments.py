@@ -17,9 +17,9 @@ ALL = {
     "learning_rate_decay": [0.0, -0.1, 1.5, math.nan], "eval_episodes": [-1],
     "final_eval_episodes": [-1], "eval_max_frames": [3],
     # Atari
-    "rlu_run": [0, 6], "loader_threads": [0, -1], "channels": [0, 1, -2],
+    "rlu_run": [0, 6], "loader_threads": [0, -1, 257], "channels": [0, 1, -2],
     # BSuite
-    "num_seeds": [0, -1], "noise": [-0.1, 1.1, math.nan], "dynamics_hidden": [0],
+    "num_seeds": [0, -1, 10_001], "noise": [-0.1, 1.1, math.nan], "dynamics_hidden": [0],
     "critic_hidden": [0],
     # of some algorithms
     "num_bins": [0, 1, 2], "target_update_every": [0, -1],

@@ -318,13 +318,38 @@ def test_a_tool_that_fails_or_is_not_there_ends_the_script(tmp_path, monkeypatch
     monkeypatch.setattr(script.jax, "process_count", lambda: 2)  # on several hosts
     with pytest.raises(SystemExit, match="The data are missing; make them first"):
         script.open_store(args)
+    write(tmp_path / "atari" / "Pong-dqn-200k", source="dqn")  # as the command does offline
+    monkeypatch.setattr(script, "all_processes", lambda value: [value])
+    assert script.open_store(args).facts["source"] == "dqn"
     with pytest.raises(SystemExit, match=r"There is no game 'Breakuot'; .*Breakout"):
         script.open_store(script.Args(env_id="Breakuot", data_dir=tmp_path))
+
+
+def test_processes_that_see_different_data_end(tmp_path, monkeypatch):
+    write(tmp_path / "store")
+    args, seen = script.Args(env_id="Pong", dataset=tmp_path / "store"), []
+    monkeypatch.setattr(script, "all_processes", lambda value: seen.append(value) or [value] * 2)
+    script.open_store(args)
+    monkeypatch.setattr(script, "all_processes", lambda value: [value, value + 1])
+    with pytest.raises(SystemExit, match="see different data: all must read one store"):
+        script.open_store(args)
+    write(tmp_path / "other", which=range(8))
+    monkeypatch.setattr(script, "all_processes", lambda value: [*seen, value])
+    with pytest.raises(SystemExit, match="see different data"):
+        script.open_store(dataclasses.replace(args, dataset=tmp_path / "other"))
 
 
 # Environment and evaluation
 
 SHORT = {"max_num_frames_per_episode": 160}
+
+
+def test_the_environment_has_the_settings_of_dopamine(monkeypatch):
+    monkeypatch.setattr(script, "AtariVectorEnv", lambda *given, **more: (given, more))
+    settings = {"repeat_action_probability": 0.25, "noop_max": 0, "use_fire_reset": False}
+    settings |= {"reward_clipping": False, "episodic_life": False}
+    settings |= {"full_action_space": False, "max_num_frames_per_episode": 108_000}
+    assert script.make_env("MsPacman", 3) == (("ms_pacman", 3), settings)
 
 
 def test_environment_stacks_as_the_loader_does(tmp_path):

@@ -93,6 +93,9 @@ def test_final_evaluations_sample_then_take_the_best_and_need_no_noise(
     options = ["--noise", 0.5, "--total-updates", 20, "--eval-noise"]
     assert in_process("bc_bsuite", *options, folder="noisy").returncode == 0
     assert noises[3:] == [0.5, 0.5, 0.5]
+    text = (tmp_path / "noisy" / "run" / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [x["eval/return_mean"] for x in lines if "eval/returns" in x] == [0, 0]  # sampled
 
 
 # Data. An episode of T actions has T + 1 rows.

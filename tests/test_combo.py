@@ -484,6 +484,11 @@ def test_a_world_model_that_does_not_fit_is_refused_with_one_sentence(run, world
         run("run", "--world-model", world_model, "--depth", 3)
     with pytest.raises(SystemExit, match="There is no trained world model in"):
         run("other", "--world-model", tmp_path)
+    lines = tmp_path / "run" / "run" / "metrics.jsonl"
+    lines.write_text("{}\n")
+    with pytest.raises(SystemExit, match="There is no trained world model in"):
+        run("run", "--overwrite", "--world-model", tmp_path)
+    assert lines.exists()
 
 
 def check(args) -> None:
@@ -538,3 +543,18 @@ def test_acting_is_at_random_with_the_probability_of_eval_epsilon(q_params):
     inputs = q_params[0], jnp.zeros((64, 84, 84, 4), jnp.uint8), jax.random.key(0)
     actions = [set(combo.act(*inputs, greedy, NETWORK, args).tolist()) for greedy in (True, False)]
     assert [len(x) for x in actions] == [1, 6]
+
+
+def test_rollouts_explore_with_their_own_probability(store, q_params, members, monkeypatch):
+    given = []
+
+    def greedy(q, key, epsilon):
+        given.append(epsilon)
+        return jnp.argmax(q, axis=-1)
+
+    monkeypatch.setattr(combo, "epsilon_greedy", greedy)
+    args = dataclasses.replace(ARGS, rollout_epsilon=0.25, eval_epsilon=0.75)
+    inputs = combo.empty_rollouts(args), combo.load_starts(store, 0, args), 0, False, q_params[0]
+    program = partial(combo.add_rollouts, network=NETWORK, model=MODEL, args=args)
+    jax.eval_shape(program, *inputs, members, jax.random.key(0))
+    assert set(given) == {0.25}

@@ -188,6 +188,11 @@ TABLE3 = SHARED | {"batch_size": 512, "data_percent": 100.0}
 TABLE4 = SHARED | {"batch_size": 128, "data_percent": 100.0, "num_seeds": 5}
 ATARI, BSUITE = MUZERO | {"td_steps": 5}, MUZERO | {"td_steps": 3, "dynamics_hidden": 256}
 ROSMO = {"behavior_coef": 0.2, "num_samples": None, "behavior_advantage": "model"}
+CRR = {"discount": 0.99, "target_update_every": 100, "weight": "exp", "num_action_samples": None}
+CQL = {"discount": 0.99, "target_update_every": 2_000, "cql_alpha": 1.0, "eval_epsilon": 0.001}
+PPO = {"batch_size": 64, "rollout_length": 128, "epochs": 4, "minibatches": 4, "gae_lambda": 0.95}
+PPO |= {"learning_rate": 2.5e-4, "clip_ratio": 0.1, "entropy_coef": 0.01, "value_coef": 0.5}
+PPO |= {"max_grad_norm": 0.5, "discount": 0.99}  # CleanRL's, but for the first
 DEFAULTS = {
     "rosmo_atari": TABLE3 | ATARI | ROSMO | {"num_bins": 601},
     "rosmo_bsuite": TABLE4 | BSUITE | ROSMO | {"num_bins": 20},
@@ -195,17 +200,22 @@ DEFAULTS = {
     "muzero_unplugged_bsuite": TABLE4 | BSUITE | {"num_simulations": 4, "num_bins": 20},
     "bc_atari": TABLE3,
     "bc_bsuite": TABLE4,
-    "crr_atari": TABLE3 | {"num_bins": 601},
-    "crr_bsuite": TABLE4 | {"num_bins": 20},
-    "cql_atari": TABLE3 | {"num_bins": 601},
-    "cql_bsuite": TABLE4 | {"num_bins": 20},
+    "crr_atari": TABLE3 | CRR | {"num_bins": 601, "beta": 1.0, "clip_rewards": True},
+    "crr_bsuite": TABLE4 | CRR | {"num_bins": 20, "beta": 0.3},
+    "cql_atari": TABLE3 | CQL | {"num_bins": 601, "clip_rewards": True},
+    "cql_bsuite": TABLE4 | CQL | {"num_bins": 20},
+    "morel_atari": PPO | {"halt_quantile": 0.999, "halt_penalty": -10.0, "eval_every": 50},
+    "combo_atari": CQL,
 }
+PLAYED = {"eval_episodes": 2, "final_eval_episodes": 100, "eval_every": 1_000, "eval_greedy": False}
+ON_ATARI = {"channels": 64, "eval_max_frames": 108_000, "dtype": "auto"}
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_defaults_are_those_of_tables_3_and_4(name):
+def test_defaults_are_those_of_tables_3_and_4_and_of_the_methods_codes(name):
     args = vars(importlib.import_module(name).Args())
-    assert {key: args[key] for key in DEFAULTS[name]} == DEFAULTS[name]
+    expected = PLAYED | (ON_ATARI if name.endswith("_atari") else {}) | DEFAULTS[name]
+    assert {key: args[key] for key in expected} == expected
 
 
 def test_programs_that_uv_runs_have_metadata():

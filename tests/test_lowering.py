@@ -178,9 +178,8 @@ def test_accelerators_compute_every_layer_in_its_type(name, settings):
             unused = re.compile(UNUSED.get(label, "$"))
             used = {layer for layer in layers(params) if not unused.match(layer)}
             expected = {(layer, short, "default") for layer in used - FLOAT32[name]}
-            for layer in used & FLOAT32[name]:  # a TPU has fewer bits by default
-                precision = "highest" if layer.endswith("Dense_2") else "default"
-                expected.add((layer, "f32", precision))
+            for layer in used & FLOAT32[name]:  # accelerators have fewer bits by default
+                expected.add((layer, "f32", "default" if layer in MEMBER else "highest"))
             for platform in platforms:
                 text = traced.lower(lowering_platforms=(platform,)).as_text(debug_info=True)
                 found = operations(text, layers(params))

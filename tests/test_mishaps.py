@@ -213,3 +213,22 @@ def test_a_world_model_is_not_watched(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit, match="is a world model; give the folder of its policy"):
         watch.load_agent(tmp_path)
+
+
+TWICE = """import json, signal
+dumps = json.dumps
+def signal_and_dump(x, **options):
+    if isinstance(x, dict) and "losses/total" in x:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    return dumps(x, **options)
+json.dumps = signal_and_dump
+"""
+
+
+@pytest.mark.parametrize("name", ["bc_bsuite", "bc_atari"])
+def test_a_second_ctrl_c_ends_in_one_sentence(started, tmp_path, name):
+    (tmp_path / "sitecustomize.py").write_text(TWICE)
+    result = started(name, "--run-dir", "run", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 130
+    assert result.stderr == "Stopped; the same command goes on from the last checkpoint.\n"

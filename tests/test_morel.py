@@ -370,6 +370,30 @@ def test_ppo_learns_which_action_a_frame_asks_for():
     assert np.mean(rewards[-5:]) > 0.9
 
 
+def test_discrepancies_are_of_frames_or_blocks_as_told(members, env, monkeypatch):
+    blocks = []
+
+    def discrepancy(image, reward, block):
+        blocks.append(block)
+        return jnp.zeros(4)
+
+    monkeypatch.setattr(morel, "discrepancy", discrepancy)
+    for name in ("frame", "block"):
+        args = dataclasses.replace(ARGS, discrepancy=name)
+        step = partial(morel.imagined_step, NETWORK, args=args)
+        jax.eval_shape(step, members, env, jnp.arange(4), jnp.inf)
+    assert blocks == [84, 7]
+
+
+def test_each_process_has_rows_of_its_own(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    rows = []
+    for i in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda i=i: i)
+        rows.append([*range(12)[morel.process_rows(12)]])
+    assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
 def test_a_minibatch_has_as_many_steps_of_each_episode_and_an_epoch_each_once():
     order = morel.minibatches(jax.random.key(0), 3, 4, ARGS)
     assert order.shape == (2 * 2, 3, 2)
@@ -646,6 +670,14 @@ def test_bad_arguments_give_one_sentence(change, message):
     morel.check_policy_args(morel.Args())
     with pytest.raises(SystemExit, match=message):
         morel.check_policy_args(morel.Args(**change))
+
+
+def test_the_learning_rate_can_stay_as_it_is():
+    args = dataclasses.replace(ARGS, anneal_updates=10**9, learning_rate=0.5)
+    params = {"x": jnp.ones(2)}
+    optimizer = morel.make_optimizer(args)
+    delta, _ = optimizer.update({"x": jnp.ones(2)}, optimizer.init(params), params)
+    np.testing.assert_allclose(delta["x"], -0.5, rtol=1e-3)
 
 
 def test_acting_samples_the_policy_or_takes_its_most_probable_action():

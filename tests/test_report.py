@@ -573,7 +573,20 @@ def test_games_without_references_are_drawn_as_returns(tmp_path, figures):
     write_run(tmp_path / "runs" / "a", "rosmo_atari", [9.0], env_id="Alien", data_percent=10.0)
     out = make(tmp_path, "figure4a", env_ids=("Alien",))
     assert "![Figure 4(a)" in (out / "figure4a.md").read_text()
-    assert shown(figures["figure4a.png"])[0].get_ylabel() in ("", "return")
+    (axes,) = shown(figures["figure4a.png"])
+    assert figures["figure4a.png"].get_supylabel() == "return, Alien"
+    assert axes.lines[0].get_ydata().tolist() == [8.0, 8.0]
+
+
+def test_curves_of_scores_are_drawn_as_scores(tmp_path, figures):
+    random, online = paper.REFERENCE_RETURNS["MsPacman"]
+    value = random + 0.5 * (online - random) + 1  # its evaluations are lower by 1
+    write_run(tmp_path / "runs" / "a", "rosmo_atari", [value], env_id="MsPacman", data=STORE)
+    make(tmp_path, "figure4d")
+    (axes,) = shown(figures["figure4d.png"])
+    assert axes.lines[0].get_ydata() == pytest.approx([0.5, 0.5])
+    known = lines(axes)
+    assert (known["online DQN"], known["random play"]) == (1, 0)
 
 
 def test_hours_of_runs_that_tell_and_that_do_not_are_not_mixed(tmp_path):
@@ -955,7 +968,7 @@ def test_throughput_is_measured_on_bsuite(tmp_path, monkeypatch):
     assert [x.split(" | ")[0] for x in lines[1:]] == ["| bc_bsuite"]
 
 
-def test_throughput_is_measured_on_atari(monkeypatch, asterix_store):
+def test_throughput_is_measured_on_atari(monkeypatch, asterix_store, capsys):
     helpers.without_blocks(monkeypatch, "bc_atari")
     monkeypatch.setattr(throughput, "matrix_peak", lambda: 1.0)
     monkeypatch.setattr(sys, "argv", ["throughput.py", "atari"])
@@ -963,6 +976,18 @@ def test_throughput_is_measured_on_atari(monkeypatch, asterix_store):
     args = throughput.Args("atari", ("bc_atari",), store=asterix_store, **sizes)
     throughput.main(args)
     throughput.main(dataclasses.replace(args, store=None, compile_only=True))
+    out = capsys.readouterr().out
+    (row,) = (x.split(" | ") for x in out.splitlines() if x.startswith("| bc_atari"))
+    rate, (low, high) = float(row[1]), map(float, row[2].split(" to "))
+    assert 0 < low == rate == high  # one window
+    assert out.count(" parameters, ") == 2  # compile_only's as well
+
+
+def test_the_loader_is_measured(asterix_store, capsys):
+    throughput_loader.main(throughput_loader.Args(asterix_store, seconds=0.2, batch_size=4))
+    out = capsys.readouterr().out
+    assert ": 160 steps, " in out
+    assert float(re.search(r"thread\(s\): ([\d.]+) batches of 4 per second", out)[1]) > 0
 
 
 @pytest.mark.parametrize("options", [{"dataset": Path("other")}, {"rlu_run": 2}])

@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(in_process, monkeypatch, tmp_pat
     monkeypatch.setattr(bc_atari, "update", broken)
     result = in_process("bc_atari")
     assert result.returncode == 1
-    assert "not finite by update 5; the last checkpoint is kept" in result.stderr
+    assert "not finite by update 5; checkpoints before it are kept" in result.stderr
     assert checkpoints(tmp_path / "run")[-1].stem == "4"
 
 
@@ -313,11 +313,15 @@ def test_many_updates_without_a_line_do_not_hang(whole, started, tmp_path):
     assert metrics(tmp_path / "many")[-1]["update"] == 100
 
 
-def test_several_processes_give_the_numbers_of_one(whole, started, tmp_path):
-    both = 2 * [[*NOT_PLAYED, "--run-dir", "two"]]
-    results = two_processes(started, "cql_atari", *both, blocks=False)
+@pytest.mark.parametrize(("name", "each"), [("cql_atari", 2), ("combo_atari", 1)])
+def test_several_processes_give_the_numbers_of_one(whole, started, tmp_path, name, each):
+    """The first plays, while the others wait."""
+    both = 2 * [["--run-dir", "two"]]
+    flags = {"JAX_NUM_CPU_DEVICES": str(each)}
+    results = two_processes(started, name, *both, blocks=False, **flags)
     assert [x.returncode for x in results] == [0, 0], results
-    assert_same_losses(whole("cql_atari"), tmp_path / "two", 4)
+    assert_same_losses(whole(name), tmp_path / "two", 2 * each)
+    helpers.assert_close(metrics(whole(name)), metrics(tmp_path / "two"))
 
 
 @pytest.mark.parametrize(

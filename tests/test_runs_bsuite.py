@@ -342,8 +342,11 @@ def test_a_finished_run_is_not_run_twice_and_others_are_left_alone(short, in_pro
     assert "(num_seeds 2 -> 3, learning_rate 0.0007 -> 0.1)" in result.stderr
     assert "total_updates 60 -> 40" in in_process("bc_bsuite", "--total-updates", 40).stderr
     assert metrics(short) == before
-    other = in_process("bc_bsuite", *SHORT, "--seed", 7, "--overwrite")
+    assert (short / "learning_curve.png").exists()
+    none = ["--eval-episodes", 0, "--final-eval-episodes", 0]
+    other = in_process("bc_bsuite", *SHORT, *none, "--seed", 7, "--overwrite")
     assert other.returncode == 0, other.stderr
+    assert not (short / "learning_curve.png").exists()  # the other run's
     assert {x["seed"] for x in metrics(short)} == {7, 8}
     assert len(checkpoints(short)) == 2
     assert len(json.loads((short / "config.json").read_text())["starts"]) == 1
@@ -515,7 +518,7 @@ def test_a_number_that_is_not_finite_ends_the_run(in_process, monkeypatch, tmp_p
     result = in_process("bc_bsuite", *intervals)
     assert result.returncode == 1
     assert re.search(
-        rf"{metric} is not finite by update (50|60); the last checkpoint is kept", result.stderr
+        rf"{metric} is not finite by update (50|60); checkpoints before it are kept", result.stderr
     )
     assert checkpoints(tmp_path / "run")[-1].stem == "40"
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -759,6 +762,7 @@ def test_a_folder_of_other_software_is_not_deleted(in_process, tmp_path):
 
 def test_settings_of_jax_do_not_change_the_numbers(started, tmp_path):
     settings, losses = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}, []
+    settings |= {"JAX_THREEFRY_PARTITIONABLE": "0", "JAX_RANDOM_SEED_OFFSET": "7"}
     for folder, names in (("a", {}), ("b", settings)):
         result = started("bc_bsuite", "--run-dir", folder, "--total-updates", 20, **names)
         assert result.returncode == 0, result.stderr

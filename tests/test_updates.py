@@ -179,3 +179,12 @@ def test_a_run_begins_with_the_weights_of_the_authors(name, monkeypatch):
     assert len(kernels) - len(drawn) == {"bc": 1, "cql": 1, "crr": 2}.get(name.split("_")[0], 3)
     length = {"bc": 1, "cql": 2, "crr": 2}.get(name.split("_")[0])
     assert module.window_length(args) == (length or args.unroll_steps + 1 + args.td_steps)
+
+
+@pytest.mark.parametrize("name", helpers.ATARI)
+def test_accelerators_have_bfloat16_unless_told(name, monkeypatch):
+    module = importlib.import_module(name)
+    cases = (("cpu", "auto", "float32"), ("gpu", "auto", "bfloat16"))
+    for backend, given, dtype in (*cases, ("tpu", "float32", "float32")):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert module.make_network(4, module.Args(dtype=given)).dtype == jnp.dtype(dtype)
