@@ -361,10 +361,15 @@ def collect(args: Args, recorder: Recorder, noted: Sequence = ()) -> None:
             if bar.disable:
                 line = f"{args.env_id}: {step:,} of {args.num_steps:,} steps, {result}"
                 print(line, file=sys.stderr, flush=True)
+    if noted:
+        recorder.save(learner)
 
 
-def write_rlu(folder: Path, recorder: Recorder, labels: list[tuple[int, int]]) -> None:
-    """The recorded episodes as RL Unplugged's shards, one per checkpoint."""
+def write_rlu(folder: Path, recorder: Recorder, labels: list[tuple[int, int]], facts: dict) -> None:
+    """The recorded episodes as RL Unplugged's shards, one per checkpoint.
+
+    facts: what is not RL Unplugged's in meta.json of a store of these shards.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
 
@@ -374,7 +379,7 @@ def write_rlu(folder: Path, recorder: Recorder, labels: list[tuple[int, int]]) -
         bytes: lambda x: tf.train.Feature(bytes_list=tf.train.BytesList(value=x)),
     }
     folder.mkdir(parents=True)
-    (folder / "collector.json").write_text("{}\n")  # these are not RL Unplugged's
+    (folder / "collector.json").write_text(json.dumps(facts) + "\n")
     num_shards = labels[-1][0] + 1
     for shard, members in itertools.groupby(enumerate(labels), lambda item: item[1][0]):
         path = folder / f"run_1-{shard:05d}-of-{num_shards:05d}"
@@ -450,10 +455,11 @@ def main(args: Args) -> None:
             yield recorder.read(number) | {"checkpoint": checkpoint, "id": id}
         if args.format == "rlu":  # before the store is complete, so that a kill loses no shards
             shutil.rmtree(shards, ignore_errors=True)
-            write_rlu(shards, recorder, labels)
+            facts = {k: meta[k] for k in ("source", "steps_per_checkpoint", "rom_sha256")}
+            write_rlu(shards, recorder, labels, facts)
 
     write_store(path, meta, episodes())
-    shutil.rmtree(recorded)
+    shutil.rmtree(recorded, ignore_errors=True)  # another process that waited may delete it, too
     num_steps = json.loads((path / "meta.json").read_text())["num_steps"]
     print(
         f"{path}: {num_steps:,} steps, {len(returns)} episodes, mean return "

@@ -459,12 +459,15 @@ def check_args(args: Args) -> None:
 def compare_file(path: Path, args: Args) -> str:
     """How a file differs from the one that is asked for, in words; empty if it does not."""
     asked = {"env_id": args.env_id, "source": "rlds" if args.from_rlds else "collect_bsuite"}
-    if not args.from_rlds:
+    if args.from_rlds:
+        asked["from_rlds"] = str(args.from_rlds)
+    else:
         asked |= {"noise": args.noise, "seed": args.seed}
         asked["num_episodes"] = args.num_episodes or TASKS[args.env_id].num_episodes
     try:
         with np.load(path) as file:
             there = json.loads(str(file["header"]))
+        there = there.get("arguments", {}) | there
         pairs = [(k, there.get(k), v) for k, v in asked.items()]
         return ", ".join(f"{k} {a}, not {b}" for k, a, b in pairs if a != b)
     except Exception as error:  # a damaged file can raise almost anything

@@ -612,7 +612,7 @@ def import_store(
             writer.append(part)
         writer.finish(meta)
         writer.folder.rename(path)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # another start may find the store and do so, too
     size = (path / "frames.bin").stat().st_size
     print(
         f"{path}: {writer.num_steps:,} steps, {len(writer.episodes):,} episodes, "
@@ -649,6 +649,11 @@ def run_tasks(tasks: list[tuple], workers: int | None, bar: tqdm) -> Iterator[st
 # Sources: the reader, the names of the shards, and the name of the source.
 
 
+def shard_folder(args: Args) -> Path:
+    """Where the shards of --rlu-prefix lie, if it is a folder."""
+    return Path(os.path.expanduser(args.rlu_prefix)) / "atari_episodes_ordered" / args.env_id
+
+
 def find_source(args: Args) -> tuple[Callable, list[str]] | None:
     """The reader of the data that `args` ask for and the names of its shards; None: no source."""
     env_id, run, prefix = args.env_id, args.rlu_run, args.rlu_prefix
@@ -668,8 +673,7 @@ def find_source(args: Args) -> tuple[Callable, list[str]] | None:
     if args.tfds_dir:
         raise SystemExit(f"{tfds_dir} has no rlu_atari_checkpoints_ordered/{env_id}_run_{run}.")
     if not prefix.startswith("gs://"):
-        prefix = os.path.expanduser(prefix)
-        folder = Path(prefix) / "atari_episodes_ordered" / env_id
+        prefix, folder = os.path.expanduser(prefix), shard_folder(args)
         matches = match_names(folder, rf"run_{run}-(\d+)-of-(\d+)")
         totals = {m[2] for m in matches}
         if len(totals) > 1:
@@ -788,7 +792,9 @@ def main(args: Args) -> None:
         raise SystemExit("--percent and --rlu-run have no use with --old-store.")
     if args.old_store:
         return convert(args)
-    source = f"{'replay' if args.dqn_replay else 'run'}{args.rlu_run}"
+    collected = shard_folder(args) / "collector.json"  # what collect_atari.py says of its shards
+    facts = json.loads(collected.read_text() or "{}") if collected.exists() else {}
+    source = facts.get("source", f"{'replay' if args.dqn_replay else 'run'}{args.rlu_run}")
     folder, start = args.data_dir / "atari", f"{args.env_id}-{source}-"
     percent = np.format_float_positional(args.percent, trim="-")
     path = args.out or folder / f"{start}{percent}pct"
@@ -806,7 +812,7 @@ def main(args: Args) -> None:
     if found:
         meta = {"env_id": args.env_id, "source": source, "percent": args.percent}
         meta |= {"num_actions": num_actions, "steps_per_checkpoint": STEPS_PER_CHECKPOINT}
-        import_store(path, meta | {"rom_sha256": None}, *found, args.workers)
+        import_store(path, meta | {"rom_sha256": None} | facts, *found, args.workers)
     elif args.out or path.with_name(f".{path.name}.building").exists():
         raise SystemExit("RL Unplugged cannot be reached: run again with a connection.")
     else:

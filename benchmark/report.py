@@ -13,7 +13,8 @@ they come from ({item}.md), the numbers alone ({item}.csv) and the figures
 different data or evaluations are not drawn together, unless --mix is
 given. Runs keep raw returns only; their scores are normalised here. `curves`
 draws learning_curve.png anew in the folders of all finished runs below those
-named, with lines of random play and of the online DQN.
+named that were evaluated twice or more, with lines of random play and of the
+online DQN.
 """
 
 import base64
@@ -665,8 +666,7 @@ def halting_table(cells: dict) -> list[str]:
     rows = []
     for (method, _, task), result in cells.items():
         for one in result.runs if result else []:
-            text = (one.folder / "metrics.jsonl").read_text()
-            lines = [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]
+            lines = run.read_lines(one.folder)
             for first in [x for x in lines if "charts/threshold" in x]:
                 row = [method, task, str(first["seed"]), f"{first['charts/threshold']:.4f}"]
                 row += [f"{first[f'charts/halt_rate_{x}']:.1%}" for x in ("logged", "random")]
@@ -1039,6 +1039,7 @@ def main(args: Args, further: list[str]) -> None:
         return
     is_compare, is_curves = args.items[:1] == ("compare",), args.items[:1] == ("curves",)
     chosen = args.methods or args.env_ids or args.seeds or args.total_updates
+    chosen = chosen or args.runs != Args.runs or (is_curves and args.out)
     if (is_compare or is_curves) and (further or chosen):
         raise SystemExit(f"{args.items[0]} draws the folders that are named, whole.")
     if is_curves:

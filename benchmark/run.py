@@ -13,7 +13,7 @@ end. Ctrl-C lets all runs write their checkpoints.
 
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -103,6 +103,12 @@ class Run(NamedTuple):
     seconds: dict[str, float]  # of the parts of the work; old runs do not tell, and have zeros
 
 
+def read_lines(folder: Path) -> list[dict]:
+    """The whole lines of metrics.jsonl; a kill may have cut the last one short."""
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]
+
+
 def read_run(folder: Path) -> Run | None:
     """Reads the folder of a run; None if it is not finished."""
     config = json.loads((folder / "config.json").read_text())
@@ -113,8 +119,7 @@ def read_run(folder: Path) -> Run | None:
     known = isinstance(data, str) or data_facts(data).keys() >= {"episodes", "steps"}
     if not all(isinstance(x, str) for x in words) or not known:
         raise ValueError("config.json is damaged")
-    text = (folder / "metrics.jsonl").read_text()
-    lines = [json.loads(x) for x in text[: text.rfind("\n") + 1].splitlines()]  # whole ones
+    lines = read_lines(folder)
     final = {x["seed"]: x for x in lines if "final/returns" in x}
     first, count = config["args"]["seed"], config["args"].get("num_seeds", 1)
     seeds = range(first, first + count)
@@ -538,8 +543,9 @@ class Command:
 
 
 def visible_gpus() -> list[str]:
-    """Those that runs may have, found without a GPU being taken."""
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
+    """Those that runs may have, found without a GPU being taken: none without JAX's plugin."""
+    plugins = [importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)]
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not any(plugins):
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None and shutil.which("nvidia-smi"):
@@ -668,7 +674,8 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str,
         raise SystemExit("--launcher slurm needs sbatch: start this on a host that submits jobs.")
     executor = submitit.SlurmExecutor(logs / "submitit", max_num_timeout=1000)
     atari = any("_atari.py" in job.command[0] for job in jobs)
-    options, given = {"job_name": item, "time": 24 * 60}, {}
+    options = {"job_name": item, "time": 24 * 60, "signal_delay_s": 120, "stderr_to_stdout": True}
+    given = {}
     for option in args.slurm:
         name, _, value = option.partition("=")
         given[name.replace("-", "_")] = int(value) if value.isdigit() else value or True
@@ -678,8 +685,10 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str,
         options["gpus_per_node"] = 1
     options |= given
     if cpus := options.get("cpus_per_task"):  # which srun of SLURM 22.05 to 23.02 does not inherit
-        own = shlex.split(options.get("srun_args", ""))
-        options["srun_args"] = [f"--cpus-per-task={cpus}", *own]
+        own = options.get("srun_args", "")
+        if type(own) is not str:
+            raise SystemExit(f"--slurm srun_args={own}: give the options of srun.")
+        options["srun_args"] = [f"--cpus-per-task={cpus}", *shlex.split(own)]
     if type(options["time"]) is not int:  # submitit reckons with it at the end of a task
         raise SystemExit(f"--slurm time={options['time']}: give a whole number of minutes.")
     if commands := missing_stores(jobs):  # tasks would hold their GPUs while one makes it
@@ -689,7 +698,6 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str,
     known = submitit.SlurmExecutor._valid_parameters()
     extra = {k: options.pop(k) for k in list(options) if k not in known} | {"requeue": True}
     options |= {"array_parallelism": args.workers} if args.workers else {}
-    options |= {"signal_delay_s": 120, "stderr_to_stdout": True}
     for wave in ([job for job in jobs if not job.after], [job for job in jobs if job.after]):
         if not wave:
             continue

@@ -54,7 +54,7 @@ class Args:
     channels: int | None = None  # channels of the network (Atari); None: the script's
     dtype: Literal["float32", "bfloat16"] | None = None  # of the network; None: the script's
     store: Path | None = None  # store to load batches from (Atari)
-    loader_threads: int = 4  # threads that decode batches of the store (Atari)
+    loader_threads: int = 4  # threads that decode its batches; as many, at least 4, wait at a start
     num_seeds: int = 1  # seeds trained side by side (BSuite)
     num_steps: int = 300_000  # steps of the made-up dataset (BSuite)
     updates: int = 20  # updates in a window
@@ -226,12 +226,14 @@ def main(args: Args) -> None:
         raise SystemExit(f"There is no device to measure: {error}") from None
     if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
         raise SystemExit(f"--out {args.out} is no page that can be written.")
-    if args.store and not (args.store / "meta.json").exists():
-        raise SystemExit(f"There is no store {args.store}.")
     atari = ("channels", "store", "loader_threads")
     for name in {"atari": ("num_seeds", "num_steps"), "bsuite": atari}[args.domain]:
         if getattr(args, name) != getattr(Args, name):
             raise SystemExit(f"--{name.replace('_', '-')} is not for {args.domain}.")
+    if args.loader_threads != Args.loader_threads and not args.store:
+        raise SystemExit("--loader-threads is of no use without a --store.")
+    if args.compile_only and args.out:
+        raise SystemExit("--compile-only writes no page.")
     names = args.scripts or tuple(f"{method}_{args.domain}" for method in METHODS)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     make_step = {"atari": atari_step, "bsuite": bsuite_step}[args.domain]
@@ -279,14 +281,16 @@ def main(args: Args) -> None:
         elif not word.startswith("--out="):
             options.append(word)
     command = shlex.join(["python", "benchmark/throughput.py", *options])
+    title = shlex.join(options)
     if count := os.environ.get("JAX_NUM_CPU_DEVICES"):
-        command = f"JAX_NUM_CPU_DEVICES={count} {command}"
+        setting = f"JAX_NUM_CPU_DEVICES={count}"
+        command, title = f"{setting} {command}", f"{setting} {title}"
     facts = f"`{command}` at {commit}, {time.strftime('%Y-%m-%d')}, on {machine()}, whose matrix "
     facts += f"product reaches {peak:,.0f} GFLOP/s."
     text = "\n".join([*table, "", facts])
     print(text)
     if args.out:
-        write_section(args.out, f"## {shlex.join(options)}", text)
+        write_section(args.out, f"## {title}", text)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,8 @@ def main(args: Args) -> None:
     run = Path(os.path.expanduser(args.run))
     script, env_id, act = load_agent(run)
     path = Path(os.path.expanduser(args.out or run / "video.mp4"))
+    if path.is_dir():
+        raise SystemExit(f"{path} is a folder; --out must be a file.")
     make_env = partial(script.make_env, max_num_frames_per_episode=args.max_frames)
     episode_return = record(act, make_env, env_id, args.seed, args.greedy, path)
     print(f"{path}: an episode of {env_id}, return {episode_return:g}.")

@@ -287,6 +287,32 @@ def test_rlu_shards_become_the_same_store(killed_and_resumed, tmp_path, monkeypa
     new, old, direct = (contents(p) for p in (store, tmp_path / "Pong-dqn", killed_and_resumed))
     for name in ("frames.bin", "frames_offsets.npy", "steps.npy", "episodes.npy"):
         assert new[name] == old[name] == direct[name]
+    shutil.rmtree(store)
+    for _ in range(2):  # the second time it is there already
+        prepare_atari.main(prepare_atari.Args("Pong", rlu_prefix=prefix, out=store, workers=1))
+    found = json.loads((store / "meta.json").read_text())
+    for name in ("source", "steps_per_checkpoint", "rom_sha256"):
+        assert found[name] == meta[name], name  # not RL Unplugged's
+
+
+def test_a_signal_loses_no_episode(tmp_path):
+    args = collect_atari.Args(
+        env_id="Breakout", num_steps=400, num_envs=1, max_frames=160, width=0.1, n_step=1
+    )
+
+    class Noted(list):
+        """After 100 steps."""
+
+        def __bool__(self):
+            self.append(0)
+            return len(self) > 100
+
+    recorder = collect_atari.Recorder(tmp_path / "r", args)
+    collect_atari.collect(args, recorder, Noted())
+    assert len(recorder.lengths) > 0
+    data = (tmp_path / "r" / "learner").read_bytes()
+    saved = collect_atari.flax.serialization.msgpack_restore(data)
+    assert saved["num_episodes"] == len(recorder.lengths)
 
 
 def test_recorded_play_can_be_replayed(tmp_path):

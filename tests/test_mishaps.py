@@ -173,6 +173,12 @@ def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
         watch.load_agent(tmp_path / "other")
 
 
+def test_a_folder_is_no_video(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "load_agent", lambda run: (bc_atari, "Asterix", None))
+    with pytest.raises(SystemExit, match="is a folder; --out must be a file"):
+        watch.main(watch.Args(tmp_path, out=tmp_path))
+
+
 def test_an_episode_is_played_with_the_seed_and_as_greedily_as_told(tmp_path):
     calls, resets = [], []
 

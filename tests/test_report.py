@@ -406,7 +406,7 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0] * 5)
     for words in (("table1",), ("compare", "a=~/runs/a"), ("curves", "~/runs")):
-        args = report.Args(words, out=Path("~/out"))
+        args = report.Args(words, out=None if words[0] == "curves" else Path("~/out"))
         args = args if words[1:] else dataclasses.replace(args, runs=(Path("~/runs"),))
         report.main(dataclasses.replace(args, total_updates=None if words[1:] else UPDATES), [])
     assert {"table1.md", "compare.md"} < {x.name for x in (tmp_path / "out").iterdir()}
@@ -823,6 +823,9 @@ def test_a_store_of_any_game_and_percent_is_measured(tmp_path):
         (throughput, {"domain": "atari", "store": Path("no")}, "There is no store no"),
         (throughput, {"domain": "atari", "channels": 1}, "--channels is 1; give at least 2"),
         (throughput, {"domain": "bsuite", "channels": 16}, "--channels is not for bsuite"),
+        (throughput, {"domain": "bsuite", "store": Path("no")}, "--store is not for bsuite"),
+        (throughput, {"domain": "atari", "loader_threads": 8}, "is of no use without a --store"),
+        (throughput, {"domain": "atari", "compile_only": True, "out": Path("x.md")}, "no page"),
         (throughput_loader, {"store": Path("no"), "threads": 0}, "--threads is 0; give at least 1"),
         (throughput_loader, {"store": Path("no")}, "There is no store no"),
     ],
@@ -839,6 +842,8 @@ def test_what_cannot_be_measured_ends_in_one_sentence(tool, options, message):
         (["compare"], {}, "Give LABEL=FOLDER"),
         (["compare", "x=runs"], {"seeds": (0,)}, "compare draws the folders that are named"),
         (["curves", "runs"], {"env_ids": ("catch",)}, "curves draws the folders that are named"),
+        (["curves", "runs"], {"out": Path("pages")}, "curves draws the folders that are named"),
+        (["compare", "x=a"], {"runs": (Path("b"),)}, "compare draws the folders that are named"),
         (["curves"], {}, "Give folders with finished runs"),
         (["curves", "nowhere"], {}, "There is no folder nowhere"),
         (["compare", "=runs"], {}, "is not LABEL=FOLDER"),
@@ -848,10 +853,11 @@ def test_what_cannot_be_measured_ends_in_one_sentence(tool, options, message):
         (["table1"], {"runs": (Path("nowhere"),)}, "--runs: there is no folder nowhere"),
     ],
 )
-def test_words_that_own_runs_do_not_know(tmp_path, words, options, message):
+def test_words_that_own_runs_do_not_know(tmp_path, monkeypatch, words, options, message):
     write_run(tmp_path / "runs", "bc_bsuite", [1.0])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
-        report.main(report.Args(tuple(words), **options, out=tmp_path), [])
+        report.main(report.Args(tuple(words), **options), [])
 
 
 def test_runs_of_a_renamed_script_are_compared(tmp_path):

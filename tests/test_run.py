@@ -152,6 +152,11 @@ def test_gpus_are_found_without_taking_one(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert run.visible_gpus() == []
     monkeypatch.delenv("JAX_PLATFORMS")
+    names = []
+    monkeypatch.setattr(run.importlib.util, "find_spec", names.append)
+    assert run.visible_gpus() == []  # where JAX cannot use them
+    assert names == ["jax_cuda12_plugin", "jax_cuda13_plugin"]
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: name)
     assert run.visible_gpus() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert run.visible_gpus() == []
@@ -542,6 +547,11 @@ def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, cap
     start(*words, "srun_args=--exclusive --mpi=none")
     script = (tmp_path / "script").read_text()
     assert " --cpus-per-task=8 --exclusive --mpi=none " in script
+    assert "#SBATCH --signal=USR2@120\n" in script
+    with pytest.raises(SystemExit, match="--slurm srun_args=5: give the options of srun"):
+        start(*words, "srun_args=5")
+    start(*words, "signal_delay_s=600")
+    assert "#SBATCH --signal=USR2@600\n" in (tmp_path / "script").read_text()
     assert "#SBATCH --gpus-per-node=1\n" in script
     assert not (tmp_path / "commands").exists()
     assert slurm(1).wait(30) == 0

@@ -557,7 +557,7 @@ def test_a_policy_does_not_go_on_without_the_world_model_that_it_has_learned_fro
         raise SystemExit("trains")
 
     monkeypatch.setattr(morel, "train_world_model", train)
-    run = SimpleNamespace(dir=tmp_path / "run", saved=saved, config={})
+    run = SimpleNamespace(dir=tmp_path / "run", saved=saved, config={"data": {}})
     with pytest.raises(SystemExit, match=message):
         morel.get_world_model(run, None, None, None, None, ARGS)
 
