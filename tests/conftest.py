@@ -192,6 +192,20 @@ def in_process_of_module(tmp_path_factory, cache_dir, catch_dataset, asterix_sto
     return InProcess(tmp_path_factory.mktemp("runs"), cache_dir, datasets, draws=True)
 
 
+@pytest.fixture(scope="module")
+def whole(in_process_of_module):
+    """The folder of a finished run of a script: whole("bc_atari")."""
+
+    def folder(name: str, *arguments):
+        place = "-".join(map(str, (name, *arguments)))
+        if not (in_process_of_module.base / place).exists():
+            result = in_process_of_module(name, *arguments, folder=place)
+            assert result.returncode == 0, result.stderr
+        return in_process_of_module.base / place / "run"
+
+    return folder
+
+
 KILLED = """
 import os, signal, sys, tyro
 sys.path.insert(0, {root!r})

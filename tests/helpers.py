@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import re
+import zlib
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ SCRIPTS = ATARI + BSUITE
 BASELINES = ("bc", "crr", "cql")
 LOSSES = {"rosmo": "rosmo_loss", "muzero_unplugged": "muzero_loss"}
 LOSSES |= {name: f"{name}_loss" for name in BASELINES}
+
+PATIENCE = 240  # seconds for what a busy machine does late; a hang ends after ten minutes
 
 # Runs
 # ----
@@ -96,6 +99,20 @@ def assert_close(ours: list[dict], theirs: list[dict]) -> None:
         for key in a:
             if key.startswith(("losses/", "charts/")):
                 assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), key
+
+
+def save_world_model(folder: Path, args, members, data: dict) -> None:
+    """A folder as the training of a world model leaves it; members: leaves [members, ...]."""
+    import jax
+    from flax import serialization
+
+    folder.mkdir(exist_ok=True)
+    parts = [jax.tree.map(lambda x, i=i: np.asarray(x[i]), members) for i in range(args.members)]
+    content = serialization.to_bytes(parts)
+    crc32 = zlib.crc32(content).to_bytes(4, "little")
+    (folder / "members.msgpack").write_bytes(crc32 + content)
+    config = {"args": vars(args), "data": data}
+    (folder / "config.json").write_text(json.dumps(config, default=str))
 
 
 # Inputs

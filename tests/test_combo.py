@@ -3,10 +3,8 @@
 import dataclasses
 import difflib
 import inspect
-import json
 import math
 import signal
-import zlib
 from functools import partial
 from types import SimpleNamespace
 
@@ -401,21 +399,10 @@ def run(path, cache_dir, tmp_path, monkeypatch):
     return start
 
 
-def save_world_model(folder, members, data: dict) -> None:
-    """A folder as the training of a world model leaves it; test_world_model.py trains one."""
-    members = [jax.tree.map(lambda x, i=i: np.asarray(x[i]), members) for i in range(2)]
-    content = combo.serialization.to_bytes(members)
-    crc32 = zlib.crc32(content).to_bytes(4, "little")
-    (folder / "members.msgpack").write_bytes(crc32 + content)
-    config = {"args": vars(ARGS), "data": data}
-    (folder / "config.json").write_text(json.dumps(config, default=str))
-
-
 @pytest.fixture
 def world_model(members, store, tmp_path):
     folder = tmp_path / "world-model"
-    folder.mkdir()
-    save_world_model(folder, with_ends(members), store.facts)
+    helpers.save_world_model(folder, ARGS, with_ends(members), store.facts)
     return folder
 
 
@@ -436,10 +423,10 @@ def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(
             run("stopped", *options, stop=stop)
         assert f"Stopped at update {update}; the same" in capsys.readouterr().err
     data = store.facts
-    save_world_model(world_model, with_ends(members, bias=-23.0), data)
+    helpers.save_world_model(world_model, ARGS, with_ends(members, bias=-23.0), data)
     with pytest.raises(SystemExit, match="holds a run with another world model"):
         run("stopped", *options)
-    save_world_model(world_model, with_ends(members), data)
+    helpers.save_world_model(world_model, ARGS, with_ends(members), data)
     run("stopped", *options)
     assert metrics(tmp_path / "stopped" / "run") == whole
 

@@ -1,10 +1,8 @@
 """Policy of morel_atari.py: discrepancy, pessimistic MDP, PPO, runs."""
 
 import dataclasses
-import json
 import os
 import signal
-import zlib
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -17,7 +15,6 @@ import numpy as np
 import optax
 import pytest
 import tyro
-from flax import serialization
 from helpers import metrics
 
 import morel_atari as morel
@@ -564,16 +561,6 @@ def test_the_threshold_is_the_quantile_of_running_steps(monkeypatch, toy_store):
     assert lines == [(0, 0, dict(zip(HALTING, (12, 0.5, 1), strict=True)))]
 
 
-def save_world_model(folder, args, members, data: dict) -> None:
-    """A folder as the training of a world model leaves it."""
-    folder.mkdir(exist_ok=True)
-    content = serialization.to_bytes([member_of(members, i) for i in range(args.members)])
-    crc32 = zlib.crc32(content).to_bytes(4, "little")
-    (folder / "members.msgpack").write_bytes(crc32 + content)
-    config = {"args": vars(args), "data": data}
-    (folder / "config.json").write_text(json.dumps(config, default=str))
-
-
 def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
     members, toy_path, toy_store, cache_dir, tmp_path, monkeypatch, capsys
 ):
@@ -591,7 +578,7 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
         return None if action is None else [float(action[0])]
 
     helpers.without_blocks(monkeypatch, "morel_atari")
-    save_world_model(model, parse(), members, data)
+    helpers.save_world_model(model, parse(), members, data)
     no_lock = SimpleNamespace(acquire=lambda blocking: None)  # the runs come one by one
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(morel, "FileLock", lambda path: no_lock)
@@ -645,10 +632,10 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
         assert stopped.value.code == 130
         expected = f"Stopped at update {update}; the same command goes on."
         assert expected in capsys.readouterr().err
-    save_world_model(model, parse(), jax.tree.map(lambda x: x + 1, members), data)
+    helpers.save_world_model(model, parse(), jax.tree.map(lambda x: x + 1, members), data)
     with pytest.raises(SystemExit, match="holds a run with another world model"):
         run("stopped")
-    save_world_model(model, parse(), members, data)
+    helpers.save_world_model(model, parse(), members, data)
     assert run("stopped") == whole
     assert "Going on from update 5" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"model", "whole", "stopped"}

@@ -293,7 +293,7 @@ def test_a_script_s_second_build_waits_for_the_first(tmp_path, monkeypatch, caps
     monkeypatch.setattr(prepare_atari.signal, "signal", lambda *_: None)  # of a thread
     monkeypatch.setattr(prepare_atari, "end_with", lambda parent: None)
     prepare_atari.write_store(path, META, episodes())
-    threads[0].join(timeout=30)
+    threads[0].join(timeout=helpers.PATIENCE)
     assert calls == [False, False, True]
     assert [p.name for p in tmp_path.iterdir()] == ["Pong"]
 
@@ -401,7 +401,7 @@ def is_gone(pid: int) -> bool:
 
 
 def wait_until_gone(pids) -> None:
-    deadline = time.time() + 10
+    deadline = time.time() + helpers.PATIENCE
     while not all(map(is_gone, pids)):
         assert time.time() < deadline
         time.sleep(0.05)

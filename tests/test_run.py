@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import submitit
 from conftest import ROOT
@@ -190,7 +191,7 @@ def test_a_stopped_one_goes_on(stand_in, tmp_path, name):
     first = process(stand_in, *words)
     wait_for(tmp_path / "commands")
     (os.kill if name == "SIGTERM" else os.killpg)(first.pid, number)
-    out, err = first.communicate(timeout=30)
+    out, err = first.communicate(timeout=helpers.PATIENCE)
     assert wait_for(tmp_path / "saved") == ["saved"]
     assert len((tmp_path / "commands").read_text().splitlines()) == 1
     if name in ("SIGTERM", "SIGINT"):
@@ -554,7 +555,7 @@ def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, cap
     assert "#SBATCH --signal=USR2@600\n" in (tmp_path / "script").read_text()
     assert "#SBATCH --gpus-per-node=1\n" in script
     assert not (tmp_path / "commands").exists()
-    assert slurm(1).wait(30) == 0
+    assert slurm(1).wait(helpers.PATIENCE) == 0
     (line,) = (tmp_path / "commands").read_text().splitlines()
     assert "bc_atari.py --env-id Pong --seed 1 --total-updates 7" in line
     log = tmp_path / "runs/logs/table8/BC-Pong-seed1.log"
@@ -572,11 +573,11 @@ def test_a_preempted_job_saves_and_goes_on(stand_in, slurm, tmp_path, number):
     task = slurm(0)
     wait_for(tmp_path / "commands")
     os.kill(int((tmp_path / "pid").read_text()), number)
-    assert task.wait(30) != 0
+    assert task.wait(helpers.PATIENCE) != 0
     assert (tmp_path / "saved").read_text() == "saved\n"
     if number == signal.SIGUSR2:
         assert (tmp_path / "requeued").read_text() == "requeue 42_0\n"
-    assert slurm(0).wait(30) == 0
+    assert slurm(0).wait(helpers.PATIENCE) == 0
     first, second = (tmp_path / "commands").read_text().splitlines()
     assert first == second
 

@@ -49,20 +49,6 @@ def without_blocks():
         yield
 
 
-@pytest.fixture(scope="module")
-def whole(in_process_of_module):
-    """The folder of a finished run of a script: whole("bc_atari")."""
-
-    def folder(name: str, *arguments):
-        place = "-".join(map(str, (name, *arguments)))
-        if not (in_process_of_module.base / place).exists():
-            result = in_process_of_module(name, *arguments, folder=place)
-            assert result.returncode == 0, result.stderr
-        return in_process_of_module.base / place / "run"
-
-    return folder
-
-
 @pytest.mark.parametrize("name", ATARI)
 def test_a_run_leaves_all_its_artefacts(whole, name):
     folder = whole(name)
@@ -113,7 +99,7 @@ def test_a_signal_stops_the_training_with_a_checkpoint(started, tmp_path):
         if line.startswith("update 2:"):
             break
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=helpers.PATIENCE)
     assert process.returncode == 130
     (message,) = [line for line in stderr.splitlines() if line]
     update = re.fullmatch(r"Stopped at update ([\d,]+); the same command goes on\.", message)[1]
@@ -380,7 +366,7 @@ if os.environ["JAX_PROCESS_ID"] == "1":
 def test_several_processes_end_when_the_first_cannot_write(started, tmp_path):
     """The others, which wait for it, do so in whatever way JAX ends them."""
     (tmp_path / "file").touch()
-    first, second = two_processes(started, "bc_atari", *2 * [["--run-dir", "file/run"]], timeout=60)
+    first, second = two_processes(started, "bc_atari", *2 * [["--run-dir", "file/run"]])
     assert first.returncode == 1
     assert "Not a directory" in first.stderr
     assert second.returncode != 0
@@ -417,7 +403,7 @@ def test_a_signal_ends_a_process_that_waits_for_its_siblings(started, number):
         pytest.fail("it does not wait for the others")
     time.sleep(0.5)
     process.send_signal(number)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode in (-number, 130)
 
 

@@ -33,20 +33,6 @@ pytestmark = pytest.mark.usefixtures("hurry")
 SHORT = ["--total-updates", 60]
 
 
-@pytest.fixture(scope="module")
-def whole(in_process_of_module):
-    """The folder of a finished run of a script: whole("bc_bsuite")."""
-
-    def folder(name: str, *arguments):
-        place = "-".join(map(str, (name, *arguments)))
-        if not (in_process_of_module.base / place).exists():
-            result = in_process_of_module(name, *arguments, folder=place)
-            assert result.returncode == 0, result.stderr
-        return in_process_of_module.base / place / "run"
-
-    return folder
-
-
 @pytest.fixture
 def short(whole, tmp_path):
     """A copy of a run of 60 updates; 120 are to come."""
@@ -115,7 +101,7 @@ def test_a_signal_stops_the_training_with_a_checkpoint(started, tmp_path):
         if line.startswith("update 10:"):
             break
     process.terminate()
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=helpers.PATIENCE)
     assert process.returncode == 130
     (message,) = [line for line in stderr.splitlines() if line]
     update = re.fullmatch(
