@@ -97,7 +97,7 @@ class Args:
     data_percent: float = 100.0  # learn from the first p% of the data of each checkpoint of the DQN
     data_dir: Path = Path("data")  # folder of the datasets, which are made when they are missing
     dataset: Path | None = None  # store to open; None: the one in data_dir, made if it is missing
-    loader_threads: int = 4  # threads that decode batches, of which as many (at least 4) wait
+    loader_threads: int = 4  # threads that decode batches; as many, at least 4, are made ahead
     truncation_as_termination: bool = False  # treat every last step as terminal
 
     # model (Table 3, D.2.1)
@@ -421,7 +421,9 @@ def open_store(args) -> Store:
             environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
             if status := subprocess.run([sys.executable, *command], env=environment).returncode:
                 raise SystemExit(status if status > 0 else f"{tool} was killed.")
-        elif not local.exists():
+        elif local.exists():
+            print(f"No store of RL Unplugged: this is NOT its data, but {local}.", flush=True)
+        else:
             words = shlex.join([f"benchmark/{tool.name}", *command[1:]])
             message = f"The data are missing; make them first: python {words}"
             raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")

@@ -111,7 +111,7 @@ class Args:
     data_percent: float = 100.0  # learn from the first p% of the data of each checkpoint of the DQN
     data_dir: Path = Path("data")  # folder of the datasets, which are made when they are missing
     dataset: Path | None = None  # store to open; None: the one in data_dir, made if it is missing
-    loader_threads: int = 4  # threads that decode batches, of which as many (at least 4) wait
+    loader_threads: int = 4  # threads that decode batches; as many, at least 4, are made ahead
     clip_rewards: bool = True  # clip rewards to [-1, 1]
     heldout_percent: float = 5.0  # percentage of the episodes held out from the world model
 
@@ -845,8 +845,8 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    steps = args.anneal_updates * args.epochs * args.minibatches
-    adam = optax.adam(optax.linear_schedule(args.learning_rate, 0.0, float(steps)), eps=1e-5)
+    steps = float(args.anneal_updates * args.epochs * args.minibatches)  # an int32 ends at 2e9
+    adam = optax.adam(optax.linear_schedule(args.learning_rate, 0.0, steps), eps=1e-5)
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam)
 
 
@@ -1072,7 +1072,9 @@ def open_store(args) -> Store:
             environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
             if status := subprocess.run([sys.executable, *command], env=environment).returncode:
                 raise SystemExit(status if status > 0 else f"{tool} was killed.")
-        elif not local.exists():
+        elif local.exists():
+            print(f"No store of RL Unplugged: this is NOT its data, but {local}.", flush=True)
+        else:
             words = shlex.join([f"benchmark/{tool.name}", *command[1:]])
             message = f"The data are missing; make them first: python {words}"
             raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
@@ -1629,7 +1631,7 @@ def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, 
     """Returns of episodes in the game, or None once a signal came."""
     if run.stopping:
         return None
-    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # 1: no update's
+    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # no batch's
     params = jax.tree.map(lambda x: x.addressable_data(0), params)
 
     def policy(observation, key):

@@ -31,7 +31,7 @@ Where the paper is silent, or differs from the authors' code, this file does the
    weights only; the gradient is halved at every unrolled state, that of the state's own heads too
    (authors' code; A.2: at the start of the dynamics function).
 6. Batch, K, dynamics and 20 bins are Table 4's (authors' code: 512, 3, [32, 32], 20). From the
-   authors' code: the bins stand for h(x) = -9 to 10, targets are clipped to ±9; initial weights.
+   authors' code: bins that stand for h(x) = -9 to 10, targets clipped to ±9, the initial weights.
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
    final evaluation reports the greedy policy beside it.
 """

@@ -24,10 +24,11 @@ This is how RL Unplugged's data was made (Dopamine's DQN and environment, 50M
 steps a run), at a size for a laptop; the flags go up to the original's. The
 episodes go to a store that the training scripts read, and with `--format rlu`
 also to shards in RL Unplugged's own format. The same command goes on after a
-kill: the learner is saved every `--save-every` steps, and the replay memory
-is filled again from the recorded episodes. The games that were running start
-anew, so a collection that was broken off records other episodes than an
-unbroken one, which alone is a function of the seed.
+kill: the learner is saved every `--save-every` steps, and at Ctrl-C or
+SIGTERM, and the replay memory is filled again from the recorded episodes. The
+games that were running start anew, so a collection that was broken off
+records other episodes than an unbroken one, which alone is a function of the
+seed.
 
 Where it differs from Dopamine's DQN:
 1. Several environments are played side by side, and an episode enters the
@@ -368,7 +369,7 @@ def collect(args: Args, recorder: Recorder, noted: Sequence = ()) -> None:
 def write_rlu(folder: Path, recorder: Recorder, labels: list[tuple[int, int]], facts: dict) -> None:
     """The recorded episodes as RL Unplugged's shards, one per checkpoint.
 
-    facts: what is not RL Unplugged's in meta.json of a store of these shards.
+    facts: entries of a store's meta.json in which these shards differ from RL Unplugged's.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf

@@ -503,6 +503,7 @@ def main(args: Args) -> None:
     started = time.time()
     paths = {name: getattr(args, name) for name in ("from_rlds", "data_dir", "out")}
     paths = {name: Path(os.path.expanduser(path)) for name, path in paths.items() if path}
+    paths |= {"from_rlds": paths["from_rlds"].resolve()} if args.from_rlds else {}
     args = dataclasses.replace(args, **paths)
     check_args(args)
     path = open_path(args)

@@ -661,7 +661,7 @@ def halting_table(cells: dict) -> list[str]:
     """Of MOReL: the threshold, which replays it halts, and the imagined episodes of PPO.
 
     A line of metrics.jsonl has means over its updates, and lacks those over episodes if none ended.
-    Without the penalties an episode pays its return less the penalty times the share that halted.
+    Without the penalties one pays on average its return less the penalty times the halts' share.
     """
     rows = []
     for (method, _, task), result in cells.items():
@@ -681,8 +681,10 @@ def halting_table(cells: dict) -> list[str]:
                 row.append(f"{pays.min():.2f} to {pays.max():.2f}" if pays.size else "-")
                 for name in ("eval/returns", "final/returns", "final/returns_greedy"):
                     returns = [x for line in lines for x in line.get(name, [])]
-                    error = np.std(returns, ddof=1) / np.sqrt(len(returns)) if returns[1:] else 0
-                    row.append(f"{np.mean(returns):.2f} ± {error:.2f}" if returns else "-")
+                    text = f"{np.mean(returns):.2f}" if returns else "-"
+                    if returns[1:]:
+                        text += f" ± {np.std(returns, ddof=1) / np.sqrt(len(returns)):.2f}"
+                    row.append(text)
                 rows.append(row)
     head = ["", "task", "seed", "threshold", "logged replays that halt", "random ones"]
     head += ["imagined episodes that halt", "without penalties one pays, lowest to highest line"]

@@ -65,7 +65,7 @@ class Args:
     # how they are run
     dry_run: bool = False  # print the commands, and run nothing
     workers: int | None = None
-    """runs side by side, each with a GPU or its share of the cores where there is no GPU; None:
+    """runs side by side, each with a GPU or its share of the cores where JAX has no GPU; None:
     one for each GPU, or one; with SLURM, the most that run at a time"""
     launcher: Literal["local", "slurm"] = "local"
     """here, or as a SLURM job array that is put into the queue again when it is preempted"""
@@ -684,11 +684,10 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str,
     if atari and not {"gres", "gpus", "gpus_per_task"} & given.keys():
         options["gpus_per_node"] = 1
     options |= given
-    if cpus := options.get("cpus_per_task"):  # which srun of SLURM 22.05 to 23.02 does not inherit
-        own = options.get("srun_args", "")
-        if type(own) is not str:
-            raise SystemExit(f"--slurm srun_args={own}: give the options of srun.")
-        options["srun_args"] = [f"--cpus-per-task={cpus}", *shlex.split(own)]
+    if type(own := options.pop("srun_args", "")) is not str:
+        raise SystemExit(f"--slurm srun_args={own}: give the options of srun.")
+    cpus = options.get("cpus_per_task")  # which srun of SLURM 22.05 to 23.02 does not inherit
+    options["srun_args"] = [f"--cpus-per-task={cpus}"] * bool(cpus) + shlex.split(own)
     if type(options["time"]) is not int:  # submitit reckons with it at the end of a task
         raise SystemExit(f"--slurm time={options['time']}: give a whole number of minutes.")
     if commands := missing_stores(jobs):  # tasks would hold their GPUs while one makes it

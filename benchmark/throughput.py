@@ -54,7 +54,7 @@ class Args:
     channels: int | None = None  # channels of the network (Atari); None: the script's
     dtype: Literal["float32", "bfloat16"] | None = None  # of the network; None: the script's
     store: Path | None = None  # store to load batches from (Atari)
-    loader_threads: int = 4  # threads that decode its batches; as many, at least 4, wait at a start
+    loader_threads: int = 4  # threads that decode its batches; 4 or as many are there at a start
     num_seeds: int = 1  # seeds trained side by side (BSuite)
     num_steps: int = 300_000  # steps of the made-up dataset (BSuite)
     updates: int = 20  # updates in a window

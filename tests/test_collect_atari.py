@@ -248,12 +248,14 @@ def test_collection_ends_with_its_parent(tmp_path):
     code = (
         "import os, subprocess, sys, time\n"
         "environment = os.environ | {'ROSMO_PARENT': str(os.getpid())}\n"
-        "child = subprocess.Popen(sys.argv[1:], stderr=subprocess.PIPE, env=environment)\n"
-        "child.stderr.readline()\n"
+        "log = open(sys.argv[1], 'w+')\n"  # a pipe would break with the parent, and end the child
+        "child = subprocess.Popen(sys.argv[2:], stderr=log, env=environment)\n"
+        "while not os.path.getsize(sys.argv[1]):\n"
+        "    time.sleep(0.1)\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(300)"
     )
-    words = command(tmp_path / "Pong", "--num-steps", "100000")
+    words = [tmp_path / "log", *command(tmp_path / "Pong", "--num-steps", "100000000")]
     parent = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE)
     child = int(parent.stdout.readline())
     os.kill(child, 0)

@@ -597,7 +597,9 @@ def test_a_tfds_folder_becomes_a_file(tmp_path, capsys):
 
     collector.main(args)
     assert "exists already" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=rf"exists already, with from_rlds .*, not {tmp_path}"):
+    with pytest.raises(
+        SystemExit, match=rf"exists already, with from_rlds .*, not {tmp_path.resolve()}"
+    ):
         collector.main(dataclasses.replace(args, from_rlds=tmp_path))
     with pytest.raises(SystemExit, match=r"cannot be read as a TFDS/RLDS dataset: .*\.$"):
         collector.read_rlds(tmp_path / "new")

@@ -551,6 +551,8 @@ def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, cap
     assert "#SBATCH --signal=USR2@120\n" in script
     with pytest.raises(SystemExit, match="--slurm srun_args=5: give the options of srun"):
         start(*words, "srun_args=5")
+    start(*words, "cpus_per_gpu=4", "gpus_per_task=1", "srun_args=--exclusive")
+    assert " --exclusive " in (tmp_path / "script").read_text()
     start(*words, "signal_delay_s=600")
     assert "#SBATCH --signal=USR2@600\n" in (tmp_path / "script").read_text()
     assert "#SBATCH --gpus-per-node=1\n" in script

@@ -267,7 +267,7 @@ NOT_PLAYED = ["--eval-episodes", 0, "--final-eval-episodes", 0]
 
 
 def assert_same_losses(one, other, devices: int):
-    """`one` was evaluated and the other was not."""
+    """Of two runs, of which only one may have been evaluated."""
     config = json.loads((other / "config.json").read_text())
     assert config["starts"][0]["device"].startswith(f"{devices} x")
     losses = [[x for x in metrics(folder) if "losses/total" in x] for folder in (one, other)]
