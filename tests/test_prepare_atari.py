@@ -609,7 +609,7 @@ def rlu(tmp_path_factory) -> SimpleNamespace:
 
 def write_rlu(shards, recorder, labels) -> None:
     """Shards that pass as RL Unplugged's own."""
-    collect_atari.write_rlu(shards, recorder, labels
+    collect_atari.write_rlu(shards, recorder, labels, {})
     (shards / "collector.json").unlink()
 
 
