@@ -21,7 +21,8 @@ The world model is a run of its own in {run folder}-world-model: config.json,
 metrics.jsonl, checkpoints/, members.msgpack (the trained ensemble) and
 world_model.png, real frames above open-loop predictions.
 
-Where ROSMO's paper is silent, this is our reconstruction; F.1 names the parts, not their sizes.
+Where ROSMO's paper is silent, this is our reconstruction; F.1 gives the world model pydreamer's
+values, and of MOReL it names the parts alone.
 1. Frames stay 84 x 84; the decoder's kernels are 7, 6, 6, 6 for that size, and it predicts the
    difference from a learned image, at first the data's mean. The model sees intensity / 255 - 0.5.
 2. The members differ in their initial parameters and batches. Each gradient is clipped on its own.
@@ -368,7 +369,7 @@ def draw_latent(logits, key=None):
 def empty_state(network: WorldModel, *shape: int) -> State:
     """The state [*shape] before an episode: zeros."""
     latent = jnp.zeros((*shape, network.latents, network.classes), jnp.float32)
-    return State(jnp.zeros((*shape, network.deter), network.dtype), latent)
+    return State(jnp.zeros((*shape, network.deter), jnp.float32), latent)
 
 
 def imagine(network: WorldModel, params, state: State, action, key=None) -> State:
@@ -506,7 +507,7 @@ def update_member(state: MemberState, windows: Windows, key, network: WorldModel
 
 
 def update_model(state: ModelState, windows: list[Windows], keys, network, args: Args):
-    """One update of each member on windows of its own -> (state, metrics [members]).
+    """One update of each member on windows of its own -> (state, the members' mean metrics).
 
     They take turns: a vmap makes grouped convolutions of theirs, with which a CPU needs almost
     twice as long.
@@ -516,13 +517,13 @@ def update_model(state: ModelState, windows: list[Windows], keys, network, args:
         updated.append(update_member(*inputs, network, args))
         jax.block_until_ready(updated[-2:-1])  # two wait at most: a CPU's devices hang if 32 do
     members, metrics = zip(*updated, strict=True)
-    return state._replace(members=list(members)), stack(metrics)
+    return state._replace(members=list(members)), mean_of(metrics)
 
 
 @jax.jit
-def stack(metrics: tuple[dict, ...]) -> dict:
-    """The members' metrics, each [members]."""
-    return jax.tree.map(lambda *x: jnp.stack(x), *metrics)
+def mean_of(metrics) -> dict:
+    """The mean of each metric in a sequence of dictionaries."""
+    return jax.tree.map(lambda *x: sum(x) / len(x), *metrics)
 
 
 def note_evaluation(state: ModelState, loss: float, update: int, args: Args) -> ModelState:
@@ -974,11 +975,6 @@ def update(state: TrainState, windows: Windows, members, key, policy, network, a
         parts.append(part)
         jax.block_until_ready(parts[-2:-1])  # two wait at most: a CPU's devices hang if 32 do
     return state, metrics | mean_of(parts)
-
-
-@jax.jit
-def mean_of(metrics: list[dict]) -> dict:
-    return jax.tree.map(lambda *x: sum(x) / len(x), *metrics)
 
 
 def mean_ppo_metrics(sums: dict, updates: int) -> dict:
@@ -1617,8 +1613,7 @@ def whole(x):
 
 
 def mean_metrics(sums: dict, updates: int) -> dict:
-    """Means over the updates, and over the members where there are several."""
-    return {name: np.mean(x) / updates for name, x in sums.items()}
+    return {name: x / updates for name, x in sums.items()}
 
 
 def process_rows(count: int) -> slice:
@@ -1704,7 +1699,7 @@ def get_world_model(run: Run, store: Store, network: WorldModel, put, replicated
     else:
         content = train_world_model(run, folder, store, network, put, replicated, args)
     saved, crc32 = run.checkpoint["state"], zlib.crc32(content)
-    if saved and (before := int(saved["world_model_crc32"])) != crc32:
+    if saved and (before := int(saved.get("world_model_crc32", 0))) != crc32:
         change = f"its checksum {before:08x} -> {crc32:08x}"
         message = f"{run.dir} holds a run with another world model ({change})"
         raise SystemExit(f"{message}; give that one, or --overwrite to start again.")
@@ -1726,10 +1721,13 @@ def load_world_model(folder: Path, args: Args, data: dict) -> bytes:
         config = json.loads((folder / "config.json").read_text())
         theirs = facts(config["args"], config["data"])
         content = (folder / "members.msgpack").read_bytes()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise SystemExit(f"There is no trained world model in {folder}.") from None
     ours = facts(vars(args), data)
     names, other = [*MODEL_ARGS, "data of CRC-32", "frames of CRC-32"], "--world-model"
+    # Other arguments of its training have no effect: a value that somebody gives must be its own.
+    training = [name for name in ours if name.startswith(("model_", "kl_", "heldout_"))]
+    names += [name for name in training if ours[name] != getattr(Args, name)]
     if not args.world_model:  # the run's own, of an earlier start
         names = [x for x in ours if x not in NOT_COMPARED | {"total_updates", "eval_every"}]
         other = "--run-dir"
@@ -1998,9 +1996,11 @@ def main(args: Args) -> None:
     args = check_args(args, RANGES)
     check_policy_args(args)
     store = open_store(args)
-    if args.overwrite and args.world_model:  # before a run is deleted
-        load_world_model(args.world_model, args, store.facts)
-    run = Run(args, [args.seed], store.facts)
+    facts = store.facts
+    if args.world_model:  # the run must be one with these members; also before it is deleted
+        content = load_world_model(args.world_model, args, facts)
+        facts = facts | {"world_model_crc32": zlib.crc32(content)}
+    run = Run(args, [args.seed], facts)
     if len({*all_processes(run.saved)}) > 1:
         raise SystemExit(f"The processes see different files in {run.dir}: all must share it.")
     run.bar.set_description("policy")

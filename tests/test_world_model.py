@@ -270,14 +270,14 @@ def test_members_learn_from_their_own_windows_and_the_metrics_are_their_means(pa
     state = morel.init_model(jax.random.key(1), jnp.zeros((84, 84)), NETWORK, ARGS)
     state = state._replace(members=[member_state(params), member_state(params)])
     state, metrics = morel.update_model(state, windows, keys, NETWORK, ARGS)
+    alone = []
     for i in range(2):
-        alone = morel.update_member(member_state(params), windows[i], keys[i], NETWORK, ARGS)
-        jax.tree.map(np.testing.assert_array_equal, state.members[i], alone[0])
-        for name, value in alone[1].items():
-            assert metrics[name][i] == value
-    sums = {name: 3 * value for name, value in metrics.items()}
-    means = morel.mean_metrics(jax.device_get(sums), 3)
-    assert means["losses/total"] == pytest.approx(np.mean(metrics["losses/total"]))
+        member, part = morel.update_member(member_state(params), windows[i], keys[i], NETWORK, ARGS)
+        jax.tree.map(np.testing.assert_array_equal, state.members[i], member)
+        alone.append(part)
+    for name, value in metrics.items():
+        assert alone[0][name] != alone[1][name]
+        assert value == pytest.approx((alone[0][name] + alone[1][name]) / 2)
     assert morel.mean_metrics({"x": np.float32(6)}, 3) == {"x": 2}
 
 
@@ -528,6 +528,7 @@ def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trai
         (model, {"env_id": "Breakout"}, "a world model with env_id Pong: give"),
         (model, {"depth": 4, "members": 1}, "a world model with members 2, depth 2: give"),
         (model, {"clip_rewards": False}, "True: give the same, or another --world-model"),
+        (model, {"kl_coef": 5.0}, "a world model with kl_coef 0.1: give the same"),
     ):
         with pytest.raises(SystemExit, match=message):
             morel.load_world_model(folder, dataclasses.replace(given, **change), data)
@@ -536,7 +537,7 @@ def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trai
         match=r"is a world model with data of CRC-32 \d+, frames of CRC-32 \d+: give the same",
     ):
         morel.load_world_model(model, given, {"crc32": 1})
-    for config in ("[1]", '{"args": {}}', '{"args": 3}'):
+    for config in ("[1]", '{"args": {}}', '{"args": 3}', '{"args": {}, "data": "old"}'):
         (tmp_path / "empty" / "members.msgpack").touch()
         (tmp_path / "empty" / "config.json").write_text(config)
         with pytest.raises(SystemExit, match="There is no trained world model in"):
@@ -587,7 +588,7 @@ def test_training_ends_when_the_heldout_loss_stays_and_keeps_the_best_members(
 
     def update_model(state, *_):
         add = lambda m: m._replace(params=jax.tree.map(lambda x: x + 1, m.params))  # noqa: E731
-        return state._replace(members=[*map(add, state.members)]), {"losses/total": np.ones(2)}
+        return state._replace(members=[*map(add, state.members)]), {"losses/total": np.ones(())}
 
     monkeypatch.setattr(morel, "sample_windows", sample_windows)
     monkeypatch.setattr(morel, "update_model", update_model)
