@@ -1075,6 +1075,7 @@ def open_store(args) -> Store:
             message = f"The data are missing; make them first: python {words}"
             raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
         path = find_store(args) or local
+    actions = make_env(args.env_id, 1).single_action_space.n if plays else None
     try:
         meta = json.loads((path / "meta.json").read_text())
         if meta["version"] != 2:
@@ -1090,7 +1091,9 @@ def open_store(args) -> Store:
         game, num_actions, source = (meta[name] for name in ("env_id", "num_actions", "source"))
         if (most := steps["action"].max()) >= num_actions or game != args.env_id:
             raise ValueError(f"it is of {game} with {num_actions} actions, the largest {most}")
-        if plays and make_env(game, 1).single_action_space.n != num_actions:
+        if re.fullmatch(r"run\d", source) and source != f"run{args.rlu_run}":
+            raise ValueError(f"it is {source} of RL Unplugged: give --rlu-run {source[3:]}")
+        if plays and actions != num_actions:
             raise ValueError(f"it has {num_actions} actions, and the game has another number")
         if meta["percent"] < args.data_percent:
             raise ValueError(f"it has {meta['percent']:g}% of the data: lower --data-percent")
@@ -1107,8 +1110,11 @@ def open_store(args) -> Store:
         store = Store(meta, blob, offsets, steps, episodes, index, facts)
         some = index[:: len(index) // 100 + 1]  # to read all of the frames takes minutes
         facts["frames_crc32"] = zlib.crc32(read_frames(store, some))
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file can raise almost anything
-        reason = error if type(error) is ValueError else repr(error)
+        told = isinstance(error, OSError) or type(error) is ValueError
+        reason = error if told else repr(error)
         message = f"{path} cannot be used as a store of {args.env_id}: {reason}"
         raise SystemExit(f"{message}. Give another --dataset, or make it again.") from None
     if len({*all_processes(facts["crc32"] ^ facts["frames_crc32"])}) > 1:
@@ -1251,16 +1257,8 @@ def rom_digest(env_id: str) -> str:
 
 def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
     """Dopamine's environment: sticky actions, minimal action set, no tricks at the reset."""
-    settings = dict(
-        repeat_action_probability=0.25,
-        noop_max=0,
-        use_fire_reset=False,
-        reward_clipping=False,
-        episodic_life=False,
-        full_action_space=False,
-        max_num_frames_per_episode=108_000,
-    )
-    return AtariVectorEnv(game_name(env_id), num_envs, **(settings | kwargs))
+    settings = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False)
+    return AtariVectorEnv(game_name(env_id), num_envs, reward_clipping=False, **settings, **kwargs)
 
 
 # --- end environment ---
@@ -1388,6 +1386,8 @@ class Run:
 
     def open(self) -> None:
         """Writes down how the run was started; --overwrite deletes the run before it."""
+        import matplotlib.figure  # noqa: F401  if it is missing, now and not after training
+
         if self.args.overwrite:
             old = [self.dir / name for name in ("metrics.jsonl", "learning_curve.png")]
             for path in [*old, *self.checkpoints()]:
@@ -1570,7 +1570,7 @@ def train(run: Run, done: int, state, sums, update, load, evaluate, means, saved
     """
     args = run.args
     run.show(done, "compiling")
-    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program: if 32 wait, a CPU's devices hang
+    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program; a CPU's devices hang if 32 wait
     batches, metrics, shown = load_batches(load, done, args.loader_threads), None, ""
     while True:
         enough = done == args.total_updates
@@ -1582,7 +1582,7 @@ def train(run: Run, done: int, state, sums, update, load, evaluate, means, saved
         if evaluates and not stops:
             state, shown, stale = evaluate(done, state)
             enough |= stale
-        if (stops or evaluates) and any(all_processes(stops or run.stopping)):  # and wait
+        if (stops or evaluates) and any(all_processes(stops or run.stopping)):  # all wait here
             run.exit()
         if enough:
             break
@@ -1883,7 +1883,8 @@ def prepare_jax() -> None:
 def join_processes(args, *shared: int) -> None:
     """Splits a CPU into devices; joins the processes of a run, which all start this script.
 
-    These are at most one a core, and their number divides every batch size and all of `shared`.
+    The devices are at most one a core, and all processes' together divide every batch size and all
+    of `shared`.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, number, index = given = [os.environ.get(name, "") for name in names]
@@ -2053,10 +2054,13 @@ if __name__ == "__main__":
         print(f"Stopped; the same command{but} goes on from the last checkpoint.", file=sys.stderr)
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         status = f"{error}: put that right, then the same command{but} goes on."
+    except ModuleNotFoundError as error:
+        status = f"{error}: install it, or all that stands at the top of this script."
     except Exception as error:
-        status = "The memory is not enough: give smaller batches, or a smaller network."
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            status = traceback.format_exc()
+        status, reason = traceback.format_exc(), str(error).partition("\n")[0]
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            advice = "give smaller batches or a smaller network, or end what else uses it"
+            status = f"The memory is not enough: {advice}. {reason}"
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one

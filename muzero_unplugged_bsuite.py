@@ -721,6 +721,8 @@ class Run:
 
     def open(self) -> None:
         """Writes down how the run was started; --overwrite deletes the run before it."""
+        import matplotlib.figure  # noqa: F401  if it is missing, now and not after training
+
         if self.args.overwrite:
             old = [self.dir / name for name in ("metrics.jsonl", "learning_curve.png")]
             for path in [*old, *self.checkpoints()]:
@@ -1021,9 +1023,13 @@ if __name__ == "__main__":
         raise SystemExit(130) from None
     except OSError as error:  # a full disk, a folder that cannot be written, a closed pipe
         raise SystemExit(f"{error}: put that right, then the same command{but} goes on.") from None
+    except ModuleNotFoundError as error:
+        message = f"{error}: install it, or all that stands at the top of this script."
+        raise SystemExit(message) from None
     except Exception as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        message = "The memory is not enough: give a smaller --batch-size, network or dataset."
-        raise SystemExit(message) from None
+        advice = "give a smaller --batch-size, network or dataset, or end what else uses it"
+        reason = str(error).partition("\n")[0]
+        raise SystemExit(f"The memory is not enough: {advice}. {reason}") from None
 # --- end entry ---

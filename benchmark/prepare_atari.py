@@ -99,16 +99,8 @@ def rom_digest(env_id: str) -> str:
 
 def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
     """Dopamine's environment: sticky actions, minimal action set, no tricks at the reset."""
-    settings = dict(
-        repeat_action_probability=0.25,
-        noop_max=0,
-        use_fire_reset=False,
-        reward_clipping=False,
-        episodic_life=False,
-        full_action_space=False,
-        max_num_frames_per_episode=108_000,
-    )
-    return AtariVectorEnv(game_name(env_id), num_envs, **(settings | kwargs))
+    settings = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False)
+    return AtariVectorEnv(game_name(env_id), num_envs, reward_clipping=False, **settings, **kwargs)
 
 
 # --- end environment ---

@@ -4,6 +4,7 @@ benchmark/prepare_atari.py writes the stores; test_prepare_atari.py tests it.
 """
 
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -222,6 +223,16 @@ def test_damaged_store(copy, name, how):
     with pytest.raises(SystemExit, match=REFUSED) as end:
         open_store(copy)
     assert "\n" not in end.value.code
+    assert how != "missing" or f"No such file or directory: '{copy / name}'" in end.value.code
+
+
+def test_memory_that_is_not_enough_is_no_fault_of_the_store(copy, monkeypatch):
+    def load(path):
+        raise MemoryError
+
+    monkeypatch.setattr(script.np, "load", load)
+    with pytest.raises(MemoryError):  # of which the script's entry speaks
+        open_store(copy)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +245,7 @@ def test_damaged_store(copy, name, how):
         ({"version": 1}, "version|format"),
         ({"crc32": [1]}, "AttributeError"),
         ({"source": None}, "KeyError.'source'"),
+        ({"source": "run3"}, "it is run3 of RL Unplugged: give --rlu-run 3"),
     ],
 )
 def test_a_store_of_another_kind(copy, meta, fault):
@@ -279,7 +291,7 @@ def test_a_missing_store_is_made_by_the_tool(tmp_path, monkeypatch):
     def run(command, env):
         assert env["JAX_PLATFORMS"] == "cpu"
         commands.append(command)
-        write(tmp_path / "atari" / "Pong-run3-50pct", HALF, percent=50)
+        write(tmp_path / "atari" / "Pong-run3-50pct", HALF, percent=50, source="run3")
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(script.subprocess, "run", run)
@@ -345,11 +357,18 @@ SHORT = {"max_num_frames_per_episode": 160}
 
 
 def test_the_environment_has_the_settings_of_dopamine(monkeypatch):
-    monkeypatch.setattr(script, "AtariVectorEnv", lambda *given, **more: (given, more))
+    """Those that are given, and those that are ALE's defaults."""
+    bind = inspect.signature(script.AtariVectorEnv).bind
+    monkeypatch.setattr(script, "AtariVectorEnv", bind)
+    bound = script.make_env("MsPacman", 3)
+    bound.apply_defaults()
     settings = {"repeat_action_probability": 0.25, "noop_max": 0, "use_fire_reset": False}
-    settings |= {"reward_clipping": False, "episodic_life": False}
+    settings |= {"reward_clipping": False, "episodic_life": False, "continuous": False}
     settings |= {"full_action_space": False, "max_num_frames_per_episode": 108_000}
-    assert script.make_env("MsPacman", 3) == (("ms_pacman", 3), settings)
+    settings |= {"frameskip": 4, "maxpool": True, "stack_num": 4, "grayscale": True}
+    settings |= {"img_height": 84, "img_width": 84}
+    assert (bound.arguments["game"], bound.arguments["num_envs"]) == ("ms_pacman", 3)
+    assert settings.items() <= bound.arguments.items()
 
 
 def test_environment_stacks_as_the_loader_does(tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import signal
 import zlib
 from pathlib import Path
@@ -61,6 +62,20 @@ def test_memory_that_is_not_enough(started):
     assert result.returncode == 1
     assert_one_sentence(result.stderr)
     assert "The memory is not enough: give a smaller --batch-size" in result.stderr
+    assert re.search(r"RESOURCE_EXHAUSTED|Unable to allocate", result.stderr)  # how much it was
+
+
+@pytest.mark.parametrize("name", ["bc_bsuite", "bc_atari"])
+def test_a_package_that_is_missing_is_named_before_training(started, name, tmp_path):
+    """Matplotlib is needed at the end alone."""
+    (tmp_path / "matplotlib").mkdir()
+    missing = "raise ModuleNotFoundError(\"No module named 'matplotlib'\")"
+    (tmp_path / "matplotlib" / "__init__.py").write_text(missing)
+    result = started(name, "--run-dir", tmp_path / "run", PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert_one_sentence(result.stderr)
+    assert "No module named 'matplotlib': install it" in result.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @by_script
