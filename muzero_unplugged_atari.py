@@ -20,8 +20,8 @@ the mean of their Q bootstraps the target of the value (Eq. 3).
     python muzero_unplugged_atari.py --unroll-steps 1     # Fig. 4(c)
 
 Where the paper is silent, or differs from the authors' code, this file does the following.
-1. Windows start at any step. Past the end of an episode they hold an absorbing state: random
-   actions, zero reward and value, uniform policy target (authors' code).
+1. Windows start at any step, with replacement. Past an episode's end they hold an absorbing state:
+   random actions, zero reward and value, uniform policy target (authors' code).
 2. An episode that ends without a terminal state is bootstrapped; the rest of the window is ignored
    (--truncation-as-termination: the authors' code).
 3. The root's value in Eq. 3 is the mean of Q over the visits; in the authors' code (mctx) the
@@ -37,9 +37,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
    no noise); the final evaluation reports the greedy policy beside it. Ties in the tree are broken
    at random, in one order for each tree (mctx: anew at every step); of equal visits the greedy
    policy takes the first action.
-8. Rewards are not clipped (authors' code). A batch's windows are drawn with replacement, and
-   --data-percent counts steps (authors' code: episodes).
-9. An evaluation's episodes end after 108,000 frames (authors' code: 20,000 actions).
+8. Rewards are not clipped (authors' code). --data-percent counts steps (authors' code: episodes).
+   An evaluation's episodes end after 108,000 frames (authors' code: 20,000 actions).
 """
 
 import dataclasses

@@ -21,8 +21,8 @@ every action, moves the prior policy towards actions with a positive advantage
     python rosmo_atari.py --policy-coef 0    # Behavior, Fig. 4(d)
 
 Where the paper is silent, or differs from the authors' code, this file does the following.
-1. Windows start at any step. Past the end of an episode they hold an absorbing state: random
-   actions, zero reward and value, uniform policy target (authors' code).
+1. Windows start at any step, with replacement. Past an episode's end they hold an absorbing state:
+   random actions, zero reward and value, uniform policy target (authors' code).
 2. An episode that ends without a terminal state is bootstrapped; the rest of the window is ignored
    (--truncation-as-termination: the authors' code).
 3. Eq. 11 skips point 1's random actions (authors' code). Its advantage is the model's (the paper;
@@ -35,9 +35,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
    LayerNorm's ε of the authors' code.
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
    final evaluation reports the greedy policy beside it.
-8. Rewards are not clipped (authors' code). A batch's windows are drawn with replacement, and
-   --data-percent counts steps (authors' code: episodes).
-9. An evaluation's episodes end after 108,000 frames (authors' code: 20,000 actions).
+8. Rewards are not clipped (authors' code). --data-percent counts steps (authors' code: episodes).
+   An evaluation's episodes end after 108,000 frames (authors' code: 20,000 actions).
 """
 
 import dataclasses

@@ -25,8 +25,8 @@ SETTINGS |= {"discount": 0.5}
 KEY = jax.random.key(0)
 TRUNCATION = {"truncation_as_termination": True}
 VARIANTS = {
-    "rosmo": [{"num_samples": 2, "behavior_advantage": "next-observation"} | TRUNCATION],
-    "muzero_unplugged": [TRUNCATION],
+    "rosmo": [{}, {"num_samples": 2, "behavior_advantage": "next-observation"} | TRUNCATION],
+    "muzero_unplugged": [{}, TRUNCATION],
     "bc": [{}],
     "crr": [{}, {"weight": "binary", "num_action_samples": 2, "clip_rewards": False} | TRUNCATION],
     "cql": [{}, {"clip_rewards": False} | TRUNCATION],

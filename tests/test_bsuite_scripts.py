@@ -22,7 +22,12 @@ import rosmo_bsuite as rosmo
 pytestmark = pytest.mark.usefixtures("hurry")
 
 
-def test_evaluation_shows_each_observation_and_draws_noise_at_its_rate():
+def test_the_environments_are_those_of_their_names():
+    modules = {name: made.__module__ for name, made in rosmo.ENVIRONMENTS.items()}
+    assert modules == {name: f"bsuite.environments.{name}" for name in collect_bsuite.TASKS}
+
+
+def test_evaluation_shows_each_observation_and_draws_noise_at_its_rate(monkeypatch):
     def follow(boards, t):  # [1, E, 10, 5], the paddle in the last row
         ball, paddle = boards[..., :-1, :].any(-2).argmax(-1), boards[..., -1, :].argmax(-1)
         return 1 + np.sign(ball - paddle)
@@ -30,6 +35,16 @@ def test_evaluation_shows_each_observation_and_draws_noise_at_its_rate():
     play = partial(rosmo.evaluate, follow, "catch", [0, 1], 0, 50)
     assert (play(0.0) == 1).all()
     assert play(1.0).mean() < 0 < play(0.25).mean() < 1
+    taken = []
+
+    class Recorded(rosmo.Catch):
+        def step(self, action):
+            taken.append(action)
+            return super().step(action)
+
+    monkeypatch.setitem(rosmo.ENVIRONMENTS, "catch", Recorded)
+    rosmo.evaluate(lambda boards, t: np.ones(boards.shape[:2]), "catch", [0], 0, 200, 0.25)
+    assert np.mean(np.array(taken) != 1) == pytest.approx(0.25 * 2 / 3, abs=0.04)
 
 
 def test_an_evaluation_is_broken_off_and_may_have_no_episodes():

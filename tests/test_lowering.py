@@ -186,6 +186,9 @@ def test_accelerators_compute_every_layer_in_its_type(name, settings):
                 assert set(found) == expected, f"{label} in {dtype} for {platform}"
                 assert set(re.findall(r"[<x](b?f\d+)>", text)) == {"f32", short}, label
                 assert not re.findall(CALLBACK, text), label
+                if program == "train":  # devices share every part of a batch of 2 seeds and 4 rows
+                    shared = re.findall(r"sharding_constraint %\S+ <@mesh, .*tensor<2x4x", text)
+                    assert len(shared) == 5
                 # Devices do not share grouped convolutions, which a vmap over networks makes.
                 assert set(re.findall(r"feature_group_count = (\d+)", text)) <= {"1"}, label
                 total = Counter()

@@ -258,6 +258,29 @@ def test_only_roots_that_a_target_needs_are_searched(monkeypatch, unroll_steps, 
     assert searched == [(16, roots, 32)]
 
 
+def test_the_states_of_a_short_unroll_are_searched_at_their_places(monkeypatch):
+    """Those of K + 1 = 2 policy targets and, n = 5 steps later, of two bootstrap values."""
+    args = dataclasses.replace(ARGS, unroll_steps=1, td_steps=5, discount=0.5)
+
+    def search(params, state, prediction, key, noise, network, args):
+        return jax.nn.softmax(state[..., :3]), state.mean(axis=-1) + jnp.arange(4)
+
+    monkeypatch.setattr(muzero, "search", search)
+    batch = random_batch(args)
+    never = np.zeros_like(batch.is_last)
+    batch = batch._replace(reward=np.ones_like(batch.reward), is_last=never, is_terminal=never)
+    loss = jax.jit(partial(muzero.muzero_loss, network=NETWORK, args=args))
+    _, metrics = loss(random_params(0), random_params(1), batch, jax.random.key(0))
+    searched = batch.observation[:, [0, 1, 5, 6]]
+    p, value = search(
+        None, NETWORK.apply(random_params(1), searched, method="representation"), *5 * [0]
+    )
+    expected = 1 + 0.5 + 0.25 + 0.125 + 0.0625 + 0.5**5 * value[:, 2:].mean()
+    assert metrics["charts/value_target"] == pytest.approx(float(expected), rel=1e-5)
+    entropy = -jnp.sum(p * jnp.log(p), axis=-1)[:, :2].mean()
+    assert metrics["charts/target_entropy"] == pytest.approx(float(entropy), rel=1e-5)
+
+
 def test_the_loss_follows_the_visits_and_the_searched_values(monkeypatch):
     """A search that always says the same is found again in the targets."""
     args = dataclasses.replace(ARGS, unroll_steps=1, td_steps=1, discount=0.5)

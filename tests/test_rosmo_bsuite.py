@@ -347,6 +347,10 @@ def test_absorbing_states_have_uniform_policy_zero_value_and_no_behaviour():
     _, metrics = rosmo_loss(params, random_params(1), ended, key, NETWORK, ARGS)
     assert metrics["losses/behavior"] == 0
     assert metrics["charts/value_target"] == 0
+    # Past the end actions are random, so that rewards are predicted for others with another key.
+    keys = [jax.random.key(i) for i in range(3)]
+    losses = [rosmo_loss(params, random_params(1), ended, k, NETWORK, ARGS)[1] for k in keys]
+    assert len({float(x["losses/reward"]) for x in losses}) == 3
     # What lies beyond the end (observations, rewards, actions) must not matter.
     other = random_batch(1, seed=4)
     observation = np.concatenate([ended.observation[:, :1], other.observation[:, 1:]], axis=1)
@@ -412,7 +416,7 @@ def test_sampled_loss_approaches_the_exact_one():
 
 
 @pytest.mark.parametrize("module", [rosmo, muzero])
-def test_gradients_through_the_dynamics_are_halved(module, monkeypatch):
+def test_gradients_through_the_dynamics_are_halved_at_every_step(module, monkeypatch):
     """With one unrolled step and its reward alone, that is all of the gradient of h and g."""
     settings = {"dynamics_hidden": 16, "unroll_steps": 1, "td_steps": 2}
     args = module.Args(**settings, value_coef=0.0, policy_coef=0.0)
@@ -434,6 +438,15 @@ def test_gradients_through_the_dynamics_are_halved(module, monkeypatch):
     for half, whole in zip(halved, gradient(), strict=True):
         assert np.any(half)
         np.testing.assert_allclose(2 * half, whole, rtol=1e-4, atol=1e-6)
+    scales, args = [], dataclasses.replace(args, unroll_steps=3)
+    if module is muzero:
+        monkeypatch.setattr(
+            muzero, "search", lambda *_: (jnp.zeros((16, 6, 3)), jnp.zeros((16, 6)))
+        )
+    monkeypatch.setattr(module.optax, "scale_gradient", lambda x, scale: scales.append(scale) or x)
+    inputs = (*inputs[:2], random_batch(16, args), inputs[3])
+    jax.eval_shape(lambda *inputs: loss(*inputs, NETWORK, args)[0], *inputs)
+    assert scales == [0.5] * 3
 
 
 # Network and acting.
@@ -479,12 +492,15 @@ def test_acting_follows_the_improved_policy():
     greedy_raw = rosmo.act(params, observation, key, True, NETWORK, raw)
     assert greedy_raw.tolist() == np.argmax(prediction.policy_logits, axis=1).tolist()
     assert set(best.tolist()) != {0} or set(greedy_raw.tolist()) != {0}
-    many = jnp.broadcast_to(observation[:1], (4000, *observation.shape[1:]))
-    actions = np.asarray(rosmo.act(params, many, key, False, NETWORK, ARGS))
-    target = rosmo.policy_target(
-        prediction.policy_logits[0], q[0] - rosmo.to_scalar(prediction.value_logits[0])
-    )
-    np.testing.assert_allclose(np.bincount(actions, minlength=3) / 4000, target, atol=0.03)
+    advantage = q - rosmo.to_scalar(prediction.value_logits)[:, None]
+    target = np.array(rosmo.policy_target(prediction.policy_logits, advantage))
+    prior = np.array(jax.nn.softmax(prediction.policy_logits))
+    i = np.abs(prior - target).max(axis=1).argmax()  # where the two differ most
+    assert np.abs(prior - target)[i].max() > 0.1
+    many = jnp.broadcast_to(observation[i], (4000, *observation.shape[1:]))
+    for args, policy in ((ARGS, target[i]), (raw, prior[i])):
+        actions = np.asarray(rosmo.act(params, many, key, False, NETWORK, args))
+        np.testing.assert_allclose(np.bincount(actions, minlength=3) / 4000, policy, atol=0.03)
 
 
 # Data.

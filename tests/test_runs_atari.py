@@ -68,6 +68,19 @@ def test_a_run_leaves_all_its_artefacts(whole, name):
     assert len(final["final/returns"]) == len(final["final/returns_greedy"]) == 1
 
 
+def test_lines_have_the_means_of_their_updates(in_process, monkeypatch, tmp_path):
+    def update(state, *_):
+        return state._replace(step=state.step + 1), {"losses/total": jnp.float32(3)}
+
+    monkeypatch.setattr(bc_atari, "update", update)
+    monkeypatch.setattr(bc_atari, "evaluate", lambda *_: [0.0, 1.0, 5.0])
+    assert in_process("bc_atari").returncode == 0
+    lines = metrics(tmp_path / "run")
+    assert {x["losses/total"] for x in lines if "losses/total" in x} == {3}
+    for name in ("eval/return_mean", "final/return_mean", "final/return_mean_greedy"):
+        assert {x[name] for x in lines if name in x} == {2}
+
+
 @pytest.mark.parametrize("name", ATARI)
 def test_every_metric_is_in_the_table_of_its_page(whole, name):
     folders = [whole(name)]

@@ -64,6 +64,38 @@ def test_a_run_leaves_all_its_artefacts(whole, name):
     assert losses[0] != losses[1]  # the first of two seeds
 
 
+def test_lines_have_the_means_of_their_updates_and_of_their_seeds(
+    in_process, monkeypatch, tmp_path, catch_dataset
+):
+    given = []
+
+    def train(number, states, sums, data, *_):
+        given.append(data)
+        return states, {k: x + number * np.arange(1.0, 3.0) for k, x in sums.items()}
+
+    def evaluate(act, env_id, seeds, *_):
+        return np.add.outer(seeds, [0.0, 1.0, 5.0])
+
+    monkeypatch.setattr(bc_bsuite, "train", train)
+    monkeypatch.setattr(bc_bsuite, "evaluate", evaluate)
+    assert in_process("bc_bsuite", *SHORT, "--data-percent", 50).returncode == 0
+    seen = set()
+    for line in metrics(tmp_path / "run"):
+        seed = line["seed"]
+        for name, value in line.items():
+            if name.startswith(("losses/", "charts/")):
+                assert value == 1 + seed
+            elif "/return_mean" in name:
+                assert value == seed + 2
+            elif "/returns" in name:
+                assert value == [seed, seed + 1, seed + 5]
+        seen |= line.keys()
+    assert {"losses/total", "eval/return_mean", "final/returns", "final/return_mean_greedy"} <= seen
+    steps = bc_bsuite.load_dataset(bc_bsuite.Args(dataset=catch_dataset))
+    starts = bc_bsuite.window_starts(steps.is_last, 50.0, [0, 1])
+    jax.tree.map(np.testing.assert_array_equal, given[0][2:], starts)
+
+
 @pytest.mark.parametrize("name", BSUITE)
 def test_every_metric_is_in_the_table_of_its_page(whole, name):
     lines = (whole(name) / "metrics.jsonl").read_text().splitlines()
