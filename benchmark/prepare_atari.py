@@ -33,6 +33,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -64,7 +65,7 @@ try:
     from ale_py.vector_env import AtariVectorEnv
     from tqdm import tqdm
 except ModuleNotFoundError as error:  # of a script's environment, in which it trains
-    command = f"uv run {' '.join(sys.argv)}"
+    command = f"uv run {shlex.join(sys.argv)}"
     raise SystemExit(f"There is no {error.name} here to make data with; run: {command}") from None
 
 
@@ -338,8 +339,9 @@ def find_fault(path: Path, env_id: str, source: str, percent: float) -> str | No
     try:
         meta = json.loads((path / "meta.json").read_text())
         if meta["version"] == 1:
-            command = f"benchmark/prepare_atari.py --env-id {meta['env_id']} --old-store {path}"
-            return f"is of format 1; convert it with python {command}"
+            words = ["--env-id", meta["env_id"], "--old-store", str(path)]
+            command = shlex.join(["python", "benchmark/prepare_atari.py", *words])
+            return f"is of format 1, which {command} converts"
         if meta["version"] != STORE_VERSION:
             return f"is of format {meta['version']}; choose another path"
         if (meta["env_id"], meta["source"]) != (env_id, source) or meta["percent"] < percent:
@@ -785,7 +787,10 @@ def main(args: Args) -> None:
     if args.old_store:
         return convert(args)
     collected = shard_folder(args) / "collector.json"  # what collect_atari.py says of its shards
-    facts = json.loads(collected.read_text() or "{}") if collected.exists() else {}
+    try:
+        facts = {**json.loads(collected.read_text() or "{}")} if collected.exists() else {}
+    except (ValueError, TypeError):
+        raise SystemExit(f"{collected} is damaged: put it back, or collect again.") from None
     source = facts.get("source", f"{'replay' if args.dqn_replay else 'run'}{args.rlu_run}")
     folder, start = args.data_dir / "atari", f"{args.env_id}-{source}-"
     percent = np.format_float_positional(args.percent, trim="-")

@@ -10,11 +10,11 @@ of which run.py says that they are finished; a cell without one stays empty
 and is listed. For each item, --out gets a page with the numbers and where
 they come from ({item}.md), the numbers alone ({item}.csv) and the figures
 ({item}.png, ...); report.html holds these pages with their images. Runs of
-different data or evaluations are not drawn together, unless --mix is
-given. Runs keep raw returns only; their scores are normalised here. `curves`
-draws learning_curve.png anew in the folders of all finished runs below those
-named that were evaluated twice or more, with lines of random play and of the
-online DQN.
+different data are not drawn together, unless --mix is given; of an item, runs
+of another evaluation are left out and named. Runs keep raw returns only; their
+scores are normalised here. `curves` draws learning_curve.png anew in the
+folders of all finished runs below those named that were evaluated twice or
+more, with lines of random play and of the online DQN.
 """
 
 import base64
@@ -717,8 +717,9 @@ def figure_note(item: Item, cells: dict) -> str:
     """What a figure of an item shows: averages, what is shaded, and how much is missing."""
     found = [result for result in cells.values() if result]
     single = all(len(r.seeds) == 1 for r in found)
-    n = max(window(len(r.updates)) for r in found)
-    average = f"Moving averages over {n} evaluations" if n > 1 else "Single evaluations"
+    sizes = sorted({window(len(r.updates)) for r in found})
+    average = f"Moving averages over {' or '.join(map(str, sizes))} evaluations"
+    average = average if sizes[-1] > 1 else "Single evaluations"
     if item.form == "aggregate":
         text = "IQM over seeds and tasks. "
         text += "One seed in each cell." if single else "Bars: 95% stratified bootstrap intervals."
@@ -865,7 +866,7 @@ def write_page(
     for text in notes:
         lines += [text, ""]
     if item.claim and not item.numbers and not name.endswith("_small"):
-        lines += ["The paper has its own results of this item in a picture alone.", ""]
+        lines += ["The paper's own numbers of this item are not copied here.", ""]
     lines += paper_table(item, cells, estimates)
     lines += reference_table(cells)
     lines += statistics(item, scores, tasks, estimates) if summary else []
@@ -1019,14 +1020,17 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
             cells[label, None, task] = put_together(runs)
             for one in runs:
                 known = settings(one) | {"script": one.config["script"]}
-                for k in known.keys() - run.NOT_COMPARED - {"env_id"}:
+                for k in known.keys() - (run.NOT_COMPARED - {"world_model"}) - {"env_id"}:
                     varies.setdefault(k, {}).setdefault(label, set()).add(json.dumps(known[k]))
     title, most = f"Own runs: {', '.join(labels)}", max(len(x.seeds) for x in cells.values() if x)
     item = Item(title, "curves", dict.fromkeys(labels), tuple(tasks), tuple(range(most)))
     notes = refuse_conflicts(item, cells, args.mix, "compare")
     lines = []
     for name, by_label in sorted(varies.items()):
-        if len(by_label) == len(labels) and len(set.union(*by_label.values())) > 1:
+        one_each = all(len(values) == 1 for values in by_label.values())
+        if not one_each or (
+            len(by_label) == len(labels) and len({*map(min, by_label.values())}) > 1
+        ):
             words = ", ".join(f"{label} {' or '.join(sorted(x))}" for label, x in by_label.items())
             lines.append(f"{name}: {words}")
     notes += [f"Arguments that differ: {'; '.join(lines)}."] if lines else []

@@ -60,7 +60,7 @@ class Args:
     runs: tuple[Path, ...] = (Path("runs"), Path("benchmark/results"))
     """folders with runs; of two of a cell that share a seed, the one with more seeds counts"""
     mix: bool = False
-    """run and draw runs of different data or evaluations together; the page says so"""
+    """run and draw runs of different data together (`compare`: of different evaluations, too)"""
 
     # how they are run
     dry_run: bool = False  # print the commands, and run nothing
@@ -87,6 +87,10 @@ NOT_COMPARED = {
     *("data_dir", "loader_threads", "world_model"),
 }
 
+# Arguments that older scripts had, with the value with which a run is as one of today's scripts.
+GONE = {"capture_video": False, "compilation_cache": True, "truncation_as_termination": False}
+GONE |= {"rlu_prefix": "gs://rl_unplugged", "run": 1, "tfds_dir": None}
+GONE |= {"wandb_entity": None, "wandb_project_name": "rosmo-suite"}
 
 PARTS = ("compilation", "data", "update", "evaluation")
 
@@ -115,9 +119,12 @@ def read_run(folder: Path) -> Run | None:
     if missing := {"args", "data", "script", "starts"} - config.keys():
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
     words = [config["script"], config["args"]["env_id"], *(x["device"] for x in config["starts"])]
-    data = config["data"]
-    known = isinstance(data, str) or data_facts(data).keys() >= {"episodes", "steps"}
-    if not all(isinstance(x, str) for x in words) or not known:
+    words += [x.get("commit") or "" for x in config["starts"]]
+    if not isinstance(data := config["data"], str):
+        facts = data_facts(data)
+        known = type(facts.get("episodes")) is type(facts.get("steps")) is int
+        words += [facts.get("source", "") if known else None]
+    if not all(isinstance(x, str) for x in words):
         raise ValueError("config.json is damaged")
     lines = read_lines(folder)
     final = {x["seed"]: x for x in lines if "final/returns" in x}
@@ -135,7 +142,7 @@ def read_run(folder: Path) -> Run | None:
         folder,
         config,
         np.array(seeds),
-        np.array([final[s].get("final/return_mean", np.nan) for s in seeds], float),
+        np.array([np.mean(final[s]["final/returns"] or np.nan) for s in seeds], float),
         np.array([final[s]["final/returns"] for s in seeds], float).reshape(count, -1),
         np.array([x["update"] for x in curves[0]], int),
         np.array(returns, float).reshape(count, len(curves[0]), -1 if curves[0] else 0),
@@ -179,11 +186,19 @@ def plain(args: Any) -> dict:
 def different(run: Run, args: Any) -> dict[str, tuple]:
     """Arguments of a run that are not those wanted: name -> (the run's, the wanted).
 
-    An argument that an old run does not know has its default, and what it knows besides the
-    script's arguments is ignored.
+    An argument that an old run does not know has its default. One that the script does not know
+    makes it another run, but for `GONE`. A world model counts where one is wanted.
     """
     theirs, ours = plain(type(args)()) | run.config["args"], plain(args)
-    return {k: (theirs[k], ours[k]) for k in ours.keys() - NOT_COMPARED if theirs[k] != ours[k]}
+    unknown = {k for k in theirs.keys() - ours.keys() if GONE.get(k, ...) != theirs[k]}
+    names = (ours.keys() | unknown) - NOT_COMPARED
+    if ours.get("world_model"):
+        theirs["world_model"] = theirs["world_model"] or f"{run.folder}-world-model"
+        names.add("world_model")
+    for known in (theirs, ours):
+        paths = {k: known[k] for k in ("dataset", "world_model") if known.get(k)}
+        known |= {k: os.path.abspath(path) for k, path in paths.items()}
+    return {k: (theirs[k], ours.get(k)) for k in names if theirs[k] != ours.get(k)}
 
 
 def data_facts(data: dict | str) -> dict:
@@ -398,13 +413,8 @@ def slug(*parts) -> str:
 
 def stretches(seeds: list[int]) -> list[tuple[int, int]]:
     """Seeds as stretches of consecutive ones, (first, number)."""
-    result = []
-    for seed in sorted(seeds):
-        if result and seed == sum(result[-1]):
-            result[-1] = (result[-1][0], result[-1][1] + 1)
-        else:
-            result.append((seed, 1))
-    return result
+    parts = np.split(x := np.sort(seeds), np.flatnonzero(np.diff(x) > 1) + 1)
+    return [(int(part[0]), len(part)) for part in parts if len(part)]
 
 
 def missing_jobs(
@@ -418,14 +428,16 @@ def missing_jobs(
     seeds = args.seeds or item.seeds
     whole = next(x for x in ITEMS.values() if x.title == item.title)  # with all methods
     needed = {method for method, _ in item.needs.values()}
-    names = [option for name, option in split_options(further) if name not in NOT_COMPARED]
-    variant = [word.strip("-") for option in names for word in option]
+    given = {name for name, _ in split_options(further)} - NOT_COMPARED - {"total_updates"}
 
     def folder_of(arguments, seed: int) -> Path:
         """The folder of a run that another run must know."""
         updates, default = arguments.total_updates, type(arguments).total_updates
         length = () if updates == default else ("total-updates", updates)
         data = arguments.dataset.name if "dataset" in item.common else arguments.env_id
+        values = {k: v for k, v in vars(arguments).items() if k in given}
+        changed = {k: v for k, v in values.items() if v != getattr(type(arguments), k)}
+        variant = [f"{k}={getattr(v, 'name', v)}".replace("_", "-") for k, v in changed.items()]
         name, script = slug(data, *variant, *length), type(arguments).__module__
         folder = Path("runs", script, name, f"seed{seed}")
         with contextlib.suppress(
@@ -537,7 +549,8 @@ class Command:
         """submitit calls it in a signal handler when SLURM is about to end the job."""
         self.stop()
         if self.pid:
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            with contextlib.suppress(ChildProcessError):  # it has just ended
+                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         self.pid, self.stopped = None, False
         return submitit.helpers.DelayedSubmission(self)
 
@@ -670,8 +683,9 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str,
 
     arrays: by the name of a job the array that it is in; those of the jobs are added.
     """
-    if not shutil.which("sbatch"):
-        raise SystemExit("--launcher slurm needs sbatch: start this on a host that submits jobs.")
+    if not (shutil.which("sbatch") and shutil.which("srun")):
+        message = "--launcher slurm needs sbatch and srun"
+        raise SystemExit(f"{message}: start this on a host that submits jobs.")
     executor = submitit.SlurmExecutor(logs / "submitit", max_num_timeout=1000)
     atari = any("_atari.py" in job.command[0] for job in jobs)
     options = {"job_name": item, "time": 24 * 60, "signal_delay_s": 120, "stderr_to_stdout": True}
@@ -723,6 +737,10 @@ def main(args: Args, further: list[str]) -> None:
     args = expand_paths(args)
     items, planned, arrays, well = get_items(args), set(), {}, True
     runs = read_runs(args.runs)
+    for item in items.values():  # what is wrong with any of them shows before the first run
+        list(cell_args(item, args, further))
+        if not (args.dry_run or args.mix):
+            refuse_other_data(item, runs, args, further)
     for name, item in items.items():
         missing, total = missing_jobs(item, runs, args, further)
         jobs = [job for job in missing if tuple(job.command) not in planned]
@@ -736,8 +754,6 @@ def main(args: Args, further: list[str]) -> None:
         text, shared = f"{total - len(missing)} of {total} runs", len(missing) - len(jobs)
         text += f" were finished, {shared} are of an item before" if shared else " are finished"
         print(f"{name}: {text}.", flush=True)
-        if jobs and not args.mix:
-            refuse_other_data(item, runs, args, further)
         logs = args.logs / (item.of or name)
         if jobs and args.launcher == "slurm":
             submit(jobs, args, logs, name, arrays)

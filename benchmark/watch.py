@@ -66,7 +66,7 @@ def load_agent(run: Path) -> tuple[ModuleType, str, Callable]:
                 content = data[4:]
         if content is None:
             raise ValueError("it has none" if not paths else "they are damaged")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{run} is no run with a whole checkpoint ({error}).") from None
     name = config["script"].removesuffix(".py")
     if importlib.util.find_spec(name) is None:

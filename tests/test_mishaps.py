@@ -173,7 +173,7 @@ def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
     (tmp_path / "other" / "checkpoints").mkdir()
     (tmp_path / "other" / "checkpoints" / "1.msgpack").write_bytes(bytes(4))  # whole, and empty
     path = tmp_path / "other" / "config.json"
-    for text in ("{}", "[]", '{"script": "bc_atari.py"}'):
+    for text in ("{}", "[]", '{"script": "bc_atari.py"}', '{"script": 3}'):
         path.write_text(text)
         with pytest.raises(SystemExit, match="is no run with a whole checkpoint"):
             watch.load_agent(tmp_path / "other")

@@ -11,6 +11,7 @@ import tyro
 from conftest import ROOT
 from rliable import metrics
 
+import bc_atari
 import collect_bsuite
 import paper
 import report
@@ -74,6 +75,10 @@ def test_settings_of_the_figures_are_the_paper_s():
 def test_numbers_of_the_paper():
     assert {k: paper.REFERENCE_RETURNS[k] for k in paper.TASKS} == collect_bsuite.PAPER_TABLE6
     assert paper.TABLE5 == collect_bsuite.PAPER_TABLE5
+    games = paper.REFERENCE_RETURNS.keys() - {*paper.TASKS}
+    assert len(games) == 46
+    assert all(bc_atari.game_name(game) for game in games)
+    assert all(random < online for random, online in paper.REFERENCE_RETURNS.values())
     item = paper.ITEMS["table8"]
     assert item.numbers.keys() == {cell[:3] for cell in item.cells()}
     assert item.numbers["ROSMO", None, "Phoenix"] == (21550.476, 2689.643)

@@ -720,6 +720,10 @@ def test_shards_of_local_play_are_not_taken_for_the_papers(
     assert contents(tmp_path / "out") == contents(path)
     with ends_with("is not RL Unplugged's: import all of it, without --percent"):
         make(rlu_prefix=str(tmp_path / "s"), out=tmp_path / "half", percent=50)
+    for text in ('{"source": "dq', "[1]") if marked else ():
+        (tmp_path / "s/atari_episodes_ordered/Pong/collector.json").write_text(text)
+        with ends_with("collector.json is damaged: put it back, or collect again"):
+            make(rlu_prefix=str(tmp_path / "s"), out=tmp_path / "more")
 
 
 def test_shard_of_another_game_or_size(rlu, make, tmp_path, monkeypatch):
@@ -849,7 +853,7 @@ def write_old_store(path: Path) -> Path:
 def test_old_store_is_converted(make, path, tmp_path):
     old = write_old_store(tmp_path / "data/atari/Pong-run1-100pct")
     before = contents(old)
-    with ends_with(f"is of format 1; convert it with python .* --env-id Pong --old-store {old}"):
+    with ends_with(f"is of format 1, which python .* --env-id Pong --old-store {old} converts"):
         make(rlu_prefix="nowhere")
     make(old_store=old, out=tmp_path / "new")
     assert contents(tmp_path / "new") == contents(path)

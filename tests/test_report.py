@@ -121,7 +121,7 @@ def test_known_normalised_scores():
     assert report.normalized_score("mountain_car", -1000.0) == 0
     assert report.normalized_score("cartpole", 1001.0) == 1
     assert report.normalized_score("catch", 0.17) == pytest.approx(0.5)
-    assert np.isnan(report.normalized_score("RoadRunner", 11.0))
+    assert np.isnan(report.normalized_score("AirRaid", 11.0))
 
 
 def test_table_has_mean_and_std_of_the_runs_and_names_what_is_missing(tmp_path):
@@ -279,12 +279,12 @@ def test_known_returns_stand_on_the_page(tmp_path):
     write_run(tmp_path / "runs" / "c", "rosmo_atari", [1.0], env_id="Pong", data=STORE)
     out = make(tmp_path, "table1", "table8")
     page = (out / "table1.md").read_text()
-    assert "The paper has its own results of this item in a picture alone." in page
+    assert "The paper's own numbers of this item are not copied here." in page
     known = rows(page, "mean return")
     assert known["catch"] == ["-0.66", "1.00", "0.72", "0.71"]
     assert known["catch, noise ε = 0.3"] == ["-0.66", "1.00", "0.50", "0.25"]
     page = (out / "table8.md").read_text()
-    assert "in a picture alone" not in page
+    assert "not copied here" not in page
     assert rows(page, "mean return")["Pong"] == ["-20.30", "18.25", "512.50", "-"]
 
 
@@ -570,11 +570,11 @@ def test_single_seeds_have_no_interval_anywhere(tmp_path):
 
 
 def test_games_without_references_are_drawn_as_returns(tmp_path, figures):
-    write_run(tmp_path / "runs" / "a", "rosmo_atari", [9.0], env_id="Alien", data_percent=10.0)
-    out = make(tmp_path, "figure4a", env_ids=("Alien",))
+    write_run(tmp_path / "runs" / "a", "rosmo_atari", [9.0], env_id="AirRaid", data_percent=10.0)
+    out = make(tmp_path, "figure4a", env_ids=("AirRaid",))
     assert "![Figure 4(a)" in (out / "figure4a.md").read_text()
     (axes,) = shown(figures["figure4a.png"])
-    assert figures["figure4a.png"].get_supylabel() == "return, Alien"
+    assert figures["figure4a.png"].get_supylabel() == "return, AirRaid"
     assert axes.lines[0].get_ydata().tolist() == [8.0, 8.0]
 
 
@@ -683,6 +683,41 @@ def test_one_file_holds_all_pages_with_their_images(tmp_path):
     assert not re.search(r'(href|src)="(?!#|data:)', text)
 
 
+def test_settings_that_vary_under_one_label_are_named(tmp_path):
+    """Also if another label's script has no such argument."""
+    write_run(tmp_path / "a" / "x", "rosmo_bsuite", [1.0], seed=0)
+    write_run(tmp_path / "a" / "y", "rosmo_bsuite", [0.5], seed=1, behavior_coef=0.0)
+    write_run(tmp_path / "b", "bc_bsuite", [0.0, 0.2])
+    report.main(report.Args(("compare", "mine=a", "bc=b")), [])
+    page = (tmp_path / "runs/report/compare.md").read_text()
+    assert "behavior_coef: mine 0.0 or 0.2; " in page
+    for folder, model in (("c", "one-world-model"), ("d", "other-world-model")):
+        write_run(tmp_path / folder, "combo_atari", [0.0], world_model=model)
+    report.main(report.Args(("compare", "c=c", "d=d")), [])
+    page = (tmp_path / "runs/report/compare.md").read_text()
+    assert 'world_model: c "one-world-model", d "other-world-model"' in page
+
+
+def test_a_mean_is_that_of_the_returns(tmp_path):
+    write_run(tmp_path / "a", "rosmo_bsuite", [1.0])
+    change_lines(
+        tmp_path / "a", lambda x: {"final/return_mean": 50.0} if "final/returns" in x else {}
+    )
+    (one,) = run.read_runs((tmp_path,))
+    assert one.final == [1.0]
+
+
+def test_a_figure_names_all_its_moving_averages(tmp_path):
+    item = paper.ITEMS["figure9"]
+    write_run(tmp_path / "a", "rosmo_bsuite", [1.0, 2.0])
+    (short,) = run.read_runs((tmp_path,))
+    long = short._replace(updates=np.arange(100))
+    words = report.figure_note(
+        item, {1: report.put_together([short]), 2: report.put_together([long])}
+    )
+    assert words.startswith("Moving averages over 1 or 5 evaluations")
+
+
 def test_own_runs_are_compared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "a" / "x", "rosmo_bsuite", [1.0], seed=0, batch_size=64)
@@ -731,7 +766,7 @@ def test_old_runs_count(tmp_path):
     write_run(folder, "rosmo_bsuite", [0.5, 0.7], data="2000 episodes, as a sentence", noise=0.1)
     config = json.loads((folder / "config.json").read_text())
     del config["args"]["behavior_advantage"]
-    config["args"] |= {"compilation_cache": True, "wandb_entity": None, "abolished": 3}
+    config["args"] |= {"compilation_cache": True, "wandb_entity": None}
     (folder / "config.json").write_text(json.dumps(config))
     lines = (folder / "metrics.jsonl").read_text()
     lines = lines.replace('"final/returns"', '"final/normalized_score": 99.0, "final/returns"')

@@ -22,6 +22,7 @@ from test_report import write_run
 
 import bc_atari
 import bc_bsuite
+import combo_atari
 import paper
 import report
 import run
@@ -267,7 +268,9 @@ def test_a_folder_that_is_no_run_stops_nothing(tmp_path, capsys):
         ("config.json", {"starts": [{"commit": "a"}]}),
         ("config.json", {"starts": [{"commit": "a", "device": None}]}),
         ("config.json", {"script": 3}),
-        ("metrics.jsonl", {"final/return_mean": "x"}),
+        ("config.json", {"starts": [{"commit": 3, "device": "cpu"}]}),
+        ("config.json", {"data": {"episodes": "3", "transitions": 9}}),
+        ("config.json", {"data": {"episodes": 3, "transitions": 9, "source": []}}),
         ("metrics.jsonl", {"final/returns": [None]}),
         ("metrics.jsonl", {"final/returns": [10**400]}),
         ("metrics.jsonl", {"final/returns": "x"}),
@@ -411,6 +414,13 @@ def test_a_method_s_own_number_of_updates_is_the_most(tmp_path, monkeypatch, cap
         (line,) = commands_of(capsys, *words, given, "--loader-threads", 8)
         assert (f"--total-updates {updates}" in line) == (updates is not None)
         assert f"--run-dir runs/morel_atari/MsPacman{folder}/seed0 " in f"{line} "
+    for given in (
+        ["--deter", 128, "--no-clip-rewards", "--channels", 64],
+        ["--no-clip-rewards", "--deter=128"],
+    ):  # the same settings
+        (line,) = commands_of(capsys, *words[:-1], *given)
+        folder = "runs/morel_atari/MsPacman-clip-rewards=False-deter=128/seed0"
+        assert f"--run-dir {folder} " in f"{line} "
 
 
 def test_combo_alone_takes_the_world_model_that_is_there(tmp_path, monkeypatch, capsys):
@@ -668,10 +678,29 @@ def test_a_task_that_there_is_not_ends_before_any_run(stand_in, tmp_path, item, 
     assert not (tmp_path / "commands").exists()
 
 
-def test_without_slurm_it_says_so(stand_in, monkeypatch, tmp_path):
+def test_what_is_wrong_with_a_later_item_shows_before_the_first_run(stand_in, tmp_path):
+    with pytest.raises(SystemExit, match="--data-percent is set by the item itself"):
+        start("table1", "figure2a", "--data-percent", 10)
+    assert not (tmp_path / "commands").exists()
+
+
+@pytest.mark.parametrize("there", [(), ("sbatch",)])
+def test_without_slurm_it_says_so(stand_in, monkeypatch, tmp_path, there):
+    for name in there:
+        (tmp_path / name).touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SystemExit, match="--launcher slurm needs sbatch"):
+    with pytest.raises(SystemExit, match="--launcher slurm needs sbatch and srun"):
         start("table2", "--launcher", "slurm")
+
+
+def test_a_job_whose_script_has_just_ended_can_be_preempted(tmp_path):
+    job = run.Command(["true"], tmp_path / "log")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        job()
+        assert job.checkpoint() is not None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_links_that_go_in_circles_are_followed_once(tmp_path):
@@ -734,6 +763,39 @@ def test_runs_side_by_side_share_the_cores(stand_in, monkeypatch):
     assert [(x.gpu, x.cores) for x in tasks] == list(
         zip([None] * 4 + ["3", "7"], cores, strict=True)
     )
+
+
+def test_an_argument_that_the_script_does_not_have_makes_another_run(tmp_path):
+    """But for those that older scripts had, with the value that is today's way."""
+    write_run(tmp_path / "a", "bc_bsuite", [1.0])
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    args = bc_bsuite.Args(total_updates=2000)
+    for more, differs in (
+        ({"compilation_cache": True, "wandb_entity": None}, {}),
+        ({"compilation_cache": False}, {"compilation_cache": (False, None)}),
+        ({"entropy_bonus": 0.5}, {"entropy_bonus": (0.5, None)}),
+    ):
+        text = json.dumps(config | {"args": config["args"] | more})
+        (tmp_path / "a" / "config.json").write_text(text)
+        (one,) = run.read_runs((tmp_path,))
+        assert run.different(one, args) == differs
+
+
+def test_paths_are_compared_by_what_they_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = combo_atari.Args(env_id="Pong", total_updates=2000, dataset=Path("d"))
+    write_run(tmp_path / "a", "combo_atari", [1.0], env_id="Pong", dataset="d")
+    write_run(tmp_path / "b", "combo_atari", [1.0], env_id="Pong", dataset="d", world_model="m")
+    own, given = run.read_runs((Path("a"), Path("b")))
+    for one in (own, given):
+        assert run.different(one, args) == {}
+        assert run.different(one, dataclasses.replace(args, dataset=tmp_path / "d")) == {}
+        assert [*run.different(one, dataclasses.replace(args, dataset=Path("e")))] == ["dataset"]
+    for one, model in ((own, "a-world-model"), (given, "m")):
+        for path in (Path(model), tmp_path / model):
+            assert run.different(one, dataclasses.replace(args, world_model=path)) == {}
+        other = dataclasses.replace(args, world_model=Path("other"))
+        assert [*run.different(one, other)] == ["world_model"]
 
 
 def test_what_changes_no_number_is_not_compared(tmp_path):
