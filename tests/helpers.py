@@ -1,9 +1,11 @@
 """What several test files need: names, small runs, random inputs and small datasets."""
 
+import dataclasses
 import importlib
 import json
 import math
 import re
+import time
 import zlib
 from functools import lru_cache, partial
 from pathlib import Path
@@ -113,6 +115,111 @@ def save_world_model(folder: Path, args, members, data: dict) -> None:
     (folder / "members.msgpack").write_bytes(crc32 + content)
     config = {"args": vars(args), "data": data}
     (folder / "config.json").write_text(json.dumps(config, default=str))
+
+
+UPDATES = 2000
+BSUITE_DATA = {"episodes": 2000, "transitions": 18000, "mean_return": 0.7182, "crc32": 1234}
+ATARI_DATA = {
+    "source": "dqn", "episodes": 99, "steps": 60984, "mean_return": 512.5,
+    "crc32": 1234,
+}  # fmt: skip
+
+
+def write_run(
+    folder, script, returns, finished=True, commits=("0123456789abcdef",), data=None, **arguments
+):
+    """A run of two evaluations whose seeds ended with these returns."""
+    counts = {"total_updates": UPDATES, "log_every": 1000}
+    if script.endswith("bsuite"):
+        counts["num_seeds"] = len(returns)
+    args = importlib.import_module(script).Args(**(counts | arguments))
+    data = data or (BSUITE_DATA if script.endswith("bsuite") else ATARI_DATA)
+    config = {"args": dataclasses.asdict(args), "script": f"{script}.py", "data": data}
+    config["starts"] = [{"commit": commit, "device": "1 x cpu"} for commit in commits]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    lines = []
+    for seed, value in enumerate(returns, args.seed):
+        for update in (1000, 2000):
+            line = {"update": update, "seed": seed, "wall_time": 3.6 * update}
+            lines.append(line | {"eval/return_mean": value - 1})
+        final = {"final/returns": [value], "final/return_mean": value}
+        lines.append({"update": args.total_updates, "seed": seed, **final})
+    text = "".join(json.dumps(line) + "\n" for line in (lines if finished else lines[:-1]))
+    (folder / "metrics.jsonl").write_text(text)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Of the files of a folder."""
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def read_store(path: Path) -> list[dict]:
+    """A store's episodes, read frame by frame: a reading of the format of its own."""
+    import zstandard
+
+    meta = json.loads((path / "meta.json").read_text())
+    assert meta["version"] == 2
+    for name, crc32 in meta["crc32"].items():
+        assert zlib.crc32((path / name).read_bytes()) == crc32
+    blob = (path / "frames.bin").read_bytes()
+    arrays = ("frames_offsets.npy", "steps.npy", "episodes.npy")
+    offsets, steps, episodes = (np.load(path / name) for name in arrays)
+    assert offsets[0] == 0
+    assert offsets[-1] == len(blob)
+    assert len(steps) == 16 * (len(offsets) - 1)
+    frames = []
+    for chunk in range(len(offsets) - 1):
+        data = blob[offsets[chunk] : offsets[chunk + 1]]
+        data, crc32 = data[:-4], int.from_bytes(data[-4:], "little")
+        assert zlib.crc32(data) == crc32
+        data = zstandard.ZstdDecompressor().decompress(data)
+        assert len(data) == 16 * 84 * 84
+        frames += list(np.frombuffer(data, np.uint8).reshape(16, 84, 84))
+    inside, checkpoint, result = np.zeros(len(steps), bool), None, []
+    for e in episodes:
+        rows = np.arange(e["start"], e["start"] + e["length"])
+        if e["checkpoint"] != checkpoint:
+            assert e["start"] % 16 == 0
+        else:
+            assert inside[e["start"] - 1]
+        checkpoint = e["checkpoint"]
+        inside[rows] = True
+        own = steps[rows]
+        assert own["age"].tolist() == np.minimum(np.arange(len(rows)), 65535).tolist()
+        assert np.flatnonzero(own["is_last"]).tolist() == [len(rows) - 1]
+        assert not own["is_terminal"][:-1].any()
+        assert (own["action"][-1], own["reward"][-1]) == (0, 0)
+        assert math.isclose(e["return"], own["reward"].sum(), rel_tol=1e-6)
+        result.append(
+            {
+                "frames": np.stack([frames[i] for i in rows]),
+                "action": own["action"],
+                "reward": own["reward"],
+                "is_terminal": bool(own["is_terminal"][-1]),
+                "checkpoint": int(e["checkpoint"]),
+                "id": int(e["id"]),
+            }
+        )
+    assert not steps[~inside].view(np.uint8).any()
+    assert not np.array(frames)[~inside].any()
+    assert meta["num_steps"] == inside.sum()
+    assert meta["num_episodes"] == len(episodes)
+    return result
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_until_gone(pids) -> None:
+    deadline = time.time() + PATIENCE
+    while not all(map(is_gone, pids)):
+        assert time.time() < deadline
+        time.sleep(0.05)
 
 
 # Inputs

@@ -172,7 +172,7 @@ def test_loader_keeps_the_order_and_starts_anywhere(num_threads):
 
 def test_loader_keeps_all_of_its_threads_busy():
     meeting = threading.Barrier(8)  # passed when eight wait in it
-    batches = script.load_batches(lambda step: meeting.wait(timeout=60), 0, 8)
+    batches = script.load_batches(lambda step: meeting.wait(timeout=helpers.PATIENCE), 0, 8)
     assert {next(batches) for _ in range(8)} == set(range(8))
     meeting.abort()  # those that wait already
     batches.close()

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
+from helpers import PATIENCE, contents, read_store, wait_until_gone
 
 import collect_atari
 import prepare_atari
-from test_prepare_atari import contents, read, wait_until_gone
 
 pytestmark = pytest.mark.usefixtures("hurry")
 TINY = ["--env-id", "Pong", "--num-steps", "400", "--num-checkpoints", "4", "--num-envs", "2"]
@@ -74,7 +74,7 @@ def test_resumed_collection_is_whole(killed_and_resumed):
     assert meta["rom_sha256"] == prepare_atari.rom_digest("Pong")
     assert meta["collector"]["max_frames"] == 160
     assert (meta["source"], meta["percent"], meta["num_actions"]) == ("dqn", 100, 6)
-    episodes = read(killed_and_resumed)  # a reader of the format, which has its own checks
+    episodes = read_store(killed_and_resumed)  # a reader of the format, which has its own checks
     labels = [(e["checkpoint"], e["id"]) for e in episodes]
     assert labels[:7] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
     for episode in episodes:
@@ -89,7 +89,7 @@ def test_saved_episodes_survive_the_kill(killed_and_resumed):
     kept = sorted((killed_and_resumed.parent / "kept").glob("*.npz"))
     recorder = SimpleNamespace(folder=killed_and_resumed.parent / "kept")
     assert kept
-    for number, episode in zip(range(len(kept)), read(killed_and_resumed), strict=False):
+    for number, episode in zip(range(len(kept)), read_store(killed_and_resumed), strict=False):
         recorded = collect_atari.Recorder.read(recorder, number)
         for name in ("frames", "action", "reward"):
             np.testing.assert_array_equal(recorded[name], episode[name])
@@ -221,7 +221,7 @@ def test_signal_ends_a_collection(tmp_path):
     lines = [process.stderr.readline() for _ in range(2)]
     assert all(line.startswith("Pong: ") and line.endswith("return 0.0\n") for line in lines[1:])
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "Traceback" not in stderr
     assert "%|" not in stderr
@@ -267,7 +267,7 @@ def test_collection_ends_with_its_parent(tmp_path):
 def test_rlu_shards_become_the_same_store(killed_and_resumed, tmp_path, monkeypatch):
     """As many shards as the data has, and prepare_atari.py reads them."""
     args = collect_atari.Args(out=str(tmp_path / "Pong-dqn"), format="rlu", num_steps=400)
-    episodes = read(killed_and_resumed)
+    episodes = read_store(killed_and_resumed)
 
     def collect(args, recorder, _):
         for episode in episodes:

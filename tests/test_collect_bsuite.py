@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from bsuite.environments.catch import Catch
 from conftest import ROOT
+from helpers import PATIENCE
 
 import collect_bsuite as collector
 
@@ -268,7 +269,7 @@ def test_interrupted_run_writes_nothing(script, tmp_path, number):
     process = script("benchmark/collect_bsuite.py", *arguments, wait=False)
     assert process.stdout.readline().startswith("Collecting")
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert stderr == "Interrupted: nothing was written.\n"
     assert list((tmp_path / "data" / "bsuite").iterdir()) == []
@@ -329,7 +330,9 @@ subprocess.run({command!r}, env=os.environ | {{"ROSMO_PARENT": str(os.getpid())}
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes)
     assert parent.stdout.readline().startswith("Collecting")
     parent.kill()
-    _, stderr = parent.communicate(timeout=60)  # the collector holds the other end of the pipes
+    _, stderr = parent.communicate(
+        timeout=PATIENCE
+    )  # the collector holds the other end of the pipes
     assert stderr == "Interrupted: nothing was written.\n"
     assert list((tmp_path / "bsuite").iterdir()) == []
 
@@ -634,6 +637,6 @@ def test_a_closed_pipe_ends_a_collection_in_a_sentence(script, tmp_path):
     process = script(*command, wait=False)
     process.stdout.close()
     stderr = process.stderr.read()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=PATIENCE) == 1
     assert "Traceback" not in stderr
     assert "Broken pipe: put that right, then run the same command again." in stderr

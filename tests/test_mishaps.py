@@ -43,7 +43,7 @@ def test_a_signal_while_packages_are_imported(script, name, number):
     while "numpy" not in process.stderr.readline():  # its import has begun
         assert process.poll() is None
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=helpers.PATIENCE)
     assert process.returncode == 130
     said = [line for line in stderr.splitlines() if not line.startswith("import time:")]
     assert said == ["Stopped."]

@@ -22,6 +22,7 @@ import helpers
 import numpy as np
 import pytest
 import zstandard
+from helpers import contents, read_store, wait_until_gone
 
 import collect_atari
 import prepare_atari
@@ -54,62 +55,6 @@ def write(path: Path, which=range(9), **meta) -> Path:
     return path
 
 
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
-
-
-def read(path: Path) -> list[dict]:
-    """A store's episodes, read frame by frame: a reading of the format of its own."""
-    meta = json.loads((path / "meta.json").read_text())
-    assert meta["version"] == 2
-    for name, crc32 in meta["crc32"].items():
-        assert zlib.crc32((path / name).read_bytes()) == crc32
-    blob = (path / "frames.bin").read_bytes()
-    arrays = ("frames_offsets.npy", "steps.npy", "episodes.npy")
-    offsets, steps, episodes = (np.load(path / name) for name in arrays)
-    assert offsets[0] == 0
-    assert offsets[-1] == len(blob)
-    assert len(steps) == 16 * (len(offsets) - 1)
-    frames = []
-    for chunk in range(len(offsets) - 1):
-        data = blob[offsets[chunk] : offsets[chunk + 1]]
-        data, crc32 = data[:-4], int.from_bytes(data[-4:], "little")
-        assert zlib.crc32(data) == crc32
-        data = zstandard.ZstdDecompressor().decompress(data)
-        assert len(data) == 16 * 84 * 84
-        frames += list(np.frombuffer(data, np.uint8).reshape(16, 84, 84))
-    inside, checkpoint, result = np.zeros(len(steps), bool), None, []
-    for e in episodes:
-        rows = np.arange(e["start"], e["start"] + e["length"])
-        if e["checkpoint"] != checkpoint:
-            assert e["start"] % 16 == 0
-        else:
-            assert inside[e["start"] - 1]
-        checkpoint = e["checkpoint"]
-        inside[rows] = True
-        own = steps[rows]
-        assert own["age"].tolist() == np.minimum(np.arange(len(rows)), 65535).tolist()
-        assert np.flatnonzero(own["is_last"]).tolist() == [len(rows) - 1]
-        assert not own["is_terminal"][:-1].any()
-        assert (own["action"][-1], own["reward"][-1]) == (0, 0)
-        assert e["return"] == pytest.approx(own["reward"].sum())
-        result.append(
-            {
-                "frames": np.stack([frames[i] for i in rows]),
-                "action": own["action"],
-                "reward": own["reward"],
-                "is_terminal": bool(own["is_terminal"][-1]),
-                "checkpoint": int(e["checkpoint"]),
-                "id": int(e["id"]),
-            }
-        )
-    assert not steps[~inside].view(np.uint8).any()
-    assert not np.array(frames)[~inside].any()
-    assert meta["num_steps"] == inside.sum()
-    assert meta["num_episodes"] == len(episodes)
-    return result
-
-
 def assert_equal(read: list[dict], episodes: list[dict]) -> None:
     assert len(read) == len(episodes)
     for a, b in zip(read, episodes, strict=True):
@@ -130,7 +75,7 @@ def path(tmp_path_factory) -> Path:
 
 
 def test_store_is_as_the_contract_says(path):
-    assert_equal(read(path), EPISODES)
+    assert_equal(read_store(path), EPISODES)
     names = {"frames.bin", "frames_offsets.npy", "steps.npy", "episodes.npy"}
     assert {p.name for p in path.iterdir()} == {*names, "meta.json"}
     meta = json.loads((path / "meta.json").read_text())
@@ -378,7 +323,7 @@ def driver(tmp_path):
         words = [str(tmp_path / "atari/Pong"), str(tmp_path / "log"), stop, str(workers)]
         command = [sys.executable, str(tmp_path / "driver.py"), *words]
         process = subprocess.Popen(command, **pipes, **options)
-        deadline = time.time() + 60
+        deadline = time.time() + helpers.PATIENCE
         while stop and not (tmp_path / "waits").exists():
             assert time.time() < deadline
             assert process.poll() is None, process.stderr.read().decode()
@@ -391,20 +336,6 @@ def driver(tmp_path):
 def log_of(tmp_path) -> list[tuple[str, int]]:
     lines = (line.split() for line in (tmp_path / "log").read_text().splitlines())
     return [(shard, int(pid)) for shard, pid in lines]
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def wait_until_gone(pids) -> None:
-    deadline = time.time() + helpers.PATIENCE
-    while not all(map(is_gone, pids)):
-        assert time.time() < deadline
-        time.sleep(0.05)
 
 
 def test_killed_import_goes_on_with_the_unfinished_shard(driver, path, tmp_path):
@@ -436,13 +367,13 @@ def test_signal_ends_an_import_at_once(driver, path, tmp_path, sent):
     process.send_signal(sent)
     started = time.time()
     _, stderr = process.communicate()
-    assert time.time() - started < 10
+    assert time.time() - started < 60  # the shard takes five minutes
     assert process.returncode == 130
     assert stderr.decode().splitlines()[-1].startswith("Stopped; the same command goes on")
     assert b"Traceback" not in stderr
     wait_until_gone(pid for _, pid in log_of(tmp_path))
-    parts = (tmp_path / "atari/.Pong.building").glob("part-?????")
-    assert {"part-00000", "part-00001"} <= {p.name for p in parts}
+    parts = {p.name for p in (tmp_path / "atari/.Pong.building").glob("part-?????")}
+    assert parts & {"part-00000", "part-00001"}  # of the worker that came to the third shard
     _, stderr = (resumed := driver(workers=2)).communicate()
     assert resumed.returncode == 0, stderr
     assert contents(tmp_path / "atari/Pong") == contents(path)
@@ -653,7 +584,7 @@ def test_percent_is_the_same_on_every_path(rlu, make, path, tmp_path, percent):
         if before.setdefault(episode["checkpoint"], 0) < percent / 100 * PER_CHECKPOINT:
             chosen.append(episode)
         before[episode["checkpoint"]] += length
-    assert_equal(read(streamed), chosen)
+    assert_equal(read_store(streamed), chosen)
     assert percent != 50 or len(chosen) == 6
 
 
@@ -790,13 +721,13 @@ def test_dqn_replay(make, tmp_path, monkeypatch, padding):
     rest = as_replayed({k: c[k][7:] for k in ("frames", "action", "reward")}, 1, 0)
     expected = [as_replayed(a, 0, 0), as_replayed(b, 0, 1), first, rest, as_replayed(d, 1, 1)]
     expected[-1]["is_terminal"] = False
-    assert_equal(read(store), [*expected, as_replayed(e, 1, 2)])
-    total = sum(x["reward"].sum() for x in read(store))
+    assert_equal(read_store(store), [*expected, as_replayed(e, 1, 2)])
+    total = sum(x["reward"].sum() for x in read_store(store))
     lost = c["reward"][6]  # of the action at the end of the file
     assert total == sum(x["reward"].sum() for x in EPISODES[:5]) - lost
     assert json.loads((store / "meta.json").read_text())["source"] == "replay1"
     make(dqn_replay=tmp_path / "dqn", percent=50, out=tmp_path / "half")
-    assert_equal(read(tmp_path / "half"), [expected[i] for i in (0, 3, 4)])
+    assert_equal(read_store(tmp_path / "half"), [expected[i] for i in (0, 3, 4)])
 
 
 @pytest.mark.parametrize("how", ["truncated", "changed", "empty"])

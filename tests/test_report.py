@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tyro
 from conftest import ROOT
+from helpers import ATARI_DATA, BSUITE_DATA, UPDATES, write_run
 from scipy.stats import trim_mean
 
 import paper
@@ -25,37 +26,6 @@ import report
 import run
 import throughput
 import throughput_loader
-
-UPDATES = 2000
-BSUITE_DATA = {"episodes": 2000, "transitions": 18000, "mean_return": 0.7182, "crc32": 1234}
-ATARI_DATA = {
-    "source": "dqn", "episodes": 99, "steps": 60984, "mean_return": 512.5,
-    "crc32": 1234,
-}  # fmt: skip
-
-
-def write_run(
-    folder, script, returns, finished=True, commits=("0123456789abcdef",), data=None, **arguments
-):
-    """A run of two evaluations whose seeds ended with these returns."""
-    counts = {"total_updates": UPDATES, "log_every": 1000}
-    if script.endswith("bsuite"):
-        counts["num_seeds"] = len(returns)
-    args = importlib.import_module(script).Args(**(counts | arguments))
-    data = data or (BSUITE_DATA if script.endswith("bsuite") else ATARI_DATA)
-    config = {"args": dataclasses.asdict(args), "script": f"{script}.py", "data": data}
-    config["starts"] = [{"commit": commit, "device": "1 x cpu"} for commit in commits]
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config, default=str))
-    lines = []
-    for seed, value in enumerate(returns, args.seed):
-        for update in (1000, 2000):
-            line = {"update": update, "seed": seed, "wall_time": 3.6 * update}
-            lines.append(line | {"eval/return_mean": value - 1})
-        final = {"final/returns": [value], "final/return_mean": value}
-        lines.append({"update": args.total_updates, "seed": seed, **final})
-    text = "".join(json.dumps(line) + "\n" for line in (lines if finished else lines[:-1]))
-    (folder / "metrics.jsonl").write_text(text)
 
 
 @pytest.fixture(autouse=True)

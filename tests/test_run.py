@@ -18,7 +18,7 @@ import helpers
 import pytest
 import submitit
 from conftest import ROOT
-from test_report import write_run
+from helpers import write_run
 
 import bc_atari
 import bc_bsuite
@@ -74,7 +74,7 @@ def process(stand_in: Path, *words) -> subprocess.Popen:
 
 
 def wait_for(path: Path, lines: int = 1) -> list[str]:
-    for _ in range(600):
+    for _ in range(20 * helpers.PATIENCE):
         if path.exists() and len(path.read_text().splitlines()) >= lines:
             return path.read_text().splitlines()
         time.sleep(0.05)

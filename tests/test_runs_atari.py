@@ -30,7 +30,8 @@ import rosmo_atari
 
 pytestmark = pytest.mark.usefixtures("hurry")
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-PORTS = itertools.count(20_000 + 200 * WORKER)  # below those that the system gives away
+# Below those that the system gives away, and others than those of another suite's workers.
+PORTS = itertools.count(20_000 + (37 * os.getppid() + 200 * WORKER) % 12_000)
 
 
 def free_port() -> int:
@@ -260,7 +261,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(in_process, monkeypatch, tmp_pat
 # Several devices and processes
 
 
-def two_processes(started, name: str, *each: list, timeout: float = 300, blocks=True, **shared):
+def two_processes(started, name: str, *each: list, blocks=True, **shared):
     """A run of two processes, by default with two devices each; `each` has one's arguments."""
     shared |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     shared = {"JAX_NUM_CPU_DEVICES": "2"} | shared
@@ -268,7 +269,7 @@ def two_processes(started, name: str, *each: list, timeout: float = 300, blocks=
         started(name, *arguments, wait=False, blocks=blocks, **shared, JAX_PROCESS_ID=str(i))
         for i, arguments in enumerate(each)
     ]
-    outputs = [process.communicate(timeout=timeout) for process in processes]
+    outputs = [process.communicate(timeout=helpers.PATIENCE) for process in processes]
     codes = [process.returncode for process in processes]
     return [
         subprocess.CompletedProcess([], *x)
@@ -333,7 +334,7 @@ def test_several_processes_give_the_numbers_of_one(whole, started, tmp_path, nam
 def test_several_processes_end_together(started, tmp_path, each, message):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
-    for result in two_processes(started, "bc_atari", *each, timeout=100):
+    for result in two_processes(started, "bc_atari", *each):
         assert result.returncode == 1
         assert message in result.stderr
         assert "Traceback" not in result.stderr
@@ -351,7 +352,7 @@ else:  # the first one's seconds begin when the other leaves, also on a busy mac
 """
     (tmp_path / "sitecustomize.py").write_text(slow)
     nowhere, path = ["--dataset", "nowhere"], {"PYTHONPATH": str(tmp_path)}
-    for result in two_processes(started, "bc_atari", *2 * [nowhere], timeout=100, **path):
+    for result in two_processes(started, "bc_atari", *2 * [nowhere], **path):
         assert result.returncode == 1
         assert "nowhere cannot be used as a store of Asterix" in result.stderr
         assert "Traceback" not in result.stderr
@@ -370,7 +371,7 @@ if os.environ["JAX_PROCESS_ID"] == "1":
     names = {"PYTHONPATH": str(tmp_path), "JAX_NUM_CPU_DEVICES": "1"}
     both = 2 * [["--run-dir", "run"]]
     names |= {"blocks": False}
-    first, second = two_processes(started, "bc_atari", *both, timeout=100, **names)
+    first, second = two_processes(started, "bc_atari", *both, **names)
     assert first.returncode != 0
     assert second.returncode == 1
     assert second.stderr.count("TypeError: 'NoneType' object is not callable") == 1
@@ -416,7 +417,7 @@ def test_a_signal_ends_a_process_that_waits_for_its_siblings(started, number):
         pytest.fail("it does not wait for the others")
     time.sleep(0.5)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=helpers.PATIENCE)
     assert process.returncode in (-number, 130)
 
 
@@ -536,7 +537,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(started, tmp_path):
         if line.startswith("update 5:"):
             break
     both[1].terminate()
-    outputs = [process.communicate(timeout=60) for process in both]
+    outputs = [process.communicate(timeout=helpers.PATIENCE) for process in both]
     assert [process.returncode for process in both] == [130, 130], outputs
     newest = int(checkpoints(tmp_path / "run")[-1].stem)
     assert newest > 0

@@ -513,7 +513,7 @@ def test_a_closed_pipe(started, tmp_path):
     process.stdout.readline()
     process.stdout.close()
     stderr = process.stderr.read()
-    process.wait(timeout=60)
+    process.wait(timeout=helpers.PATIENCE)
     one_sentence(
         subprocess.CompletedProcess([], process.returncode, "", stderr), "Broken pipe", "goes on"
     )
@@ -614,7 +614,7 @@ def test_ctrl_c_stops_the_collection_of_a_missing_dataset(script, tmp_path):
     process = script("bc_bsuite.py", *options, wait=False)
     line = process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=helpers.PATIENCE)
     assert process.returncode == 130
     assert "catch-noise0.25-seed0.npz" in line
     assert not (tmp_path / "data" / "bsuite" / "catch-noise0.25-seed0.npz").exists()
