@@ -1999,8 +1999,8 @@ def main(args: Args) -> None:
     store = open_store(args)
     facts = store.facts
     if args.world_model:  # the run must be one with these members; also before it is deleted
-        content = load_world_model(args.world_model, args, facts)
-        facts = facts | {"world_model_crc32": zlib.crc32(content)}
+        crc32 = zlib.crc32(load_world_model(args.world_model, args, facts))
+        facts = facts | {"world_model_crc32": crc32}
     run = Run(args, [args.seed], facts)
     if len({*all_processes(run.saved)}) > 1:
         raise SystemExit(f"The processes see different files in {run.dir}: all must share it.")
