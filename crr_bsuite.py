@@ -551,11 +551,12 @@ class Run:
             return
         try:
             before = json.loads((self.dir / "config.json").read_text())
-            # A longer run begins as the shorter one. What an older version of the script did not
-            # write down counts as an argument's default, or as our data have it.
+            # A longer run begins as the shorter one. An argument that an older version of the
+            # script did not have counts as its default. Of data what both say is compared.
             theirs = defaults | before["args"] | {"script": before["script"]}
             theirs["data"] = self.config["data"] | before["data"]
-            ours = self.config["args"] | {k: self.config[k] for k in ("script", "data")}
+            ours = self.config["args"] | {"script": self.config["script"]}
+            ours["data"] = before["data"] | self.config["data"]
             theirs["total_updates"] = max(theirs["total_updates"], ours["total_updates"])
             pairs = [(k, theirs[k], ours[k]) for k in ours if k not in NOT_COMPARED]
             changes = ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b)
@@ -890,5 +891,5 @@ if __name__ == "__main__":
             raise
         advice = "give a smaller --batch-size, network or dataset, or end what else uses it"
         reason = str(error).partition("\n")[0]
-        raise SystemExit(f"The memory is not enough: {advice}. {reason}") from None
+        raise SystemExit(f"The memory is not enough: {advice}. {reason}".strip()) from None
 # --- end entry ---

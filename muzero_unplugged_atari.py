@@ -637,8 +637,8 @@ def open_store(args) -> Store:
         game, num_actions, source = (meta[name] for name in ("env_id", "num_actions", "source"))
         if (most := steps["action"].max()) >= num_actions or game != args.env_id:
             raise ValueError(f"it is of {game} with {num_actions} actions, the largest {most}")
-        if re.fullmatch(r"run\d", source) and source != f"run{args.rlu_run}":
-            raise ValueError(f"it is {source} of RL Unplugged: give --rlu-run {source[3:]}")
+        if args.rlu_run != 1 and source.startswith("run") and source != f"run{args.rlu_run}":
+            raise ValueError(f"it is {source} of RL Unplugged, not --rlu-run {args.rlu_run}")
         if plays and actions != num_actions:
             raise ValueError(f"it has {num_actions} actions, and the game has another number")
         if meta["percent"] < args.data_percent:
@@ -835,11 +835,12 @@ class Run:
             return
         try:
             before = json.loads((self.dir / "config.json").read_text())
-            # A longer run begins as the shorter one. What an older version of the script did not
-            # write down counts as an argument's default, or as our data have it.
+            # A longer run begins as the shorter one. An argument that an older version of the
+            # script did not have counts as its default. Of data what both say is compared.
             theirs = defaults | before["args"] | {"script": before["script"]}
             theirs["data"] = self.config["data"] | before["data"]
-            ours = self.config["args"] | {k: self.config[k] for k in ("script", "data")}
+            ours = self.config["args"] | {"script": self.config["script"]}
+            ours["data"] = before["data"] | self.config["data"]
             theirs["total_updates"] = max(theirs["total_updates"], ours["total_updates"])
             pairs = [(k, theirs[k], ours[k]) for k in ours if k not in NOT_COMPARED]
             changes = ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b)
@@ -1216,7 +1217,7 @@ if __name__ == "__main__":
         status, reason = traceback.format_exc(), str(error).partition("\n")[0]
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             advice = "give smaller batches or a smaller network, or end what else uses it"
-            status = f"The memory is not enough: {advice}. {reason}"
+            status = f"The memory is not enough: {advice}. {reason}".strip()
     except SystemExit as end:
         status = end.code
     if status and jax.distributed.is_initialized():  # the other processes do not wait for this one

@@ -85,12 +85,12 @@ class Args:
 NOT_COMPARED = {
     *("seed", "num_seeds", "log_every", "checkpoint_every", "run_dir", "overwrite", "track"),
     *("data_dir", "loader_threads", "world_model"),
+    # of older scripts
+    *("capture_video", "compilation_cache", "rlu_prefix", "tfds_dir"),
+    *("wandb_entity", "wandb_project_name"),
 }
-
-# Arguments that older scripts had, with the value with which a run is as one of today's scripts.
-GONE = {"capture_video": False, "compilation_cache": True, "truncation_as_termination": False}
-GONE |= {"rlu_prefix": "gs://rl_unplugged", "run": 1, "tfds_dir": None}
-GONE |= {"wandb_entity": None, "wandb_project_name": "rosmo-suite"}
+# Others of older scripts, with the value with which a run is as one of today's scripts.
+GONE = {"run": 1, "truncation_as_termination": False}
 
 PARTS = ("compilation", "data", "update", "evaluation")
 
@@ -195,10 +195,11 @@ def different(run: Run, args: Any) -> dict[str, tuple]:
     if ours.get("world_model"):
         theirs["world_model"] = theirs["world_model"] or f"{run.folder}-world-model"
         names.add("world_model")
-    for known in (theirs, ours):
-        paths = {k: known[k] for k in ("dataset", "world_model") if known.get(k)}
-        known |= {k: os.path.abspath(path) for k, path in paths.items()}
-    return {k: (theirs[k], ours.get(k)) for k in names if theirs[k] != ours.get(k)}
+    pairs = {k: (theirs[k], ours.get(k)) for k in names if theirs[k] != ours.get(k)}
+    for name in {"dataset", "world_model"} & pairs.keys():
+        if len({os.path.abspath(path or os.devnull) for path in pairs[name]}) == 1:
+            del pairs[name]
+    return pairs
 
 
 def data_facts(data: dict | str) -> dict:
@@ -437,7 +438,7 @@ def missing_jobs(
         data = arguments.dataset.name if "dataset" in item.common else arguments.env_id
         values = {k: v for k, v in vars(arguments).items() if k in given}
         changed = {k: v for k, v in values.items() if v != getattr(type(arguments), k)}
-        variant = [f"{k}={getattr(v, 'name', v)}".replace("_", "-") for k, v in changed.items()]
+        variant = [f"{k.replace('_', '-')}={v}" for k, v in changed.items()]
         name, script = slug(data, *variant, *length), type(arguments).__module__
         folder = Path("runs", script, name, f"seed{seed}")
         with contextlib.suppress(

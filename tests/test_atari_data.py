@@ -245,7 +245,6 @@ def test_memory_that_is_not_enough_is_no_fault_of_the_store(copy, monkeypatch):
         ({"version": 1}, "version|format"),
         ({"crc32": [1]}, "AttributeError"),
         ({"source": None}, "KeyError.'source'"),
-        ({"source": "run3"}, "it is run3 of RL Unplugged: give --rlu-run 3"),
     ],
 )
 def test_a_store_of_another_kind(copy, meta, fault):
@@ -254,6 +253,17 @@ def test_a_store_of_another_kind(copy, meta, fault):
     (copy / "meta.json").write_text(json.dumps(changed))
     with pytest.raises(SystemExit, match=rf"as a store of Pong: .*({fault})"):
         open_store(copy, 11)
+
+
+def test_a_store_of_another_run_than_the_one_that_is_given(copy):
+    """Which is not named where it is the default."""
+    meta = json.loads((copy / "meta.json").read_text()) | {"source": "run3"}
+    (copy / "meta.json").write_text(json.dumps(meta))
+    args = script.Args(env_id="Pong", dataset=copy)
+    for given in (1, 3):
+        assert script.open_store(dataclasses.replace(args, rlu_run=given)).facts["source"] == "run3"
+    with pytest.raises(SystemExit, match="it is run3 of RL Unplugged, not --rlu-run 2"):
+        script.open_store(dataclasses.replace(args, rlu_run=2))
 
 
 def test_without_evaluations_the_game_need_not_be_one_of_ale(copy):

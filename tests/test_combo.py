@@ -428,6 +428,15 @@ def test_a_run_that_is_stopped_between_two_generations_goes_on_exactly(
     helpers.save_world_model(world_model, ARGS, with_ends(members, bias=-23.0), store.facts)
     with pytest.raises(SystemExit, match=r"holds something else .*world_model_crc32"):
         run("stopped", *options)  # which is finished
+    own = (tmp_path / "stopped" / "run-world-model").absolute()
+    helpers.save_world_model(own, ARGS, with_ends(members), store.facts)
+    with pytest.raises(SystemExit, match="0"):  # the same, now as the run's own
+        run("stopped", *options[:-2])
+    lines = tmp_path / "stopped" / "run" / "metrics.jsonl"
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:-1]))  # not finished
+    helpers.save_world_model(own, ARGS, with_ends(members, bias=-23.0), store.facts)
+    with pytest.raises(SystemExit, match="holds a run with another world model"):
+        run("stopped", *options[:-2])
 
 
 def test_each_update_mixes_other_logged_and_predicted_transitions(run, world_model, monkeypatch):

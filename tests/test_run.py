@@ -771,8 +771,8 @@ def test_an_argument_that_the_script_does_not_have_makes_another_run(tmp_path):
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     args = bc_bsuite.Args(total_updates=2000)
     for more, differs in (
-        ({"compilation_cache": True, "wandb_entity": None}, {}),
-        ({"compilation_cache": False}, {"compilation_cache": (False, None)}),
+        ({"compilation_cache": False, "wandb_entity": "me", "run": 1}, {}),
+        ({"run": 2}, {"run": (2, None)}),
         ({"entropy_bonus": 0.5}, {"entropy_bonus": (0.5, None)}),
     ):
         text = json.dumps(config | {"args": config["args"] | more})
@@ -790,7 +790,11 @@ def test_paths_are_compared_by_what_they_name(tmp_path, monkeypatch):
     for one in (own, given):
         assert run.different(one, args) == {}
         assert run.different(one, dataclasses.replace(args, dataset=tmp_path / "d")) == {}
-        assert [*run.different(one, dataclasses.replace(args, dataset=Path("e")))] == ["dataset"]
+        other = dataclasses.replace(args, dataset=Path("e"))
+        assert run.different(one, other) == {"dataset": ("d", "e")}
+        assert run.different(one, dataclasses.replace(args, dataset=None)) == {
+            "dataset": ("d", None)
+        }
     for one, model in ((own, "a-world-model"), (given, "m")):
         for path in (Path(model), tmp_path / model):
             assert run.different(one, dataclasses.replace(args, world_model=path)) == {}

@@ -23,6 +23,7 @@ from flax import serialization
 from helpers import metrics
 from scipy.special import softmax
 
+import combo_atari
 import morel_atari as morel
 
 pytestmark = pytest.mark.usefixtures("hurry")
@@ -279,6 +280,7 @@ def test_members_learn_from_their_own_windows_and_the_metrics_are_their_means(pa
         assert alone[0][name] != alone[1][name]
         assert value == pytest.approx((alone[0][name] + alone[1][name]) / 2)
     assert morel.mean_metrics({"x": np.float32(6)}, 3) == {"x": 2}
+    assert morel.mean_metrics({"x": np.array([4, 8], np.float32)}, 3) == {"x": 2}
 
 
 def test_the_best_parameters_are_kept_and_the_reference_tells_when_training_ends():
@@ -517,6 +519,9 @@ def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trai
     given = dataclasses.replace(ARGS, world_model=model)
     data = json.loads((model / "config.json").read_text())["data"]
     loaded = morel.load_world_model(model, given, data)
+    words = [*TINY.split(), "--world-model", str(model), "--model-share", "0.25"]
+    of_combo = tyro.cli(combo_atari.Args, args=words)
+    assert combo_atari.load_world_model(model, of_combo, data) == loaded
     loaded = [*serialization.msgpack_restore(loaded).values()]
     for i in range(2):
         expected = jax.tree.map(lambda x, i=i: x[i], members)
