@@ -792,15 +792,6 @@ def combo_loss(params, target_params, batch: Batch, network: CQLNetwork, args: A
     return metrics["losses/total"], metrics
 
 
-class Starts(NamedTuple):
-    """What a rollout needs of the data: N for each of E members."""
-
-    windows: Windows  # [N, E, W], up to the frame o_0 from which the rollout starts
-    frames: Any  # uint8 [N, E, 4, 84, 84], o_0 and the three before it
-    history: Any  # uint8 [N, E, 1], how many of the three are of its episode
-    is_last: Any  # bool [N, E], the episode ends at o_0
-
-
 class Rollouts(NamedTuple):
     """The last G generations of rollouts of L steps, a ring; N of each of E members."""
 
@@ -834,6 +825,8 @@ def add_rollouts(
     """Predicts a generation and puts it into its slot of the ring.
 
     Args:
+      starts: a Batch of logged windows [N, E, 1 + warm-up]; the rollouts go on from their last
+        frames.
       replay: takes the actions that are in the slot, whatever Q would do now.
       params, network: of Q.
       members, model: parameters of the world model, each leaf [E, ...], and its network.
@@ -844,8 +837,8 @@ def add_rollouts(
     def roll_out(member, starts, given, key):
         """Rollouts [N] of one member; given [N, L]: the actions of a replay."""
         filter_key, key = jax.random.split(key)
-        states, _, _ = observe(model, member, starts.windows, filter_key)
-        stack = stack_frames(starts.frames, starts.history, 0)  # [N, 84, 84, 4]
+        states, _, _ = observe(model, member, model_windows(starts, args.clip_rewards), filter_key)
+        stack = stack_frames(starts.frames, starts.history, args.rollout_warm_up)  # [N, 84, 84, 4]
 
         def step(carry, inputs):
             state, stack, running = carry
@@ -861,7 +854,7 @@ def add_rollouts(
             outputs = (frame, action, decoded.reward, running, terminal)
             return (state, stack, running & ~terminal), outputs
 
-        carry = (jax.tree.map(lambda x: x[:, -1], states), stack, ~starts.is_last)
+        carry = (jax.tree.map(lambda x: x[:, -1], states), stack, ~starts.is_last[:, -1])
         inputs = (given.T, jax.random.split(key, args.rollout_length))
         _, outputs = jax.lax.scan(step, carry, inputs)
         frames, *steps = (jnp.moveaxis(x, 0, 1) for x in outputs)
@@ -1110,11 +1103,11 @@ def split_store(store: Store, heldout_percent: float, seed: int) -> tuple[Store,
 def model_windows(batch: Batch, clip_rewards: bool) -> Windows:
     """Windows of T from a batch of T + 1: an action and its reward go to the step after them."""
     is_first = batch.history[:, 1:] == 0
-    reward = np.where(is_first, 0, batch.reward[:, :-1]).astype(np.float32)
+    reward = batch.reward[:, :-1] * ~is_first
     return Windows(
         frame=batch.frames[:, 4:],
-        action=np.where(is_first, -1, batch.action[:, :-1]),
-        reward=np.clip(reward, -1, 1) if clip_rewards else reward,
+        action=batch.action[:, :-1] * ~is_first - is_first,  # -1 at a first frame
+        reward=reward.clip(-1, 1) if clip_rewards else reward,
         is_first=is_first,
         terminal=batch.is_terminal[:, 1:],
     )
@@ -1133,14 +1126,12 @@ def sample_windows(
 # --- end world model data ---
 
 
-def load_starts(store: Store, generation: int, args: Args) -> Starts:
-    """This process's part of the starts of a generation: any steps of the data, drawn at random."""
+def load_starts(store: Store, generation: int, args: Args) -> Batch:
+    """This process's part of the windows that end where a generation of rollouts starts."""
     number = 2**31 + generation  # far from the numbers of the batches
     count, length = args.rollout_starts, args.rollout_warm_up + 1
     batch = sample_batch(store, args.seed, number, count, length, process_rows(count))
-    windows = model_windows(batch, args.clip_rewards)
-    starts = Starts(windows, batch.frames[:, -4:], batch.history[:, -1:], batch.is_last[:, -1])
-    return jax.tree.map(lambda x: x.reshape(-1, args.members, *x.shape[1:]), starts)
+    return jax.tree.map(lambda x: x.reshape(-1, args.members, *x.shape[1:]), batch)
 
 
 # --- environment (identical in *_atari.py and benchmark/prepare_atari.py) ---
@@ -1542,13 +1533,12 @@ def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, 
 
 def evaluate_agent(run: Run, done: int, params, network, args: Args) -> str:
     """An evaluation during training -> what to show of it."""
-    if run.writes and args.eval_episodes:
-        returns = play(run, args.eval_episodes, args.eval_greedy, done, params, network, args)
-        if returns is not None:
-            mean = np.mean(returns)
-            run.log(done, args.seed, {"eval/return_mean": mean, "eval/returns": returns})
-            return f", return {mean:.1f}"
-    return ""
+    inputs = (args.eval_episodes, args.eval_greedy, done, params, network, args)
+    if not (run.writes and (returns := play(run, *inputs))):
+        return ""
+    mean = np.mean(returns)
+    run.log(done, args.seed, {"eval/return_mean": mean, "eval/returns": returns})
+    return f", return {mean:.1f}"
 
 
 def finish_run(run: Run, done: int, params, network, args: Args) -> None:
@@ -1616,26 +1606,23 @@ def get_world_model(run: Run, store: Store, network: WorldModel, put, replicated
 
 def load_world_model(folder: Path, args: Args, data: dict) -> bytes:
     """The ensemble in the folder of a world model, serialized; ends the program if none fits."""
-
-    def facts(args: dict, theirs: dict) -> dict:
-        frames = theirs.get("frames_crc32", data.get("frames_crc32"))
-        return args | {"data of CRC-32": theirs["crc32"], "frames of CRC-32": frames}
-
     try:
         config = json.loads((folder / "config.json").read_text())
-        theirs = facts(config["args"], config["data"])
+        theirs, their_data = {**config["args"]}, data | config["data"]  # an old one says less
         content = (folder / "members.msgpack").read_bytes()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise SystemExit(f"There is no trained world model in {folder}.") from None
-    ours = facts(vars(args), data)
-    names, other = [*MODEL_ARGS, "data of CRC-32", "frames of CRC-32"], "--world-model"
-    # Other arguments of its training have no effect: a value that somebody gives must be its own.
-    training = {x for x in ours if x.startswith(("model_", "kl_", "heldout_"))} - {"model_share"}
-    names += [name for name in sorted(training) if ours[name] != getattr(Args, name)]
+    ours, other = vars(args), "--world-model"
+    # Other arguments of its training have no effect: a value that somebody gives must be its own,
+    # but for the batch size, which the devices of this run have to share.
+    training = {x for x in ours if x.startswith(("model_", "kl_", "heldout_"))}
+    training -= {"model_share", "model_batch_size"}
+    names = MODEL_ARGS + [name for name in sorted(training) if ours[name] != getattr(Args, name)]
     if not args.world_model:  # the run's own, of an earlier start
         names = [x for x in ours if x not in NOT_COMPARED | {"total_updates", "eval_every"}]
         other = "--run-dir"
-    pairs = [(name, theirs.get(name, getattr(Args, name, None)), ours[name]) for name in names]
+    pairs = [(name, theirs.get(name, getattr(Args, name)), ours[name]) for name in names]
+    pairs += [(f"data of {x}", their_data.get(x), data.get(x)) for x in ("crc32", "frames_crc32")]
     if changes := ", ".join(f"{name} {a}" for name, a, b in pairs if a != b):
         message = f"{folder} is a world model with {changes}"
         raise SystemExit(f"{message}: give the same, or another {other}.")
@@ -1877,20 +1864,20 @@ def main(args: Args) -> None:
     mix = jax.jit(mix_batch, static_argnames="args", out_shardings=by_device)
     logged = args.batch_size - model_rows(args)
 
-    def load(step: int) -> tuple[Batch, Starts | None]:
+    def load(step: int) -> tuple[Batch, Batch | None]:
         """The logged part of a batch, and the starts of the generation that begins with it."""
         batch = sample_batch(store, args.seed, step, logged, 2, process_rows(logged))
         generation, later = divmod(step, args.rollout_every)
         return put(batch), None if later else starts(generation)
 
-    def starts(generation: int) -> Starts:
+    def starts(generation: int) -> Batch:
         return put(load_starts(store, generation, args))
 
-    def predict(state: TrainState, generation: int, starts: Starts, replay: bool) -> TrainState:
+    def predict(state: TrainState, generation: int, starts: Batch, replay: bool) -> TrainState:
         inputs = (state.rollouts, starts, generation, replay, state.params, members, rollout_key)
         return state._replace(rollouts=add_rollouts(*inputs, network, world_model, args))
 
-    def learner(state: TrainState, loaded: tuple[Batch, Starts | None], step: int):
+    def learner(state: TrainState, loaded: tuple[Batch, Batch | None], step: int):
         (batch, new), generation = loaded, step // args.rollout_every
         if new is not None:
             state = predict(state, generation, new, replay=False)

@@ -1191,11 +1191,11 @@ def split_store(store: Store, heldout_percent: float, seed: int) -> tuple[Store,
 def model_windows(batch: Batch, clip_rewards: bool) -> Windows:
     """Windows of T from a batch of T + 1: an action and its reward go to the step after them."""
     is_first = batch.history[:, 1:] == 0
-    reward = np.where(is_first, 0, batch.reward[:, :-1]).astype(np.float32)
+    reward = batch.reward[:, :-1] * ~is_first
     return Windows(
         frame=batch.frames[:, 4:],
-        action=np.where(is_first, -1, batch.action[:, :-1]),
-        reward=np.clip(reward, -1, 1) if clip_rewards else reward,
+        action=batch.action[:, :-1] * ~is_first - is_first,  # -1 at a first frame
+        reward=reward.clip(-1, 1) if clip_rewards else reward,
         is_first=is_first,
         terminal=batch.is_terminal[:, 1:],
     )
@@ -1215,9 +1215,9 @@ def sample_windows(
 
 
 def sample_starts(
-    store: Store, entropy: tuple[int, ...], count: int, rows: slice, args: Args
+    store: Store, entropy: tuple[int, ...], count: int, args: Args
 ) -> tuple[Windows, np.ndarray]:
-    """Windows [N, warm_up] that end where imagined episodes start, `rows` of `count` of them.
+    """This process's part of windows [N, warm_up] that end where imagined episodes start.
 
     Half of them end with the first frame of an episode, half anywhere but with a last one. Also
     the logged actions [N, horizon] that follow, -1 from the end of the episode on.
@@ -1227,7 +1227,7 @@ def sample_starts(
     first = rng.choice(ends - store.episodes["length"], count)
     position = np.where(rng.random(count) < 0.5, first, rng.integers(num_steps, size=count))
     position -= np.isin(position, ends - 1)  # nothing follows an episode's last frame
-    position = position[rows, None]
+    position = position[process_rows(count), None]
 
     before = store.index[(position + np.arange(-args.warm_up, 1)) % num_steps]  # [N, 1 + warm_up]
     frames, steps = read_frames(store, before[:, 1:].ravel()), store.steps[before]
@@ -1639,13 +1639,12 @@ def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, 
 
 def evaluate_agent(run: Run, done: int, params, network, args: Args) -> str:
     """An evaluation during training -> what to show of it."""
-    if run.writes and args.eval_episodes:
-        returns = play(run, args.eval_episodes, args.eval_greedy, done, params, network, args)
-        if returns is not None:
-            mean = np.mean(returns)
-            run.log(done, args.seed, {"eval/return_mean": mean, "eval/returns": returns})
-            return f", return {mean:.1f}"
-    return ""
+    inputs = (args.eval_episodes, args.eval_greedy, done, params, network, args)
+    if not (run.writes and (returns := play(run, *inputs))):
+        return ""
+    mean = np.mean(returns)
+    run.log(done, args.seed, {"eval/return_mean": mean, "eval/returns": returns})
+    return f", return {mean:.1f}"
 
 
 def finish_run(run: Run, done: int, params, network, args: Args) -> None:
@@ -1713,26 +1712,23 @@ def get_world_model(run: Run, store: Store, network: WorldModel, put, replicated
 
 def load_world_model(folder: Path, args: Args, data: dict) -> bytes:
     """The ensemble in the folder of a world model, serialized; ends the program if none fits."""
-
-    def facts(args: dict, theirs: dict) -> dict:
-        frames = theirs.get("frames_crc32", data.get("frames_crc32"))
-        return args | {"data of CRC-32": theirs["crc32"], "frames of CRC-32": frames}
-
     try:
         config = json.loads((folder / "config.json").read_text())
-        theirs = facts(config["args"], config["data"])
+        theirs, their_data = {**config["args"]}, data | config["data"]  # an old one says less
         content = (folder / "members.msgpack").read_bytes()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise SystemExit(f"There is no trained world model in {folder}.") from None
-    ours = facts(vars(args), data)
-    names, other = [*MODEL_ARGS, "data of CRC-32", "frames of CRC-32"], "--world-model"
-    # Other arguments of its training have no effect: a value that somebody gives must be its own.
-    training = {x for x in ours if x.startswith(("model_", "kl_", "heldout_"))} - {"model_share"}
-    names += [name for name in sorted(training) if ours[name] != getattr(Args, name)]
+    ours, other = vars(args), "--world-model"
+    # Other arguments of its training have no effect: a value that somebody gives must be its own,
+    # but for the batch size, which the devices of this run have to share.
+    training = {x for x in ours if x.startswith(("model_", "kl_", "heldout_"))}
+    training -= {"model_share", "model_batch_size"}
+    names = MODEL_ARGS + [name for name in sorted(training) if ours[name] != getattr(Args, name)]
     if not args.world_model:  # the run's own, of an earlier start
         names = [x for x in ours if x not in NOT_COMPARED | {"total_updates", "eval_every"}]
         other = "--run-dir"
-    pairs = [(name, theirs.get(name, getattr(Args, name, None)), ours[name]) for name in names]
+    pairs = [(name, theirs.get(name, getattr(Args, name)), ours[name]) for name in names]
+    pairs += [(f"data of {x}", their_data.get(x), data.get(x)) for x in ("crc32", "frames_crc32")]
     if changes := ", ".join(f"{name} {a}" for name, a, b in pairs if a != b):
         message = f"{folder} is a world model with {changes}"
         raise SystemExit(f"{message}: give the same, or another {other}.")
@@ -1935,7 +1931,7 @@ def measure_halting(run: Run, store: Store, members, network: WorldModel, put, a
     """
     parts, rows = {"logged": [], "random": []}, process_rows(args.batch_size)
     for i in range(args.halt_batches):
-        windows, logged = sample_starts(store, (args.seed, i, 1), args.batch_size, rows, args)
+        windows, logged = sample_starts(store, (args.seed, i, 1), args.batch_size, args)
         rng, shape = np.random.default_rng((args.seed, i, 2)), (args.batch_size, args.horizon)
         random = rng.integers(store.meta["num_actions"], size=shape, dtype=np.int32)[rows]
         for name, actions in (("logged", logged), ("random", random)):
@@ -2027,8 +2023,7 @@ def main(args: Args) -> None:
 
     def load(step: int) -> Windows:
         """Starts for update number `step`."""
-        count = args.batch_size * args.starts
-        windows, _ = sample_starts(store, (args.seed, step), count, process_rows(count), args)
+        windows, _ = sample_starts(store, (args.seed, step), args.batch_size * args.starts, args)
         return put(windows)
 
     def learner(state: TrainState, windows: Windows, step: int):

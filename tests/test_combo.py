@@ -118,7 +118,7 @@ def rollouts(store, q_params, members):
 def test_nothing_counts_after_a_predicted_end(rollouts, store):
     ends = 0
     for g, n, e in np.ndindex(2, 4, 2):
-        running = not combo.load_starts(store, g, ARGS).is_last[n, e]
+        running = not combo.load_starts(store, g, ARGS).is_last[n, e, -1]
         for t in range(6):
             assert rollouts.valid[g, n, e, t] == running
             ends += running and rollouts.terminal[g, n, e, t]
@@ -130,7 +130,7 @@ def test_nothing_counts_after_a_predicted_end(rollouts, store):
 def test_every_transition_of_a_rollout_comes_from_one_member(store, q_params, members):
     ring, key = combo.empty_rollouts(ARGS), jax.random.key(0)
     starts = combo.load_starts(store, 0, ARGS)
-    assert starts.windows.frame.shape == (4, 2, 5, 84, 84)
+    assert starts.frames.shape == (4, 2, 3 + 6, 84, 84)  # of five frames to filter, with actions
     ring = PREDICT(ring, starts, 0, False, q_params[0], members, key)
     np.testing.assert_allclose(ring.reward[0, :, 0], 0.25, rtol=1e-6)
     np.testing.assert_allclose(ring.reward[0, :, 1], -0.5, rtol=1e-6)
@@ -165,7 +165,8 @@ def test_a_rollout_against_a_loop(rollouts, store, q_params, members):
     greedy = 0
     for e in range(2):
         member = jax.tree.map(lambda x: x[e], members)  # noqa: B023
-        windows = jax.tree.map(lambda x: x[:, e], starts.windows)  # noqa: B023
+        batch = jax.tree.map(lambda x: x[:, e], starts)  # noqa: B023
+        windows = combo.model_windows(batch, ARGS.clip_rewards)
         filter_key, key = jax.random.split(keys[e])
         states, *_ = filter_states(member, windows, filter_key)
         state = jax.tree.map(lambda x: x[:, -1], states)

@@ -93,8 +93,8 @@ def atari_programs(module, args):
     yield "act", module.act.trace(params, observation, key, False, **options), params
     if module.__name__ == "combo_atari":
         member = yield from world_model_programs(module, args)
-        stacks = array(jnp.uint8, 2, 2, 4, 84, 84), array(jnp.uint8, 2, 2, 1), array(bool, 2, 2)
-        starts = module.Starts(windows(module, 2, 2, 5), *stacks)
+        batch = helpers.random_batch(4, args.rollout_warm_up + 1)
+        starts = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), batch)
         inputs = (state.rollouts, starts, 0, False, params, stacked(member), key)
         options["model"] = module.make_world_model(5, args)
         yield "add_rollouts", module.add_rollouts.trace(*inputs, **options), both(params, member)

@@ -509,7 +509,7 @@ def test_the_world_model_of_an_earlier_start_is_that_of_the_same_arguments(train
         with pytest.raises(SystemExit, match=rf"model with {name} .*: .* or another --run-dir"):
             morel.load_world_model(model, dataclasses.replace(args, **change), config["data"])
     with pytest.raises(
-        SystemExit, match=r"is a world model with data of CRC-32 \d+: give the same, or"
+        SystemExit, match=r"is a world model with data of crc32 \d+: give the same, or"
     ):
         morel.load_world_model(model, args, config["data"] | {"crc32": 1})
 
@@ -522,6 +522,8 @@ def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trai
     words = [*TINY.split(), "--world-model", str(model), "--model-share", "0.25"]
     of_combo = tyro.cli(combo_atari.Args, args=words)
     assert combo_atari.load_world_model(model, of_combo, data) == loaded
+    other_devices = dataclasses.replace(given, model_batch_size=33)  # that cannot share 32
+    assert morel.load_world_model(model, other_devices, data) == loaded
     loaded = [*serialization.msgpack_restore(loaded).values()]
     for i in range(2):
         expected = jax.tree.map(lambda x, i=i: x[i], members)
@@ -539,7 +541,7 @@ def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trai
             morel.load_world_model(folder, dataclasses.replace(given, **change), data)
     with pytest.raises(
         SystemExit,
-        match=r"is a world model with data of CRC-32 \d+, frames of CRC-32 \d+: give the same",
+        match=r"is a world model with data of crc32 \d+, data of frames_crc32 \d+: give the same",
     ):
         morel.load_world_model(model, given, {"crc32": 1})
     for config in ("[1]", '{"args": {}}', '{"args": 3}', '{"args": {}, "data": "old"}'):
