@@ -10,7 +10,7 @@
 CQL is Q-learning with a penalty that pushes Q down on all actions and up on
 the logged one, α [log Σ exp Q(s, ·) - Q(s, a)], so that actions the data do
 not cover stay unattractive. The network is that of Fig. 5(d), and Q is
-categorical as ROSMO's value.
+categorical like ROSMO's value.
 
     python cql_bsuite.py --env-id catch  # five seeds
     python cql_bsuite.py --cql-alpha 0   # plain Q-learning
@@ -207,7 +207,7 @@ class Steps(NamedTuple):
 
 
 def cql_loss(params, target_params, batch: Steps, network: CQLNetwork, args: Args):
-    """The loss of Q-learning and the penalty on windows of two steps -> (their sum, metrics)."""
+    """Sum of Q-learning's loss and the penalty on windows of two steps -> (loss, metrics)."""
     action, moving = batch.action[:, 0], ~batch.is_last[:, 0]  # [B]
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
     observation, next_observation = jnp.moveaxis(batch.observation, 1, 0)
@@ -511,13 +511,12 @@ class Run:
         if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
             return
         try:
-            before = json.loads((self.dir / "config.json").read_text())
+            now, before = self.config, json.loads((self.dir / "config.json").read_text())
             # A longer run begins as the shorter one. An argument that an older version of the
-            # script did not have counts as its default. Of data what both say is compared.
-            theirs = defaults | before["args"] | {"script": before["script"]}
-            theirs["data"] = self.config["data"] | before["data"]
-            ours = self.config["args"] | {"script": self.config["script"]}
-            ours["data"] = before["data"] | self.config["data"]
+            # script did not have counts as its default. Of the data what both say is compared.
+            theirs = defaults | before["args"]
+            theirs |= {"script": before["script"], "data": now["data"] | before["data"]}
+            ours = now["args"] | {"script": now["script"], "data": before["data"] | now["data"]}
             theirs["total_updates"] = max(theirs["total_updates"], ours["total_updates"])
             pairs = [(k, theirs[k], ours[k]) for k in ours if k not in NOT_COMPARED]
             changes = ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b)
@@ -794,8 +793,7 @@ def main(args: Args) -> None:
         if run.stopping or evaluates or done % args.checkpoint_every == 0:
             run.save(done, states, sums)
         if evaluates and args.eval_episodes:
-            returns = play(args.eval_episodes, args.eval_greedy)
-            if returns is not None:
+            if (returns := play(args.eval_episodes, args.eval_greedy)) is not None:
                 for seed, row in zip(seeds, returns, strict=True):
                     run.log(done, seed, {"eval/return_mean": row.mean(), "eval/returns": row})
                 played = f", return {returns.mean():.2f}"

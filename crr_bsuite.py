@@ -10,11 +10,11 @@
 Critic regularized regression learns a critic Q by one-step temporal
 differences under its own policy, and clones the logged actions with a weight
 that grows with their advantage, min(exp(A/β), 20) or 1[A > 0]. The network is
-that of Fig. 5(c), and Q is categorical as ROSMO's value.
+that of Fig. 5(c), and Q is categorical like ROSMO's value.
 
     python crr_bsuite.py --env-id catch          # five seeds
     python crr_bsuite.py --weight binary         # clone where A > 0
-    python crr_bsuite.py --num-action-samples 4  # V from samples, as acme
+    python crr_bsuite.py --num-action-samples 4  # V from samples, as in acme
 
 Where ROSMO's paper refers to acme, this file does the following.
 1. Batches are transitions drawn with replacement. A last step has no action and counts as zero;
@@ -229,7 +229,7 @@ def regression_weight(advantage, args: Args):
 
 
 def crr_loss(params, target_params, batch: Steps, key, network: CRRNetwork, args: Args):
-    """The critic's and the policy's loss on windows of two steps -> (their sum, metrics)."""
+    """Sum of the critic's and the policy's loss on windows of two steps -> (loss, metrics)."""
     action, moving = batch.action[:, 0], ~batch.is_last[:, 0]  # [B]
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
     observation, next_observation = jnp.moveaxis(batch.observation, 1, 0)
@@ -550,13 +550,12 @@ class Run:
         if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
             return
         try:
-            before = json.loads((self.dir / "config.json").read_text())
+            now, before = self.config, json.loads((self.dir / "config.json").read_text())
             # A longer run begins as the shorter one. An argument that an older version of the
-            # script did not have counts as its default. Of data what both say is compared.
-            theirs = defaults | before["args"] | {"script": before["script"]}
-            theirs["data"] = self.config["data"] | before["data"]
-            ours = self.config["args"] | {"script": self.config["script"]}
-            ours["data"] = before["data"] | self.config["data"]
+            # script did not have counts as its default. Of the data what both say is compared.
+            theirs = defaults | before["args"]
+            theirs |= {"script": before["script"], "data": now["data"] | before["data"]}
+            ours = now["args"] | {"script": now["script"], "data": before["data"] | now["data"]}
             theirs["total_updates"] = max(theirs["total_updates"], ours["total_updates"])
             pairs = [(k, theirs[k], ours[k]) for k in ours if k not in NOT_COMPARED]
             changes = ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b)
@@ -833,8 +832,7 @@ def main(args: Args) -> None:
         if run.stopping or evaluates or done % args.checkpoint_every == 0:
             run.save(done, states, sums)
         if evaluates and args.eval_episodes:
-            returns = play(args.eval_episodes, args.eval_greedy)
-            if returns is not None:
+            if (returns := play(args.eval_episodes, args.eval_greedy)) is not None:
                 for seed, row in zip(seeds, returns, strict=True):
                     run.log(done, seed, {"eval/return_mean": row.mean(), "eval/returns": row})
                 played = f", return {returns.mean():.2f}"

@@ -601,8 +601,7 @@ def find_store(args) -> Path | None:
 def open_store(args) -> Store:
     """The store that the arguments name; benchmark/prepare_atari.py makes it if it is missing."""
     plays = args.eval_episodes > 0 or args.final_eval_episodes > 0  # else no simulator is needed
-    if plays or not args.dataset:
-        game_name(args.env_id)  # an unknown game ends here
+    actions = make_env(args.env_id, 1).single_action_space.n if plays else None
     path = args.dataset or find_store(args)
     if path is None:
         tool = Path(__file__).resolve().parent / "benchmark" / "prepare_atari.py"
@@ -621,7 +620,6 @@ def open_store(args) -> Store:
             message = f"The data are missing; make them first: python {words}"
             raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
         path = find_store(args) or local
-    actions = make_env(args.env_id, 1).single_action_space.n if plays else None
     try:
         meta = json.loads((path / "meta.json").read_text())
         if meta["version"] != 2:
@@ -656,11 +654,8 @@ def open_store(args) -> Store:
         store = Store(meta, blob, offsets, steps, episodes, index, facts)
         some = index[:: len(index) // 100 + 1]  # to read all of the frames takes minutes
         facts["frames_crc32"] = zlib.crc32(read_frames(store, some))
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file can raise almost anything
-        told = isinstance(error, OSError) or type(error) is ValueError
-        reason = error if told else repr(error)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = error if isinstance(error, OSError) or type(error) is ValueError else repr(error)
         message = f"{path} cannot be used as a store of {args.env_id}: {reason}"
         raise SystemExit(f"{message}. Give another --dataset, or make it again.") from None
     if len({*all_processes(facts["crc32"] ^ facts["frames_crc32"])}) > 1:
@@ -764,7 +759,7 @@ def evaluate(
         while running.any():
             if 8 * running.sum() <= size:  # the last few go on in a smaller batch
                 size = int(running.sum())
-            rows = np.resize(np.flatnonzero(running), size)  # repeats fill up: a new size compiles
+            rows = np.resize(np.flatnonzero(running), size)  # repeats fill it: a new size compiles
             act_key, key = jax.random.split(key)
             chosen = act(np.ascontiguousarray(observations[rows].transpose(0, 2, 3, 1)), act_key)
             if chosen is None:
@@ -834,13 +829,12 @@ class Run:
         if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
             return
         try:
-            before = json.loads((self.dir / "config.json").read_text())
+            now, before = self.config, json.loads((self.dir / "config.json").read_text())
             # A longer run begins as the shorter one. An argument that an older version of the
-            # script did not have counts as its default. Of data what both say is compared.
-            theirs = defaults | before["args"] | {"script": before["script"]}
-            theirs["data"] = self.config["data"] | before["data"]
-            ours = self.config["args"] | {"script": self.config["script"]}
-            ours["data"] = before["data"] | self.config["data"]
+            # script did not have counts as its default. Of the data what both say is compared.
+            theirs = defaults | before["args"]
+            theirs |= {"script": before["script"], "data": now["data"] | before["data"]}
+            ours = now["args"] | {"script": now["script"], "data": before["data"] | now["data"]}
             theirs["total_updates"] = max(theirs["total_updates"], ours["total_updates"])
             pairs = [(k, theirs[k], ours[k]) for k in ours if k not in NOT_COMPARED]
             changes = ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b)
@@ -1182,16 +1176,14 @@ def main(args: Args) -> None:
             run.log(done, args.seed, means)
             run.show(done, f"loss {means['losses/total']:.3f}{played}")
             sums = None
-    batches.close()
-    finished = True
-    if run.writes:
-        if number := args.final_eval_episodes:
-            run.show(done, f"final evaluation: {number} sampled, {number} greedy episodes")
-        sampled, greedy = (play(number, greedy) for greedy in (False, True))
-        if finished := sampled is not None and greedy is not None:
-            run.finish(done, [sampled], [greedy])
-    if not all(all_processes(finished)):  # the others wait for the first
+    if number := args.final_eval_episodes:
+        run.show(done, f"final evaluation: {number} sampled, {number} greedy episodes")
+    finals = [play(number, greedy) for greedy in (False, True)] if run.writes else []
+    if any(all_processes(None in finals)):  # the others wait for the first
         run.exit()
+    if run.writes:
+        sampled, greedy = finals
+        run.finish(done, [sampled], [greedy])
 
 
 # --- end main ---

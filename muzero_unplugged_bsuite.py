@@ -690,13 +690,12 @@ class Run:
         if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
             return
         try:
-            before = json.loads((self.dir / "config.json").read_text())
+            now, before = self.config, json.loads((self.dir / "config.json").read_text())
             # A longer run begins as the shorter one. An argument that an older version of the
-            # script did not have counts as its default. Of data what both say is compared.
-            theirs = defaults | before["args"] | {"script": before["script"]}
-            theirs["data"] = self.config["data"] | before["data"]
-            ours = self.config["args"] | {"script": self.config["script"]}
-            ours["data"] = before["data"] | self.config["data"]
+            # script did not have counts as its default. Of the data what both say is compared.
+            theirs = defaults | before["args"]
+            theirs |= {"script": before["script"], "data": now["data"] | before["data"]}
+            ours = now["args"] | {"script": now["script"], "data": before["data"] | now["data"]}
             theirs["total_updates"] = max(theirs["total_updates"], ours["total_updates"])
             pairs = [(k, theirs[k], ours[k]) for k in ours if k not in NOT_COMPARED]
             changes = ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if a != b)
@@ -974,8 +973,7 @@ def main(args: Args) -> None:
         if run.stopping or evaluates or done % args.checkpoint_every == 0:
             run.save(done, states, sums)
         if evaluates and args.eval_episodes:
-            returns = play(args.eval_episodes, args.eval_greedy)
-            if returns is not None:
+            if (returns := play(args.eval_episodes, args.eval_greedy)) is not None:
                 for seed, row in zip(seeds, returns, strict=True):
                     run.log(done, seed, {"eval/return_mean": row.mean(), "eval/returns": row})
                 played = f", return {returns.mean():.2f}"
