@@ -344,7 +344,7 @@ def open_store(args) -> Store:
     try:
         meta = json.loads((path / "meta.json").read_text())
         if meta["version"] != 2:
-            raise ValueError("an old format: convert it with prepare_atari.py --old-store")
+            raise ValueError(f"it is of format {meta['version']}, not of 2")
         for name, crc32 in meta["crc32"].items():  # each chunk of frames has a checksum of its own
             if name.endswith(".npy") and zlib.crc32((path / name).read_bytes()) != crc32:
                 raise ValueError(f"{name} is damaged")

@@ -12,14 +12,13 @@
     python benchmark/prepare_atari.py --env-id MsPacman --percent 10
     python benchmark/prepare_atari.py --env-id MsPacman --rlu-prefix rlu
     python benchmark/prepare_atari.py --env-id MsPacman --dqn-replay dqn
-    python benchmark/prepare_atari.py --env-id MsPacman --old-store old
 
 The first streams RL Unplugged, the others read a copy of it in the folder
-rlu, a copy of DQN Replay, and a store of format 1. Shards are imported in
-parallel, and each finished one is kept: after a kill or a lost connection the
-same command goes on with the others. Without a connection and without a
-store, collect_atari.py records a small dataset instead. docs/atari_data.md
-has the format; data of your own become a store with `write_store`.
+rlu, and a copy of DQN Replay. Shards are imported in parallel, and each
+finished one is kept: after a kill or a lost connection the same command goes
+on with the others. Without a connection and without a store, collect_atari.py
+records a small dataset instead. docs/atari_data.md has the format; data of
+your own become a store with `write_store`.
 """
 
 import contextlib
@@ -79,7 +78,6 @@ class Args:
     rlu_prefix: str = "gs://rl_unplugged"  # bucket or folder with RL Unplugged's raw shards
     tfds_dir: Path | None = None  # TFDS folder with RL Unplugged; None: TFDS's own, if there
     dqn_replay: Path | None = None  # folder of the DQN Replay dataset, {env_id}/{run}/replay_logs
-    old_store: Path | None = None  # convert this store of format 1, in place (or to --out)
     workers: int | None = None  # processes; None: one a core; an import's memory grows with it
 
 
@@ -338,10 +336,6 @@ def find_fault(path: Path, env_id: str, source: str, percent: float) -> str | No
     """Why `path` does not serve `percent` of this data, or None if it does. Reads no frames."""
     try:
         meta = json.loads((path / "meta.json").read_text())
-        if meta["version"] == 1:
-            words = ["--env-id", meta["env_id"], "--old-store", str(path)]
-            command = shlex.join(["python", "benchmark/prepare_atari.py", *words])
-            return f"is of format 1, which {command} converts"
         if meta["version"] != STORE_VERSION:
             return f"is of format {meta['version']}; choose another path"
         if (meta["env_id"], meta["source"]) != (env_id, source) or meta["percent"] < percent:
@@ -471,29 +465,6 @@ def read_dqn_replay(logs: Path, shard: str) -> Iterator[dict]:
             pass
 
 
-def read_old_store(path: Path, shard: str) -> Iterator[dict]:
-    """A checkpoint of a store of format 1, whose chunks go on from episode to episode."""
-    steps = np.load(path / "steps.npy", mmap_mode="r")
-    offsets, episodes = np.load(path / "frames_offsets.npy"), np.load(path / "episodes.npy")
-    blob, decompressor = np.memmap(path / "frames.bin", np.uint8, "r"), zstandard.ZstdDecompressor()
-    starts = np.cumsum(episodes["length"]) - episodes["length"]
-    for i in np.flatnonzero(episodes["checkpoint"] == int(shard)):
-        start, end = starts[i], starts[i] + episodes["length"][i]
-        if end - start < 2:
-            continue  # a single state
-        first, chunks = start // CHUNK, range(start // CHUNK, -(-end // CHUNK))
-        data = (decompressor.decompress(blob[offsets[c] : offsets[c + 1]]) for c in chunks)
-        frames = np.frombuffer(b"".join(data), np.uint8).reshape(-1, 84, 84)
-        yield {
-            "frames": frames[start - first * CHUNK : end - first * CHUNK],
-            "action": steps["action"][start:end],
-            "reward": np.append(steps["reward"][start : end - 1], np.float32(0)),
-            "is_terminal": bool(steps["is_terminal"][end - 1]),
-            "checkpoint": int(shard),
-            "id": int(episodes["id"][i]),
-        }
-
-
 # Import: shards in parallel, each into a part that is kept.
 
 
@@ -519,7 +490,7 @@ def import_shard(read: Callable, shard: str, part: Path, limit: float, num_actio
             text = str(error).split("\n")[0]
             if names & {"FileNotFoundError", "NotFoundError"}:
                 raise SystemExit(f"{shard} is not where it should be: {text}") from None
-            damaged = {"DataLossError", "BadGzipFile", "EOFError", "error", "ZstdError"}
+            damaged = {"DataLossError", "BadGzipFile", "EOFError", "error"}
             if names & damaged:
                 raise SystemExit(f"{shard} is damaged: copy it again.") from None
             if isinstance(error, ValueError):
@@ -717,30 +688,6 @@ def can_reach_rlu() -> bool:
     return True
 
 
-def convert(args: Args) -> None:
-    """A store of format 1 becomes one of format 2; in place, the old one is kept beside it."""
-    old, out = args.old_store, args.out or args.old_store
-    kept = old.with_name(f"{old.name}-v1")
-    if kept.exists() and not old.exists():  # a conversion that was broken off
-        old = kept
-    try:
-        meta = json.loads((old / "meta.json").read_text())
-        crc32, version, env_id = (meta.pop(name) for name in ("crc32", "version", "env_id"))
-        if (version, env_id) != (1, args.env_id):
-            raise SystemExit(f"{old} is {env_id} in format {version}, not {args.env_id} in 1.")
-        damaged = [n for n in crc32 if zlib.crc32(np.memmap(old / n, np.uint8, "r")) != crc32[n]]
-        if damaged:
-            raise SystemExit(f"{old} has a damaged {damaged[0]}: it cannot be converted.")
-        checkpoints = np.unique(np.load(old / "episodes.npy")["checkpoint"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SystemExit(f"{old} is no store of format 1 ({error}).") from None
-    if out == old:
-        old = old.rename(kept)
-    shards = [str(checkpoint) for checkpoint in checkpoints]
-    meta = {"env_id": env_id} | meta
-    import_store(out, meta, partial(read_old_store, old), shards, args.workers)
-
-
 def fall_back(args: Args) -> None:
     """Without RL Unplugged, a small online DQN records data under a name of their own."""
     path = args.data_dir / "atari" / f"{args.env_id}-dqn-{LOCAL_STEPS // 1000}k"
@@ -777,15 +724,11 @@ def main(args: Args) -> None:
         raise SystemExit(f"--rlu-run is {args.rlu_run}; RL Unplugged has the runs 1 to 5.")
     if args.workers is not None and args.workers < 1:
         raise SystemExit(f"--workers is {args.workers}; give at least 1.")
-    given = [x for x in ("tfds_dir", "dqn_replay", "old_store") if getattr(args, x)]
+    given = [x for x in ("tfds_dir", "dqn_replay") if getattr(args, x)]
     given += ["rlu_prefix"] * (args.rlu_prefix != Args.rlu_prefix)
     if len(given) > 1:
         flags = " and ".join(f"--{x.replace('_', '-')}" for x in given)
         raise SystemExit(f"{flags} name several sources: give one.")
-    if args.old_store and (args.percent, args.rlu_run) != (Args.percent, Args.rlu_run):
-        raise SystemExit("--percent and --rlu-run have no use with --old-store.")
-    if args.old_store:
-        return convert(args)
     collected = shard_folder(args) / "collector.json"  # what collect_atari.py says of its shards
     try:
         facts = {**json.loads(collected.read_text() or "{}")} if collected.exists() else {}

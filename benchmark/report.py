@@ -183,11 +183,14 @@ def left_out(seeds: tuple[int, ...], cells: dict, runs: list, wanted: dict) -> l
 
 def intervals(scores: dict, aggregate: Callable, bootstraps: int | None = None) -> dict:
     """aggregate(scores) and its 95% stratified bootstrap interval, arrays [3, ...], by key."""
-    # rliable draws from NumPy's global state, even if it is given another.
-    np.random.seed(0)  # noqa: NPY002
-    reps = bootstraps or BOOTSTRAPS
-    estimates, bounds = library.get_interval_estimates(scores, aggregate, reps=reps)
-    return {k: np.stack([estimates[k], *bounds[k]]) for k in scores}
+    found, reps = {}, bootstraps or BOOTSTRAPS
+    for key, values in scores.items():
+        # rliable draws from NumPy's global state, even if it is given another. The same runs have
+        # the same interval on every page.
+        np.random.seed(0)  # noqa: NPY002
+        estimates, bounds = library.get_interval_estimates({key: values}, aggregate, reps=reps)
+        found[key] = np.stack([estimates[key], *bounds[key]])
+    return found
 
 
 AGGREGATES = {
@@ -283,9 +286,11 @@ LINES = {"random play": ":", "data": "--", "online DQN": "-."}
 
 
 def color(item: Item, method: str) -> str:
-    """A method has the same one in all figures."""
+    """The five methods have the same ones in all figures, which no other method of theirs has."""
     others = [name for name in item.methods if name not in COLORS]
-    return COLORS.get(method) or MORE_COLORS[others.index(method) % len(MORE_COLORS)]
+    taken = {COLORS[name] for name in item.methods if name in COLORS}
+    free = [x for x in MORE_COLORS if x not in taken]
+    return COLORS.get(method) or free[others.index(method) % len(free)]
 
 
 def references(task: str, runs: list[run.Run], normalized: bool) -> list[tuple[str, float]]:
@@ -355,6 +360,7 @@ def draw_curves(item: Item, cells: dict, path: Path, against: str, note: str) ->
     ]
     figure, grid = panels(len(shown))
     several, drawn, first = len({task for _, task in shown}) > 1, {}, {}
+    hours = [x.hours[:, -1].mean() for x in cells.values() if x and len(x.updates)]
     for axes, (value, task) in zip(grid, shown, strict=True):
         if first.setdefault(task, axes) is not axes:
             axes.sharey(first[task])
@@ -366,7 +372,7 @@ def draw_curves(item: Item, cells: dict, path: Path, against: str, note: str) ->
                 line = cell_curve(item, task, result)
                 style = (color(item, method), len(result.seeds) > 1)
                 drawn[method] = draw_line(axes, x, line, *style)
-        if against == "hours" and len(item.methods) > 1:  # they differ by a factor of twenty
+        if against == "hours" and max(hours) > 5 * min(hours):  # methods that differ widely
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.xaxis.set_minor_formatter("")
@@ -442,7 +448,8 @@ def draw_pooled(item: Item, curves: dict, path: Path, with_time: bool, note: str
             style = (color(item, method), points[3] > 1)
             drawn[method] = draw_line(axes, points[i], points[2], *style)
         if item.level:
-            axes.axhline(item.level[0], color="0.7", linewidth=0.8)
+            line = axes.axhline(item.level[0], color="0.7", linewidth=0.8)
+            drawn[f"{item.level[0]:.0%} of the online DQN"] = line
         draw_references(axes, NORMALIZED)
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel(label)
@@ -732,8 +739,10 @@ def figure_note(item: Item, cells: dict) -> str:
     else:
         text = f"{average}, mean over seeds. Shaded: the standard deviation over seeds, but not "
         text += "beyond the lowest and the highest seed."
-    if len(found) < len(cells):
-        text += f" {len(found)} of {len(cells)} cells."
+    few = sum(len(r.seeds) < len(item.seeds) for r in found)
+    if len(found) < len(cells) or few:
+        text += f" {len(found)} of {len(cells)} cells"
+        text += f", {few} of them with fewer than {len(item.seeds)} seeds." if few else "."
     return text
 
 
@@ -797,9 +806,9 @@ def write_page(
     estimates = aggregates(item, cells, tasks)
     scores = score_matrices(item, cells, tasks)
     devices = {s["device"] for r in found for x in r.runs for s in x.config["starts"]}
-    told = {any(x.seconds.values()) for r in found for x in r.runs}  # what evaluation took
+    told = all(any(x.seconds.values()) for r in found for x in r.runs)  # what evaluation took
     sizes = {len(x.seeds) for r in found for x in r.runs}  # trained side by side
-    with_time = len(devices) == len(told) == len(sizes) == 1
+    with_time = len(devices) == len(sizes) == 1 and told
     curves, extra, note = {}, [], figure_note(item, cells)
     has_curves = any(len(r.updates) for r in found) and "curves" in item.form
     images = {"": item.title}
@@ -849,8 +858,7 @@ def write_page(
             known += "the data (on BSuite of the whole dataset)"
         lines += [f"{note} Lines: {known}; those beyond a panel are named at its edge.", ""]
     if has_curves and with_time:
-        hours = "are those of training, without" if True in told else "of these runs include"
-        lines += [f"Hours {hours} evaluation.", ""]
+        lines += ["Hours are those of training, without evaluation.", ""]
     if any("model_updates" in settings(x) for r in found for x in r.runs):
         lines += ["The hours of MOReL and COMBO are without those of the world model.", ""]
     if has_curves and not with_time:
@@ -945,6 +953,9 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
     """Writes an item's page; False if there is no run of it."""
     wanted = {tuple(cell[:3]): a for cell, a in run.cell_args(item, args, further)}
     seeds = args.seeds or item.seeds
+    if args.greedy:
+        greedy = [(x, x.greedy_returns) for x in runs if x.greedy_returns.size]
+        runs = [x._replace(final=y.mean(axis=1), final_returns=y) for x, y in greedy]
     cells = {key: put_together(run.find_runs(runs, a, seeds), seeds) for key, a in wanted.items()}
     nearly = left_out(seeds, cells, runs, wanted)
     updates = sorted({a.total_updates for a in wanted.values()})
@@ -958,6 +969,8 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
     if nearly:
         more = f"; and {len(nearly) - 10} more" if len(nearly) > 10 else ""
         notes.append(f"Left out, as they differ: {'; '.join(nearly[:10])}{more}.")
+    if args.greedy:
+        notes.append("Final returns and scores are of greedy actions, curves of sampled ones.")
     other, asked = [], args.total_updates or item.total_updates
     if asked != item.total_updates:
         other.append(f"{asked:,} updates, not {item.total_updates:,}")
@@ -984,6 +997,7 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
     if args.runs != run.Args.runs:
         words += ["--runs", *map(str, args.runs)]
     words += ["--mix"] * args.mix + further
+    words += ["--greedy", "--out", str(args.out)] if args.greedy else []
     write_page(name, item, cells, tasks, notes, words, args.out)
     done = sum(result is not None for result in cells.values())
     print(f"{name}: {done} of {len(cells)} cells, see {args.out}/{name}.md.")
@@ -1045,7 +1059,7 @@ def main(args: Args, further: list[str]) -> None:
         return
     is_compare, is_curves = args.items[:1] == ("compare",), args.items[:1] == ("curves",)
     chosen = args.methods or args.env_ids or args.seeds or args.total_updates
-    chosen = chosen or args.runs != Args.runs or (is_curves and args.out)
+    chosen = chosen or args.greedy or args.runs != Args.runs or (is_curves and args.out)
     if (is_compare or is_curves) and (further or chosen):
         raise SystemExit(f"{args.items[0]} draws the folders that are named, whole.")
     if is_curves:
@@ -1059,6 +1073,8 @@ def main(args: Args, further: list[str]) -> None:
             draw_run(one)
             print(f"See {one.folder / 'learning_curve.png'}.")
         return
+    if args.greedy and not args.out:
+        raise SystemExit("--greedy would write over the pages of sampled actions: give an --out.")
     args = run.expand_paths(args)
     out = args.out or Path("runs/report" if is_compare else "benchmark/results")
     args = dataclasses.replace(args, out=out)

@@ -76,6 +76,7 @@ class Args:
     # report.py alone, which takes all of these, so that one command line fits both
     out: Path | None = None
     """folder of the results; None: benchmark/results, of own runs runs/report"""
+    greedy: bool = False  # final returns of greedy actions, not of sampled ones; needs an --out
 
 
 # Reading runs
@@ -101,6 +102,7 @@ class Run(NamedTuple):
     seeds: np.ndarray  # [seeds]
     final: np.ndarray  # [seeds], mean return of the final evaluation; nan if it has no episodes
     final_returns: np.ndarray  # [seeds, episodes]
+    greedy_returns: np.ndarray  # [seeds, episodes], with greedy actions
     updates: np.ndarray  # [evaluations]
     returns: np.ndarray  # [seeds, evaluations, episodes]
     hours: np.ndarray  # [seeds, evaluations], since the start, without known ones of evaluation
@@ -143,13 +145,16 @@ def read_run(folder: Path) -> Run | None:
         config,
         np.array(seeds),
         np.array([np.mean(final[s]["final/returns"] or np.nan) for s in seeds], float),
-        np.array([final[s]["final/returns"] for s in seeds], float).reshape(count, -1),
+        *(
+            np.array([final[s].get(name, []) for s in seeds], float).reshape(count, -1)
+            for name in ("final/returns", "final/returns_greedy")
+        ),
         np.array([x["update"] for x in curves[0]], int),
         np.array(returns, float).reshape(count, len(curves[0]), -1 if curves[0] else 0),
         np.array([[x["hours"] for x in curve] for curve in curves], float),
         seconds,
     )
-    numbers = (run.final_returns, run.updates, run.returns, run.hours)
+    numbers = (run.final_returns, run.greedy_returns, run.updates, run.returns, run.hours)
     if not all(np.isfinite(x).all() for x in numbers):
         raise ValueError("metrics.jsonl is damaged")
     return run

@@ -142,6 +142,7 @@ def write_run(
     for seed, value in enumerate(returns, args.seed):
         for update in (1000, 2000):
             line = {"update": update, "seed": seed, "wall_time": 3.6 * update}
+            line["seconds/update"] = 1.8 * update
             lines.append(line | {"eval/return_mean": value - 1})
         final = {"final/returns": [value], "final/return_mean": value}
         lines.append({"update": args.total_updates, "seed": seed, **final})

@@ -21,7 +21,6 @@ import cv2
 import helpers
 import numpy as np
 import pytest
-import zstandard
 from helpers import contents, read_store, wait_until_gone
 
 import collect_atari
@@ -747,77 +746,6 @@ def test_damaged_dqn_replay(make, tmp_path, how):
         make(dqn_replay=tmp_path / "dqn", rlu_run=2)
 
 
-# Stores of format 1
-
-OLD_STEP = [("action", "u1"), ("reward", "f4"), ("is_first", "?"), ("is_last", "?")]
-OLD_STEP += [("is_terminal", "?")]
-OLD_EPISODE = [("checkpoint", "i8"), ("id", "i8"), ("length", "i8"), ("return", "f4")]
-
-
-def write_old_store(path: Path) -> Path:
-    """As the first version of the scripts wrote it."""
-    path.mkdir(parents=True)
-    frames = np.concatenate([e["frames"] for e in EPISODES])
-    steps = np.zeros(len(frames), OLD_STEP)
-    ends = np.cumsum(LENGTHS)
-    for name in ("action", "reward"):
-        steps[name] = np.concatenate([e[name] for e in EPISODES])
-    steps["reward"][ends - 1] = 7  # means nothing
-    steps["is_last"][ends - 1] = True
-    steps["is_terminal"][ends - 1] = [e["is_terminal"] for e in EPISODES]
-    steps["is_first"][ends[:-1]] = steps["is_first"][0] = True
-    compressor = zstandard.ZstdCompressor(level=3)
-    chunks = [compressor.compress(frames[i : i + 16].tobytes()) for i in range(0, len(frames), 16)]
-    (path / "frames.bin").write_bytes(b"".join(chunks))
-    np.save(path / "frames_offsets.npy", np.cumsum([0, *map(len, chunks)]))
-    np.save(path / "steps.npy", steps)
-    returns = (e["reward"].sum() for e in EPISODES)
-    rows = [(*l, n, r) for l, n, r in zip(LABELS, LENGTHS, returns, strict=True)]
-    np.save(path / "episodes.npy", np.array(rows, OLD_EPISODE))
-    crc32 = {name: zlib.crc32(data) for name, data in contents(path).items()}
-    counts = {"num_steps": len(frames), "num_episodes": len(EPISODES)}
-    meta = {"version": 1} | META | counts | {"crc32": crc32}
-    (path / "meta.json").write_text(json.dumps(meta))
-    return path
-
-
-def test_old_store_is_converted(make, path, tmp_path):
-    old = write_old_store(tmp_path / "data/atari/Pong-run1-100pct")
-    before = contents(old)
-    with ends_with(f"is of format 1, which python .* --env-id Pong --old-store {old} converts"):
-        make(rlu_prefix="nowhere")
-    make(old_store=old, out=tmp_path / "new")
-    assert contents(tmp_path / "new") == contents(path)
-    assert contents(old) == before
-    make(old_store=old, workers=1)
-    assert contents(old) == contents(path)
-    assert contents(old.with_name("Pong-run1-100pct-v1")) == before
-    make(rlu_prefix="nowhere")  # is there
-    with ends_with("is Pong in format 2, not Pong in 1"):
-        make(old_store=old)
-
-
-def test_broken_conversion_goes_on(make, path, tmp_path, monkeypatch):
-    old = write_old_store(tmp_path / "Pong")
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare_atari.StoreWriter, "append", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            make(old_store=old)
-    make(old_store=old)
-    assert contents(old) == contents(path)
-
-
-def test_damaged_old_store(make, tmp_path):
-    old = write_old_store(tmp_path / "Pong")
-    helpers.damage(old / "frames.bin", "changed")
-    with ends_with("has a damaged frames.bin"):
-        make(old_store=old)
-    with ends_with("is no store of format 1"):
-        make(old_store=tmp_path / "typo")
-    with ends_with("is Pong in format 1, not Breakout in 1"):
-        make(old_store=old, env_id="Breakout")
-
-
 # What is there, and what cannot be had
 
 
@@ -854,8 +782,7 @@ def test_damaged_store_is_told(make, path, tmp_path, name):
         ({"env_id": "Breakuot"}, "There is no game 'Breakuot'; .*Breakout"),
         ({"percent": 0}, "--percent is 0"),
         ({"dqn_replay": Path("a"), "tfds_dir": Path("b")}, "--tfds-dir and --dqn-replay name sev"),
-        ({"old_store": Path("a"), "rlu_prefix": "b"}, "--old-store and --rlu-prefix name several"),
-        ({"old_store": Path("a"), "percent": 10}, "have no use with --old-store"),
+        ({"dqn_replay": Path("a"), "rlu_prefix": "b"}, "--dqn-replay and --rlu-prefix name sev"),
         ({"percent": float("nan")}, "--percent is nan"),
         ({"rlu_run": 6}, "--rlu-run is 6; RL Unplugged has the runs 1 to 5"),
         ({"workers": 0}, "--workers is 0"),

@@ -207,10 +207,12 @@ def test_figures_say_what_is_averaged_what_is_shaded_and_how_much_is_missing(tmp
     write_run(tmp_path / "runs" / "b", "rosmo_bsuite", [1.0, 0.5], data_percent=10)
     out = make(tmp_path, "figure9", "figure2a")
     words = "Single evaluations, mean over seeds. Shaded: the standard deviation over seeds, but "
-    words += "not beyond the lowest and the highest seed. 1 of 8 cells."
+    words += "not beyond the lowest and the highest seed. 1 of 8 cells, 1 of them with fewer than "
+    words += "5 seeds."
     assert note(figures["figure9.png"]) == words
     assert f"\n{words} Lines: mean returns of random play, " in (out / "figure9.md").read_text()
-    words = "IQM over seeds and tasks. Bars: 95% stratified bootstrap intervals. 1 of 24 cells."
+    words = "IQM over seeds and tasks. Bars: 95% stratified bootstrap intervals. 1 of 24 cells, 1 "
+    words += "of them with fewer than 5 seeds."
     assert note(figures["figure2a.png"]) == words
     assert f"\n{words} Lines: scores of random play and " in (out / "figure2a.md").read_text()
     cells = {("ROSMO", 0.0, "catch"): report.put_together(run.read_runs((tmp_path / "runs",))[:1])}
@@ -240,6 +242,19 @@ def test_methods_of_a_figure_have_colors_of_their_own(item):
     colors = {method: report.color(item, method) for method in item.methods}
     assert len(set(colors.values())) == len(colors)
     assert colors.get("ROSMO", "C0") == "C0"
+
+
+def test_the_labels_of_own_runs_have_colors_of_their_own():
+    labels = ("ROSMO", "CRR", *"abcdefg")
+    item = paper.Item("", "curves", dict.fromkeys(labels), ("catch",), (0,))
+    assert len({report.color(item, label) for label in labels}) == len(labels)
+
+
+def test_the_same_runs_have_the_same_interval_on_every_page():
+    rng = np.random.default_rng(0)
+    a, b, mean = rng.random((5, 3)), rng.random((5, 3)), lambda x: np.array([x.mean()])
+    alone, beside = report.intervals({"a": a}, mean), report.intervals({"b": b, "a": a}, mean)
+    np.testing.assert_array_equal(alone["a"], beside["a"])
 
 
 def test_known_returns_stand_on_the_page(tmp_path):
@@ -359,6 +374,21 @@ def test_runs_with_another_evaluation_are_left_out_and_named(tmp_path):
     write_run(folder, "muzero_unplugged_bsuite", [1.0], seed=1, final_eval_episodes=7)
     page = (make(tmp_path, "table1") / "table1.md").read_text()
     assert f"Left out, as they differ: {folder}: final_eval_episodes 7, not 100." in page
+
+
+def test_greedy_actions_have_a_report_of_their_own(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    write_run(folder, "rosmo_bsuite", [1.0, 1.0])
+    write_run(tmp_path / "runs" / "b", "muzero_unplugged_bsuite", [0.5])  # which did not tell them
+    greedy = {"final/returns_greedy": [-1.0, 0.0]}
+    change_lines(folder, lambda line: greedy if "final/returns" in line else {})
+    page = (make(tmp_path, "table1", greedy=True) / "table1.md").read_text()
+    assert rows(page, "catch")["ROSMO"] == ["-0.500 ± 0.000 (2 seeds)", "", "", ""]
+    assert rows(page, "catch")["MuZero Unplugged"] == [""] * 4
+    assert "Final returns and scores are of greedy actions" in page
+    assert page.rstrip().endswith(f" --greedy --out {tmp_path / 'out'}`.")
+    with pytest.raises(SystemExit, match="--greedy would write over the pages"):
+        report.main(report.Args(("table1",), greedy=True), [])
 
 
 def test_runs_that_are_left_out_are_counted(tmp_path):
@@ -559,14 +589,22 @@ def test_curves_of_scores_are_drawn_as_scores(tmp_path, figures):
     assert (known["online DQN"], known["random play"]) == (1, 0)
 
 
-def test_hours_of_runs_that_tell_and_that_do_not_are_not_mixed(tmp_path):
+def test_hours_that_differ_widely_are_drawn_on_a_logarithmic_axis(tmp_path, figures):
+    for name in ("rosmo", "muzero_unplugged"):
+        write_run(tmp_path / "runs" / name, f"{name}_bsuite", [1.0])
+    make(tmp_path, "figure9")
+    assert figures["figure9-time.png"].axes[0].get_xscale() == "linear"
+    slow = tmp_path / "runs" / "muzero_unplugged"
+    change_lines(slow, lambda line: {"wall_time": 20 * line.get("wall_time", 0)})
+    make(tmp_path, "figure9")
+    assert figures["figure9-time.png"].axes[0].get_xscale() == "log"
+
+
+def test_hours_are_drawn_if_all_runs_tell_what_evaluation_took(tmp_path):
     write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0])
     write_run(tmp_path / "runs" / "b", "muzero_unplugged_bsuite", [1.0])
-    path = tmp_path / "runs" / "a" / "metrics.jsonl"
     assert "figure9-time.png" in (make(tmp_path, "figure9") / "figure9.md").read_text()
-    first, *others = map(json.loads, path.read_text().splitlines())
-    told = [first | {"seconds/update": 1.0}, *others]
-    path.write_text("".join(json.dumps(x) + "\n" for x in told))
+    change_lines(tmp_path / "runs" / "b", lambda line: {"seconds/update": 0.0})
     page = (make(tmp_path, "figure9") / "figure9.md").read_text()
     assert "No curves against wall-clock: not all runs tell what evaluation took." in page
     assert rows(page.partition("## Time")[2], "hours of a run")["ROSMO"][-1] == "1 x cpu"

@@ -725,7 +725,7 @@ def test_hours_are_those_without_evaluation(tmp_path):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for i, line in enumerate(lines):  # in order of the updates
         line |= {"wall_time": 3600.0 * (i + 1)}
-        line |= {"seconds/evaluation": 1800.0, "seconds/update": 900.0} if i < 4 else {}
+        line |= {"seconds/evaluation": 1800.0 * (i < 4), "seconds/update": 900.0 * (i < 4)}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     result = run.read_run(folder)
     hours = {x["update"]: [] for x in lines}
