@@ -77,7 +77,7 @@ from ale_py.vector_env import AtariVectorEnv
 from filelock import FileLock, Timeout
 from flax import serialization
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 
@@ -149,7 +149,9 @@ def layer_norm(dtype: Any) -> nn.LayerNorm:
 
 def average_pool(x):
     """Halves rows and columns; the mean leaves out what lies beyond the border."""
-    return nn.avg_pool(x, (3, 3), (2, 2), "SAME", count_include_pad=False).astype(x.dtype)
+    window = {"window_shape": (3, 3), "strides": (2, 2), "padding": "SAME"}
+    total = partial(nn.pool, init=0.0, reduce_fn=jax.lax.add, **window)
+    return (total(x) / total(jnp.ones((*x.shape[-3:-1], 1)))).astype(x.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -915,11 +917,14 @@ def prepare_jax() -> None:
     """Demands a device; keeps compiled programs in the user's cache folder, if there is one."""
     try:
         jax.devices()
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError) as error:
         message = f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
-        raise SystemExit(f"{message}: install jax for it, or unset it.") from None
+        reason = str(error) or "install jax for it, or unset it."
+        raise SystemExit(f"{message}: {reason}") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
+    # GPUs of several processes tune a program together: one that has it would be waited for.
+    alone = jax.process_count() == 1
+    if alone and not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -974,7 +979,8 @@ def main(args: Args) -> None:
     if len({*all_processes(run.saved)}) > 1:
         raise SystemExit(f"The processes see different files in {run.dir}: all must share it.")
     network = make_network(store.meta["num_actions"], args)
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    devices = sorted(jax.devices(), key=lambda device: device.process_index)  # as the rows are
+    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     init_key, key = jax.random.split(jax.random.key(args.seed))
     state = jax.jit(init_state, static_argnums=(1, 2))(init_key, network, args)

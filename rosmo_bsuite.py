@@ -897,11 +897,14 @@ def prepare_jax() -> None:
     """Demands a device; keeps compiled programs in the user's cache folder, if there is one."""
     try:
         jax.devices()
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError) as error:
         message = f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
-        raise SystemExit(f"{message}: install jax for it, or unset it.") from None
+        reason = str(error) or "install jax for it, or unset it."
+        raise SystemExit(f"{message}: {reason}") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
+    # GPUs of several processes tune a program together: one that has it would be waited for.
+    alone = jax.process_count() == 1
+    if alone and not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -184,15 +184,14 @@ def matrix_peak(seconds: float = 2.0) -> float:
     """GFLOP/s of the matrix product of all devices together."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     size = 2048 if jax.default_backend() == "cpu" else 8192
-    product = jax.jit(lambda x: (x @ x) / size)
-    inputs = [jax.device_put(jnp.ones((size, size), dtype), device) for device in jax.devices()]
-    outputs, count = [product(x) for x in inputs], 0
-    jax.block_until_ready(outputs)
-    start = time.perf_counter()
+    product = jax.jit(jnp.matmul)
+    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    inputs = [jax.device_put(matrix, device) for device in jax.devices()]
+    jax.block_until_ready([product(x, x) for x in inputs])
+    start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        outputs = [product(x) for x in outputs]
-        jax.block_until_ready(outputs)
-        count += len(outputs)
+        jax.block_until_ready([product(x, x) for x in inputs])
+        count += len(inputs)
     return count * 2 * size**3 / (time.perf_counter() - start) / 1e9
 
 
@@ -221,7 +220,7 @@ def main(args: Args) -> None:
         if type(value) is int and value < 1:
             raise SystemExit(f"--{name.replace('_', '-')} is {value}; give at least 1.")
     try:
-        jax.devices()
+        jax.devices(), jax.devices("cpu")  # which counts the FLOPs
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f"There is no device to measure: {error}") from None
     if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):

@@ -133,7 +133,12 @@ def test_average_pool_is_the_mean_of_what_lies_inside():
     expected = [[x[:, rows][:, :, columns].mean((1, 2)) for columns in inside] for rows in inside]
     expected = np.moveaxis(np.asarray(expected), 2, 0)
     np.testing.assert_allclose(rosmo.average_pool(x), expected, rtol=1e-5, atol=1e-6)
-    assert rosmo.average_pool(jnp.ones((2, 3, 21, 21, 8))).shape == (2, 3, 11, 11, 8)
+    many = jnp.ones((2, 3, 21, 21, 8))
+    assert rosmo.average_pool(many).shape == (2, 3, 11, 11, 8)
+    # The numbers of what lies inside have no batch axes: XLA would fold a large constant.
+    program = jax.make_jaxpr(rosmo.average_pool)(many)
+    made = [x for x in program.eqns if x.primitive.name == "broadcast_in_dim"]
+    assert max(x.outvars[0].aval.size for x in made) == 21 * 21
 
 
 def test_dynamics_depends_on_the_action_everywhere():
