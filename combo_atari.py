@@ -1758,7 +1758,7 @@ def prepare_jax() -> None:
         raise SystemExit(f"{message}: {reason}") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     # GPUs of several processes tune a program together: one that has it would be waited for.
-    alone = jax.process_count() == 1
+    alone = jax.process_count() == 1 or jax.default_backend() != "gpu"
     if alone and not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

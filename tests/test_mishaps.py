@@ -88,20 +88,23 @@ def test_a_home_in_paths_is_expanded(name, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "home", "own", "processes", "folder"),
+    ("given", "home", "own", "gpus", "folder"),
     [
         ("/given", "/home", None, 1, "/given/rosmo-suite"),
         (None, "/home", None, 1, "/home/.cache/rosmo-suite"),
         (None, "~", None, 1, None),  # no home
         (None, "/home", "/own", 1, None),
+        (None, "/home", None, 0, "/home/.cache/rosmo-suite"),
         (None, "/home", None, 2, None),
     ],
 )
-def test_programs_are_kept_in_the_user_s_cache(given, home, own, processes, folder, monkeypatch):
+def test_programs_are_kept_in_the_user_s_cache(given, home, own, gpus, folder, monkeypatch):
+    """Not of several processes, each with a GPU."""
     changes = {}
     config = SimpleNamespace(update=changes.__setitem__, jax_compilation_cache_dir=own)
     monkeypatch.setattr(bc_bsuite.jax, "config", config)
-    monkeypatch.setattr(bc_bsuite.jax, "process_count", lambda: processes)
+    monkeypatch.setattr(bc_bsuite.jax, "process_count", lambda: gpus or 2)
+    monkeypatch.setattr(bc_bsuite.jax, "default_backend", lambda: "gpu" if gpus else "cpu")
     monkeypatch.setattr(bc_bsuite.os.path, "expanduser", lambda path: path.replace("~", home))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if given:

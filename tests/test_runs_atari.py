@@ -313,10 +313,13 @@ def test_many_updates_without_a_line_do_not_hang(whole, started, tmp_path):
     assert metrics(tmp_path / "many")[-1]["update"] == 100
 
 
-@pytest.mark.parametrize(("name", "each"), [("cql_atari", 2), ("combo_atari", 1)])
+@pytest.mark.parametrize(
+    ("name", "each"), [("cql_atari", 2), ("combo_atari", 1), ("morel_atari", 1)]
+)
 def test_several_processes_give_the_numbers_of_one(whole, started, tmp_path, name, each):
     """The first plays, while the others wait."""
-    both = 2 * [["--run-dir", "two"]]
+    model = ["--world-model", whole(name).with_name("run-world-model")]
+    both = 2 * [["--run-dir", "two", *(model if name == "morel_atari" else [])]]
     flags = {"JAX_NUM_CPU_DEVICES": str(each)}
     results = two_processes(started, name, *both, blocks=False, **flags)
     assert [x.returncode for x in results] == [0, 0], results
