@@ -783,9 +783,9 @@ def prepare_jax() -> None:
         reason = str(error) or "install jax for it, or unset it."
         raise SystemExit(f"{message}: {reason}") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # GPUs of several processes tune a program together: one that has it would be waited for.
-    alone = jax.process_count() == 1 or jax.default_backend() != "gpu"
-    if alone and not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
+    # On GPUs processes tune a program together: one with it in its cache would keep the others.
+    keeps = jax.process_count() == 1 or jax.default_backend() != "gpu"
+    if keeps and not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -286,7 +286,7 @@ LINES = {"random play": ":", "data": "--", "online DQN": "-."}
 
 
 def color(item: Item, method: str) -> str:
-    """The five methods have the same ones in all figures, which no other method of theirs has."""
+    """One of the five has its own in all figures, and no other method of a figure has it."""
     others = [name for name in item.methods if name not in COLORS]
     taken = {COLORS[name] for name in item.methods if name in COLORS}
     free = [x for x in MORE_COLORS if x not in taken]
@@ -372,7 +372,7 @@ def draw_curves(item: Item, cells: dict, path: Path, against: str, note: str) ->
                 line = cell_curve(item, task, result)
                 style = (color(item, method), len(result.seeds) > 1)
                 drawn[method] = draw_line(axes, x, line, *style)
-        if against == "hours" and max(hours) > 5 * min(hours):  # methods that differ widely
+        if against == "hours" and max(hours) > 5 * min(hours):  # cells that differ widely
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.xaxis.set_minor_formatter("")
@@ -954,6 +954,7 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
     wanted = {tuple(cell[:3]): a for cell, a in run.cell_args(item, args, further)}
     seeds = args.seeds or item.seeds
     if args.greedy:
+        untold = sum(not x.greedy_returns.size for x in runs)
         greedy = [(x, x.greedy_returns) for x in runs if x.greedy_returns.size]
         runs = [x._replace(final=y.mean(axis=1), final_returns=y) for x, y in greedy]
     cells = {key: put_together(run.find_runs(runs, a, seeds), seeds) for key, a in wanted.items()}
@@ -971,6 +972,7 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
         notes.append(f"Left out, as they differ: {'; '.join(nearly[:10])}{more}.")
     if args.greedy:
         notes.append("Final returns and scores are of greedy actions, curves of sampled ones.")
+        notes[-1] += f" Runs that have none count as not finished: {untold}." if untold else ""
     other, asked = [], args.total_updates or item.total_updates
     if asked != item.total_updates:
         other.append(f"{asked:,} updates, not {item.total_updates:,}")
@@ -1059,7 +1061,9 @@ def main(args: Args, further: list[str]) -> None:
         return
     is_compare, is_curves = args.items[:1] == ("compare",), args.items[:1] == ("curves",)
     chosen = args.methods or args.env_ids or args.seeds or args.total_updates
-    chosen = chosen or args.greedy or args.runs != Args.runs or (is_curves and args.out)
+    chosen = chosen or args.runs != Args.runs or (is_curves and args.out)
+    if (is_compare or is_curves) and args.greedy:
+        raise SystemExit(f"--greedy is not for {args.items[0]}.")
     if (is_compare or is_curves) and (further or chosen):
         raise SystemExit(f"{args.items[0]} draws the folders that are named, whole.")
     if is_curves:

@@ -222,7 +222,9 @@ def main(args: Args) -> None:
     try:
         jax.devices(), jax.devices("cpu")  # which counts the FLOPs
     except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"There is no device to measure: {error}") from None
+        message = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')} lacks a device or the CPU"
+        reason = str(error) or "install jax for it, or give JAX_PLATFORMS=cuda,cpu."
+        raise SystemExit(f"{message}, which counts the FLOPs: {reason}") from None
     if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
         raise SystemExit(f"--out {args.out} is no page that can be written.")
     atari = ("channels", "store", "loader_threads")

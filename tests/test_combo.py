@@ -130,7 +130,7 @@ def test_nothing_counts_after_a_predicted_end(rollouts, store):
 def test_every_transition_of_a_rollout_comes_from_one_member(store, q_params, members):
     ring, key = combo.empty_rollouts(ARGS), jax.random.key(0)
     starts = combo.load_starts(store, 0, ARGS)
-    assert starts.frames.shape == (4, 2, 3 + 6, 84, 84)  # of five frames to filter, with actions
+    assert starts.frames.shape == (4, 2, 3 + 6, 84, 84)  # three before, then 1 + the five to filter
     ring = PREDICT(ring, starts, 0, False, q_params[0], members, key)
     np.testing.assert_allclose(ring.reward[0, :, 0], 0.25, rtol=1e-6)
     np.testing.assert_allclose(ring.reward[0, :, 1], -0.5, rtol=1e-6)

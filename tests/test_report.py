@@ -386,6 +386,9 @@ def test_greedy_actions_have_a_report_of_their_own(tmp_path):
     assert rows(page, "catch")["ROSMO"] == ["-0.500 ± 0.000 (2 seeds)", "", "", ""]
     assert rows(page, "catch")["MuZero Unplugged"] == [""] * 4
     assert "Final returns and scores are of greedy actions" in page
+    assert "Runs that have none count as not finished: 1." in page
+    with pytest.raises(SystemExit, match="--greedy is not for compare"):
+        report.main(report.Args(("compare", f"a={folder}"), greedy=True), [])
     assert page.rstrip().endswith(f" --greedy --out {tmp_path / 'out'}`.")
     with pytest.raises(SystemExit, match="--greedy would write over the pages"):
         report.main(report.Args(("table1",), greedy=True), [])

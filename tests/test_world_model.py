@@ -544,8 +544,12 @@ def test_a_world_model_of_another_run_is_taken_or_refused_with_one_sentence(trai
         match=r"is a world model with data of crc32 \d+, data of frames_crc32 \d+: give the same",
     ):
         morel.load_world_model(model, given, {"crc32": 1})
+    (tmp_path / "empty" / "members.msgpack").touch()
+    config = json.loads((model / "config.json").read_text()) | {"data": {}}
+    (tmp_path / "empty" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="is a world model with data of crc32 None: give the same"):
+        morel.load_world_model(tmp_path / "empty", given, data)
     for config in ("[1]", '{"args": {}}', '{"args": 3}', '{"args": {}, "data": "old"}'):
-        (tmp_path / "empty" / "members.msgpack").touch()
         (tmp_path / "empty" / "config.json").write_text(config)
         with pytest.raises(SystemExit, match="There is no trained world model in"):
             morel.load_world_model(tmp_path / "empty", given, data)
