@@ -829,6 +829,20 @@ def all_processes(value: int) -> list[int]:
     return multihost_utils.process_allgather(np.uint32(value)).tolist()
 
 
+def device_mesh() -> Mesh:
+    """All devices along the axis `data`, in the order of processes, as the rows of a batch."""
+    devices = sorted(jax.devices(), key=lambda device: device.process_index)
+    return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+
+
+def tell_if_slow(run, updates: int) -> None:
+    """Says after the second update of a start if all updates would take more than a week."""
+    days = run.seconds["seconds/update"] * run.args.total_updates / 86_400
+    if run.writes and updates == 2 and days > 7:
+        small = "the README has small settings ('Atari on a laptop')"
+        print(f"All updates take {days:,.0f} days here; {small}.", flush=True)
+
+
 # --- end processes ---
 
 
@@ -841,8 +855,7 @@ def main(args: Args) -> None:
     if len({*all_processes(run.saved)}) > 1:
         raise SystemExit(f"The processes see different files in {run.dir}: all must share it.")
     network = make_network(store.meta["num_actions"], args)
-    devices = sorted(jax.devices(), key=lambda device: device.process_index)  # as the rows are
-    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    mesh = device_mesh()
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     init_key, key = jax.random.split(jax.random.key(args.seed))
     state = jax.jit(init_state, static_argnums=(1, 2))(init_key, network, args)
@@ -869,7 +882,7 @@ def main(args: Args) -> None:
     run.show(done, "compiling")
     add = jax.jit(partial(jax.tree.map, jnp.add))  # one program; a CPU's devices hang if 32 wait
     batches = load_batches(load, done, args.loader_threads)
-    metrics, played = None, ""
+    first, metrics, played = done, None, ""
     while True:
         ends = done == args.total_updates
         evaluates = ends or (done > 0 and args.eval_episodes > 0 and done % args.eval_every == 0)
@@ -895,6 +908,7 @@ def main(args: Args) -> None:
             logs = done % args.log_every == 0
             jax.block_until_ready(sums if logs else previous)  # at most one batch waits
         run.bar.update()
+        tell_if_slow(run, done - first)
         if logs:
             means = {name: value / args.log_every for name, value in jax.device_get(sums).items()}
             run.log(done, args.seed, means)
@@ -906,8 +920,7 @@ def main(args: Args) -> None:
     if any(all_processes(None in finals)):  # the others wait for the first
         run.exit()
     if run.writes:
-        sampled, greedy = finals
-        run.finish(done, [sampled], [greedy])
+        run.finish(done, *([returns] for returns in finals))
 
 
 # --- end main ---

@@ -1462,7 +1462,8 @@ def train(run: Run, done: int, state, sums, update, load, evaluate, means, saved
     args = run.args
     run.show(done, "compiling")
     add = jax.jit(partial(jax.tree.map, jnp.add))  # one program; a CPU's devices hang if 32 wait
-    batches, metrics, shown = load_batches(load, done, args.loader_threads), None, ""
+    batches, first = load_batches(load, done, args.loader_threads), done
+    metrics, shown = None, ""
     while True:
         enough = done == args.total_updates
         evaluates = done > 0 and (done % args.eval_every == 0 or enough)
@@ -1487,6 +1488,7 @@ def train(run: Run, done: int, state, sums, update, load, evaluate, means, saved
             logs = done % args.log_every == 0
             jax.block_until_ready(sums if logs else previous)  # at most one batch waits
         run.bar.update()
+        tell_if_slow(run, done - first)
         if logs:
             logged = means(jax.device_get(sums), args.log_every)
             run.log(done, args.seed, logged)
@@ -1546,8 +1548,7 @@ def finish_run(run: Run, done: int, params, network, args: Args) -> None:
     if any(all_processes(None in finals)):  # the others wait for the first
         run.exit()
     if run.writes:
-        sampled, greedy = finals
-        run.finish(done, [sampled], [greedy])
+        run.finish(done, *([returns] for returns in finals))
 
 
 # --- end training ---
@@ -1803,6 +1804,20 @@ def all_processes(value: int) -> list[int]:
     return multihost_utils.process_allgather(np.uint32(value)).tolist()
 
 
+def device_mesh() -> Mesh:
+    """All devices along the axis `data`, in the order of processes, as the rows of a batch."""
+    devices = sorted(jax.devices(), key=lambda device: device.process_index)
+    return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+
+
+def tell_if_slow(run, updates: int) -> None:
+    """Says after the second update of a start if all updates would take more than a week."""
+    days = run.seconds["seconds/update"] * run.args.total_updates / 86_400
+    if run.writes and updates == 2 and days > 7:
+        small = "the README has small settings ('Atari on a laptop')"
+        print(f"All updates take {days:,.0f} days here; {small}.", flush=True)
+
+
 # --- end processes ---
 
 
@@ -1840,8 +1855,7 @@ def main(args: Args) -> None:
     run.bar.set_description("Q")
     num_actions = store.meta["num_actions"]
     world_model, network = make_world_model(num_actions, args), make_network(num_actions, args)
-    devices = sorted(jax.devices(), key=lambda device: device.process_index)  # as the rows are
-    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    mesh = device_mesh()
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     put = partial(jax.make_array_from_process_local_data, by_device)  # from this process's part
     members, crc32 = get_world_model(run, store, world_model, put, replicated, args)

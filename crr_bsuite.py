@@ -354,11 +354,13 @@ def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, 
 
 @jax.jit(static_argnames=("network", "args", "by_device"))
 def train(num_updates: int, states, sums, data, network, args, by_device):
-    """`num_updates` times update_seeds(states, *data, ...) -> (states, sums + metrics)."""
+    """`num_updates` times update_seeds, with its middle arguments -> (states, sums + metrics)."""
+    keys, steps, starts, num_starts = data
 
     def body(_, carry):
         states, sums = carry
-        states, metrics = update_seeds(states, *data, network, args, by_device)
+        inputs = states, keys, steps, starts, num_starts
+        states, metrics = update_seeds(*inputs, network, args, by_device)
         return states, jax.tree.map(jnp.add, sums, metrics)
 
     return jax.lax.fori_loop(0, num_updates, body, (states, sums))

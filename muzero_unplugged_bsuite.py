@@ -32,9 +32,10 @@ Where the paper is silent, or differs from the authors' code, this file does the
    authors' code: bins that stand for h(x) = -9 to 10, targets clipped to ±9, the initial weights.
 7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
    [0, 1] over a node and its children, as for targets (authors' code; --eval-dirichlet-fraction 0:
-   no noise); the final evaluation reports the greedy policy beside it. Ties in the tree are broken
-   at random, in one order for each tree (mctx: anew at every step); of equal visits the greedy
-   policy takes the first action.
+   no noise); the final evaluation reports the greedy policy (of equal visits the first) beside it.
+   Ties in the tree are broken at random, in one order for each tree (mctx: anew at every step).
+   Evaluations are without the data's noise (with it: --eval-noise).
+8. --data-percent draws whole episodes by the seed.
 """
 
 import dataclasses
@@ -494,11 +495,13 @@ def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, 
 
 @jax.jit(static_argnames=("network", "args", "by_device"))
 def train(num_updates: int, states, sums, data, network, args, by_device):
-    """`num_updates` times update_seeds(states, *data, ...) -> (states, sums + metrics)."""
+    """`num_updates` times update_seeds, with its middle arguments -> (states, sums + metrics)."""
+    keys, steps, starts, num_starts = data
 
     def body(_, carry):
         states, sums = carry
-        states, metrics = update_seeds(states, *data, network, args, by_device)
+        inputs = states, keys, steps, starts, num_starts
+        states, metrics = update_seeds(*inputs, network, args, by_device)
         return states, jax.tree.map(jnp.add, sums, metrics)
 
     return jax.lax.fori_loop(0, num_updates, body, (states, sums))

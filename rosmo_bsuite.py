@@ -33,7 +33,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
 6. Batch, K, dynamics and 20 bins are Table 4's (authors' code: 512, 3, [32, 32], 20). From the
    authors' code: bins that stand for h(x) = -9 to 10, targets clipped to ±9, the initial weights.
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
-   final evaluation reports the greedy policy beside it.
+   final evaluation reports the greedy policy beside it. Evaluations are without noise (with it:
+   --eval-noise). --data-percent draws whole episodes by the seed.
 """
 
 import dataclasses
@@ -474,11 +475,13 @@ def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, 
 
 @jax.jit(static_argnames=("network", "args", "by_device"))
 def train(num_updates: int, states, sums, data, network, args, by_device):
-    """`num_updates` times update_seeds(states, *data, ...) -> (states, sums + metrics)."""
+    """`num_updates` times update_seeds, with its middle arguments -> (states, sums + metrics)."""
+    keys, steps, starts, num_starts = data
 
     def body(_, carry):
         states, sums = carry
-        states, metrics = update_seeds(states, *data, network, args, by_device)
+        inputs = states, keys, steps, starts, num_starts
+        states, metrics = update_seeds(*inputs, network, args, by_device)
         return states, jax.tree.map(jnp.add, sums, metrics)
 
     return jax.lax.fori_loop(0, num_updates, body, (states, sums))

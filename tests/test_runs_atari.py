@@ -26,6 +26,7 @@ from helpers import ATARI, checkpoints, metrics
 from tqdm import tqdm
 
 import bc_atari
+import combo_atari
 import rosmo_atari
 
 pytestmark = pytest.mark.usefixtures("hurry")
@@ -256,6 +257,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(in_process, monkeypatch, tmp_pat
     assert result.returncode == 1
     assert "not finite by update 5; checkpoints before it are kept" in result.stderr
     assert checkpoints(tmp_path / "run")[-1].stem == "4"
+
+
+@pytest.mark.parametrize(("name", "module"), [("bc_atari", bc_atari), ("combo_atari", combo_atari)])
+def test_updates_that_would_take_weeks_say_so_once(in_process, monkeypatch, name, module):
+    """A second is a hundred days here."""
+    assert "days here" not in in_process(name, folder="quick").stdout
+    clock = SimpleNamespace(monotonic=lambda: 1e7 * time.monotonic(), time=time.time)
+    monkeypatch.setattr(module, "time", clock)
+    output = in_process(name, folder="slow").stdout
+    runs = 2 if name == "combo_atari" else 1  # the world model's is one, too
+    assert len(re.findall(r"All updates take [\d,]+ days here; the README has", output)) == runs
 
 
 # Several devices and processes
