@@ -1568,8 +1568,7 @@ def train(run: Run, done: int, state, sums, update, load, evaluate, means, saved
     args = run.args
     run.show(done, "compiling")
     add = jax.jit(partial(jax.tree.map, jnp.add))  # one program; a CPU's devices hang if 32 wait
-    batches, first = load_batches(load, done, args.loader_threads), done
-    metrics, shown = None, ""
+    batches, metrics, shown = load_batches(load, done, args.loader_threads), None, ""
     while True:
         enough = done == args.total_updates
         evaluates = done > 0 and (done % args.eval_every == 0 or enough)
@@ -1592,9 +1591,9 @@ def train(run: Run, done: int, state, sums, update, load, evaluate, means, saved
             done += 1
             sums = add(sums, metrics) if sums else metrics
             logs = done % args.log_every == 0
-            jax.block_until_ready(sums if logs else previous)  # at most one batch waits
+            jax.block_until_ready(sums if logs or done < 3 else previous)  # at most one batch waits
         run.bar.update()
-        tell_if_slow(run, done - first)
+        tell_if_slow(run, done)
         if logs:
             logged = means(jax.device_get(sums), args.log_every)
             run.log(done, args.seed, logged)
@@ -1917,12 +1916,12 @@ def device_mesh() -> Mesh:
     return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
 
 
-def tell_if_slow(run, updates: int) -> None:
-    """Says after the second update of a start if all updates would take more than a week."""
+def tell_if_slow(run, done: int) -> None:
+    """Says after the second update of a run if all of them may take more than a week."""
     days = run.seconds["seconds/update"] * run.args.total_updates / 86_400
-    if run.writes and updates == 2 and days > 7:
+    if run.writes and done == 2 and days > 7:
         small = "the README has small settings ('Atari on a laptop')"
-        print(f"All updates take {days:,.0f} days here; {small}.", flush=True)
+        print(f"The updates of {run.dir} take up to {days:,.0f} days here; {small}.", flush=True)
 
 
 # --- end processes ---
@@ -2030,7 +2029,7 @@ def main(args: Args) -> None:
     done, state, sums = run.restore(state)
     state, sums = jax.device_put((state, sums), (shardings, replicated))
     if done == 0:
-        with run.time("update"):
+        with run.time("preparation"):
             threshold = measure_halting(run, store, members, network, put, args)
             params = clone_behavior(run, state.params, store, policy, put, args)
         state = state._replace(params=params, threshold=jax.device_put(threshold, replicated))

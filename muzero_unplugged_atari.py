@@ -1115,12 +1115,12 @@ def device_mesh() -> Mesh:
     return Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
 
 
-def tell_if_slow(run, updates: int) -> None:
-    """Says after the second update of a start if all updates would take more than a week."""
+def tell_if_slow(run, done: int) -> None:
+    """Says after the second update of a run if all of them may take more than a week."""
     days = run.seconds["seconds/update"] * run.args.total_updates / 86_400
-    if run.writes and updates == 2 and days > 7:
+    if run.writes and done == 2 and days > 7:
         small = "the README has small settings ('Atari on a laptop')"
-        print(f"All updates take {days:,.0f} days here; {small}.", flush=True)
+        print(f"The updates of {run.dir} take up to {days:,.0f} days here; {small}.", flush=True)
 
 
 # --- end processes ---
@@ -1162,7 +1162,7 @@ def main(args: Args) -> None:
     run.show(done, "compiling")
     add = jax.jit(partial(jax.tree.map, jnp.add))  # one program; a CPU's devices hang if 32 wait
     batches = load_batches(load, done, args.loader_threads)
-    first, metrics, played = done, None, ""
+    metrics, played = None, ""
     while True:
         ends = done == args.total_updates
         evaluates = ends or (done > 0 and args.eval_episodes > 0 and done % args.eval_every == 0)
@@ -1186,9 +1186,9 @@ def main(args: Args) -> None:
             state, metrics = update(state, key, batch, network, args)
             sums = add(sums, metrics) if sums else metrics
             logs = done % args.log_every == 0
-            jax.block_until_ready(sums if logs else previous)  # at most one batch waits
+            jax.block_until_ready(sums if logs or done < 3 else previous)  # at most one batch waits
         run.bar.update()
-        tell_if_slow(run, done - first)
+        tell_if_slow(run, done)
         if logs:
             means = {name: value / args.log_every for name, value in jax.device_get(sums).items()}
             run.log(done, args.seed, means)

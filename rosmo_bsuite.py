@@ -33,8 +33,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
 6. Batch, K, dynamics and 20 bins are Table 4's (authors' code: 512, 3, [32, 32], 20). From the
    authors' code: bins that stand for h(x) = -9 to 10, targets clipped to ±9, the initial weights.
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
-   final evaluation reports the greedy policy beside it. Evaluations are without noise (with it:
-   --eval-noise). --data-percent draws whole episodes by the seed.
+   final evaluation reports the greedy policy beside it. Evaluations are without the data's noise.
+8. --data-percent draws whole episodes by the seed.
 """
 
 import dataclasses

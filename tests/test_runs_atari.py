@@ -261,13 +261,24 @@ def test_a_loss_that_is_not_finite_ends_the_run(in_process, monkeypatch, tmp_pat
 
 @pytest.mark.parametrize(("name", "module"), [("bc_atari", bc_atari), ("combo_atari", combo_atari)])
 def test_updates_that_would_take_weeks_say_so_once(in_process, monkeypatch, name, module):
-    """A second is a hundred days here."""
+    """A second is thirty years here."""
     assert "days here" not in in_process(name, folder="quick").stdout
-    clock = SimpleNamespace(monotonic=lambda: 1e7 * time.monotonic(), time=time.time)
+    clock = SimpleNamespace(monotonic=lambda: 1e9 * time.monotonic(), time=time.time)
     monkeypatch.setattr(module, "time", clock)
     output = in_process(name, folder="slow").stdout
     runs = 2 if name == "combo_atari" else 1  # the world model's is one, too
-    assert len(re.findall(r"All updates take [\d,]+ days here; the README has", output)) == runs
+    assert len(re.findall(r"The updates of .* take up to [\d,]+ days here", output)) == runs
+
+
+@pytest.mark.parametrize(
+    ("seconds", "done", "told"), [(20, 2, True), (2, 2, False), (20, 3, False)]
+)
+def test_what_is_slow(seconds, done, told, capsys):
+    args = rosmo_atari.Args(total_updates=200_000)
+    took = {"seconds/update": seconds}
+    rosmo_atari.tell_if_slow(SimpleNamespace(seconds=took, args=args, writes=True, dir="a"), done)
+    expected = "The updates of a take up to 46 days here; the README has small settings"
+    assert capsys.readouterr().out.startswith(expected) == told
 
 
 # Several devices and processes
