@@ -9,9 +9,9 @@ The update is the script's own, with the metrics that it logs: on BSuite on
 made-up episodes of the size of cartpole's, on Atari on the batches of a store
 or, without one, on one made-up batch. The scripts take turns, window by
 window, so that a slow moment of the machine meets them all; figures are
-medians over the windows. A device's peak is that of a float32 matrix product
-(bfloat16 on accelerators), measured in the same run. `--out` puts the table
-into a page of results.
+medians over the windows. A device's peak is that of a large matrix product in
+the same arithmetic, measured in the same run. `--out` puts the table into a
+page of results.
 """
 
 import dataclasses
@@ -85,12 +85,33 @@ def compiled(function, *inputs, **static):
     start = time.perf_counter()
     program = function.lower(*inputs, **static).compile()
     seconds = time.perf_counter() - start
+    megabytes = program.memory_analysis().temp_size_in_bytes / 1e6
+    return program, seconds, count_gflop(function, *inputs, **static), megabytes
+
+
+def count_gflop(function, *inputs, **static) -> float:
+    """GFLOP of a jitted function, in which the compiler counts the body of a loop once."""
     # Counted as for a CPU, since XLA does not see into the libraries that a GPU's program calls.
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     like = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=cpu)  # noqa: E731
     one_device = static | ({"by_device": cpu} if "by_device" in static else {})
-    flops = function.lower(*jax.tree.map(like, inputs), **one_device).cost_analysis()["flops"]
-    return program, seconds, flops / 1e9, program.memory_analysis().temp_size_in_bytes / 1e6
+    return function.lower(*jax.tree.map(like, inputs), **one_device).cost_analysis()["flops"] / 1e9
+
+
+def further_simulations(script, params, observation, network, settings) -> float:
+    """GFLOP of a search of the states of observations [...], but for its first simulation."""
+    if not hasattr(script, "search"):
+        return 0.0
+
+    def roots(params, observation):
+        state = network.apply(params, observation, method="representation")
+        return state, network.apply(params, state, method="prediction")
+
+    def search(params, state, prediction, key):
+        return script.search(params, state, prediction, key, 0.25, network, settings)
+
+    inputs = (params, *jax.eval_shape(roots, params, observation), jax.random.key(0))
+    return (settings.num_simulations - 1) * count_gflop(jax.jit(search), *inputs)
 
 
 def bsuite_step(script, args: Args, mesh) -> Step:
@@ -113,6 +134,10 @@ def bsuite_step(script, args: Args, mesh) -> Step:
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
     sums = jax.device_put(sums, NamedSharding(mesh, P()))
     train, *facts = compiled(script.train, jnp.int32(1), states, sums, data, **static)
+    shape = (args.num_seeds * settings.batch_size, script.window_length(settings))
+    observation = jnp.zeros((*shape, *steps.observation.shape[1:]))
+    one_seed = jax.tree.map(lambda x: x[0], states.params)
+    facts[1] += further_simulations(script, one_seed, observation, network, settings)
     current = [states, sums]
 
     def run(num_updates: int) -> float:
@@ -152,6 +177,8 @@ def atari_step(script, args: Args, mesh) -> Step:
     state, static = init(key, network, settings), {"network": network, "args": settings}
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     update, *facts = compiled(script.update, state, key, next(batches), **static)
+    observation = jax.ShapeDtypeStruct((*shape, 84, 84, 4), jnp.uint8)
+    facts[1] += further_simulations(script, state.params, observation, network, settings)
 
     def run(num_updates: int) -> float:
         nonlocal state
@@ -180,9 +207,8 @@ def open_store(script, path: Path, settings):
     return script.open_store(dataclasses.replace(settings, **whole))
 
 
-def matrix_peak(seconds: float = 2.0) -> float:
+def matrix_peak(dtype: str, seconds: float = 2.0) -> float:
     """GFLOP/s of the matrix product of all devices together."""
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     size = 2048 if jax.default_backend() == "cpu" else 8192
     product = jax.jit(jnp.matmul)
     matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
@@ -258,19 +284,20 @@ def main(args: Args) -> None:
                 rates[name].append(args.updates / seconds)
                 cores[name].append(cpu_seconds / seconds)
                 waits[name].append(waited / seconds)
-    peak = matrix_peak()
+    on_cpu = jax.default_backend() == "cpu" or args.domain == "bsuite"
+    dtype = args.dtype or ("float32" if on_cpu else "bfloat16")  # as the scripts
+    peak = matrix_peak(dtype)
     columns = ["Script", "Updates/s", "Lowest to highest", "Times the first", "Cores busy"]
     columns += ["Waits for data", "GFLOP an update", "Share of the peak", "Compilation, s"]
     columns += ["Memory, MB"]
     table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, step in steps.items():
         rate, first = np.median(rates[name]), np.median(rates[names[0]])
-        # XLA counts the body of the search's loop once.
-        share = "" if "muzero" in name else f"{step.gflop * rate / peak:.0%}"
+        share, facts = step.gflop * rate / peak, f"{step.compilation:.0f} | {step.megabytes:.0f}"
         table.append(
             f"| {name} | {rate:.4g} | {min(rates[name]):.4g} to {max(rates[name]):.4g} "
             f"| {rate / first:.2f} | {np.median(cores[name]):.1f} | {np.median(waits[name]):.1%} "
-            f"| {step.gflop:.4g} | {share} | {step.compilation:.0f} | {step.megabytes:.0f} |"
+            f"| {step.gflop:.4g} | {share:.0%} | {facts} |"
         )
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
     found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
@@ -287,7 +314,7 @@ def main(args: Args) -> None:
         setting = f"JAX_NUM_CPU_DEVICES={count}"
         command, title = f"{setting} {command}", f"{setting} {title}"
     facts = f"`{command}` at {commit}, {time.strftime('%Y-%m-%d')}, on {machine()}, whose matrix "
-    facts += f"product reaches {peak:,.0f} GFLOP/s."
+    facts += f"product in {dtype} reaches {peak:,.0f} GFLOP/s."
     text = "\n".join([*table, "", facts])
     print(text)
     if args.out:

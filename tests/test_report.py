@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import helpers
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
@@ -1012,7 +1014,7 @@ def test_curves_against_hours_have_hours(tmp_path, figures):
 
 
 def test_throughput_is_measured_on_bsuite(tmp_path, monkeypatch):
-    monkeypatch.setattr(throughput, "matrix_peak", lambda: 1.0)
+    monkeypatch.setattr(throughput, "matrix_peak", lambda _: 1.0)
     monkeypatch.setattr(sys, "argv", ["throughput.py", "bsuite"])
     page, sizes = tmp_path / "page.md", {"updates": 2, "windows": 1}
     throughput.main(throughput.Args("bsuite", ("bc_bsuite",), num_steps=1200, out=page, **sizes))
@@ -1022,7 +1024,7 @@ def test_throughput_is_measured_on_bsuite(tmp_path, monkeypatch):
 
 def test_throughput_is_measured_on_atari(monkeypatch, asterix_store, capsys):
     helpers.without_blocks(monkeypatch, "bc_atari")
-    monkeypatch.setattr(throughput, "matrix_peak", lambda: 1.0)
+    monkeypatch.setattr(throughput, "matrix_peak", lambda _: 1.0)
     monkeypatch.setattr(sys, "argv", ["throughput.py", "atari"])
     sizes = {"updates": 2, "windows": 1, "channels": 4, "batch_size": 4}
     args = throughput.Args("atari", ("bc_atari",), store=asterix_store, **sizes)
@@ -1033,6 +1035,27 @@ def test_throughput_is_measured_on_atari(monkeypatch, asterix_store, capsys):
     rate, (low, high) = float(row[1]), map(float, row[2].split(" to "))
     assert 0 < low == rate == high  # one window
     assert out.count(" parameters, ") == 2  # compile_only's as well
+
+
+def test_every_simulation_counts(monkeypatch):
+    """The compiler counts the body of the search's loop once: the others are added."""
+    script = importlib.import_module("muzero_unplugged_bsuite")
+    network = script.make_network(3, script.Args())
+    observation, key = jnp.zeros((2, 4, 1, 6)), jax.random.key(0)
+    params = script.init_state(key, network, observation[0, 0], script.Args()).params
+
+    def count(num_simulations: int) -> tuple[float, float]:
+        args = script.Args(num_simulations=num_simulations)
+        state = network.apply(params, observation, method="representation")
+        prediction = network.apply(params, state, method="prediction")
+        search = jax.jit(lambda *x: script.search(*x, 0.25, network, args))
+        counted = throughput.count_gflop(search, params, state, prediction, key)
+        return counted, throughput.further_simulations(script, params, observation, network, args)
+
+    (one, none), (three, two) = count(1), count(3)
+    assert none == 0
+    assert one == pytest.approx(three, rel=0.05)
+    assert two == pytest.approx(2 * three)
 
 
 def test_the_loader_is_measured(asterix_store, capsys):
