@@ -3,10 +3,12 @@
 import ast
 import dataclasses
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
 from conftest import ROOT
@@ -119,3 +121,19 @@ def test_every_flag_in_the_text_exists():
     for page in PAGES:
         for flag in re.findall(r"`--(?:no-)?([\w-]+)[^`\n]*`", FENCE.sub("", page.read_text())):
             assert flag.replace("-", "_") in fields, f"{page.name}: --{flag}"
+
+
+def test_the_speeds_on_one_gpu_are_those_of_the_runs():
+    page = ROOT / "docs" / "gpu.md"
+    row = r"^\| .*\]\((\S+)\).* \| (\d+) to (\d+) \| (\S+) \| (\S+) to (\S+) \| (\S+)% \|"
+    rows = re.findall(row, page.read_text(), re.MULTILINE)
+    assert len(rows) == 8
+    for path, *numbers in rows:
+        first, last, *written = map(float, numbers)
+        lines = map(json.loads, (page.parent / path).read_text().splitlines())
+        lines = [x for x in lines if "losses/total" in x and first <= x["update"] <= last]
+        update, time = np.array([(x["update"], x["wall_time"]) for x in lines]).T
+        rates = np.diff(update) / np.diff(time)
+        waits = sum(x["seconds/data"] for x in lines[1:]) / (time[-1] - time[0])
+        measured = [np.median(rates), rates.min(), rates.max(), 100 * waits]
+        assert [f"{x:.1f}" for x in measured] == [f"{x:.1f}" for x in written], path
