@@ -234,9 +234,10 @@ def write_section(path: Path, title: str, text: str) -> None:
     """Puts a section into a Markdown page, in the place of the one with the same title."""
     page = path.read_text(encoding="utf-8") if path.exists() else "# Throughput\n"
     sections = re.split(r"(?m)^(?=## )", page)
-    sections = [part for part in sections if part.partition("\n")[0] != title]
-    parts = [*sections, f"{title}\n\n{text}"]
-    path.write_text("\n".join(part.rstrip() + "\n" for part in parts), encoding="utf-8")
+    titles = [part.partition("\n")[0] for part in [*sections, title]]
+    place = titles.index(title)
+    sections[place : place + 1] = [f"{title}\n\n{text}"]
+    path.write_text("\n".join(part.rstrip() + "\n" for part in sections), encoding="utf-8")
 
 
 def main(args: Args) -> None:
