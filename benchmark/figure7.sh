@@ -3,7 +3,7 @@
 #   bash benchmark/figure7.sh [--env-ids Pong Breakout] [--workers 8]
 # Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
 # Cost: 72 runs of one seed, 200,000 updates (36 are Table 8's). Disk: 120 GB of data, 8 GB of runs.
-# Not measured; by the paper's footnote 3 Table 8's five methods on a game take 16 V100 days a seed.
+# Not measured; docs/gpu.md has the hours of a run on an H200, without evaluations.
 set -euo pipefail
 CDPATH="" cd "$(dirname "$0")/.."
 python benchmark/run.py figure7 "$@"

@@ -4,7 +4,8 @@
 #   bash benchmark/table8.sh --launcher slurm --slurm partition=gpu time=1440
 # Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
 # Cost: 180 runs of one seed, 200,000 updates. Not measured here; extrapolated from the paper's
-# footnote 3: 16 days of a V100 for the five methods on a game with one seed, 570 days in all.
+# footnote 3: 16 days of a V100 for the five methods on a game with one seed, 570 days in all; from
+# docs/gpu.md: 12 days of an H200, without evaluations.
 # Disk: 120 GB for RL Unplugged's run 1 of the games, 20 GB for the runs.
 set -euo pipefail
 CDPATH="" cd "$(dirname "$0")/.."
