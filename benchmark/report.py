@@ -53,6 +53,7 @@ from paper import ALGORITHMS, ITEMS, REFERENCE_RETURNS, TABLE5, Item
 from run import Args
 
 BOOTSTRAPS = 2000
+PERMUTATIONS = 10_000
 CURVE_BOOTSTRAPS = 200
 # Arguments that say how a run is evaluated; these, and those that say on what it learns.
 EVALUATION = {"eval_episodes", "final_eval_episodes", "eval_max_frames", "eval_greedy"}
@@ -224,6 +225,15 @@ def improvement_probability(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """P(X > Y) over pairs of seeds, mean over tasks; ties count half. [seeds, tasks] -> [1]."""
     difference = x[:, None] - y[None]
     return np.array([np.mean((difference > 0) + 0.5 * (difference == 0))])
+
+
+def permutation_p(x: np.ndarray, y: np.ndarray) -> float:
+    """Two-sided p-value of improvement_probability: seeds change methods within their task."""
+    distance = lambda x, y: abs(improvement_probability(x, y)[0] - 0.5)  # noqa: E731
+    seeds = np.broadcast_to(both := np.concatenate([x, y]), (PERMUTATIONS, *both.shape))
+    shuffled = np.random.default_rng(0).permuted(seeds, axis=1)
+    distances = np.array([distance(z[: len(x)], z[len(x) :]) for z in shuffled])
+    return (1 + np.sum(distances >= distance(x, y) - 1e-9)) / (1 + PERMUTATIONS)
 
 
 def pooled_iqm(episodes: np.ndarray) -> np.ndarray:
@@ -542,7 +552,11 @@ def returns_text(item: Item, result: Result | None, asked: int) -> str:
     else:
         text = f"{result.final.mean():.3f}"
         text += f" ± {result.final.std():.3f}" if count > 1 else ""
-    return text if count == asked else f"{text} ({count} seed{'s' * (count > 1)})"
+    return text + few_seeds(count, asked)
+
+
+def few_seeds(count: int, asked: int) -> str:
+    return "" if count == asked else f" ({count} seed{'s' * (count > 1)})"
 
 
 def result_tables(item: Item, cells: dict, tasks: tuple[str, ...]) -> list[str]:
@@ -637,12 +651,14 @@ def statistics(item: Item, scores: dict, tasks: tuple, estimates: dict) -> list[
         chances, rows = intervals(pairs, improvement_probability), []
         for (name, value), both in pairs.items():
             chance = with_interval(chances[name, value][:, 0], max(map(len, both)) > 1)
-            rows.append([name, *swept(item, item.label(value)), chance])
-        lines += table(["probability of improvement", *swept(item, item.axis), ""], rows)
+            p = f"{permutation_p(*both):.3f}" if min(map(len, both)) > 1 else ""
+            rows.append([name, *swept(item, item.label(value)), chance, p])
+        lines += table(["probability of improvement", *swept(item, item.axis), "", "p"], rows)
     names = "all tasks together" if len(tasks) > 1 else tasks[0]
     several = any(len(x) > 1 for x in scores.values())
     bounds = ", with 95% intervals of a stratified bootstrap" if several else ""
-    lines += [f"Over seeds and {names}{bounds}.", ""]
+    test = " p: of a permutation test with two sides." if pairs and several else ""
+    lines += [f"Over seeds and {names}{bounds}.{test}", ""]
     return lines
 
 
@@ -835,6 +851,7 @@ def write_page(
         rows = [
             [m, *(
                 with_interval(estimates[m, v][:, 0], len(scores[m, v]) > 1)
+                + few_seeds(len(scores[m, v]), len(item.seeds))
                 if (m, v) in estimates else "" for v in item.values
             )]
             for m in item.methods

@@ -20,7 +20,7 @@ import pytest
 import tyro
 from conftest import ROOT
 from helpers import ATARI_DATA, BSUITE_DATA, UPDATES, write_run
-from scipy.stats import trim_mean
+from scipy.stats import mannwhitneyu, trim_mean
 
 import paper
 import prepare_atari
@@ -451,6 +451,23 @@ def test_intervals_are_those_of_a_bootstrap_by_hand(tmp_path, monkeypatch):
     assert [numbers(x) for x in rosmo[1:]] == [*[[0.75, 0.5, 1.0]] * 2, [0.25, 0.0, 0.5]]
     chance = rows(page, "probability of improvement")["ROSMO > MuZero Unplugged"]
     assert numbers(chance[1]) == [0.75, 0.5, 1.0]  # one seed is better, one the same
+    assert float(chance[2]) == 1.0  # where one of four has the better score, so has one method
+
+
+def test_p_values_are_those_of_all_exchanges_of_seeds():
+    rng = np.random.default_rng(0)
+    x, y = rng.random((3, 2)) + np.array([0.2, 0.9]), rng.random((3, 2))
+    distances = []
+    for first in itertools.product(itertools.combinations(range(6), 3), repeat=2):
+        order = np.array([[*i, *({*range(6)} - {*i})] for i in first])
+        z = np.concatenate([x, y])[order.T, [0, 1]]
+        distances.append(abs(report.improvement_probability(z[:3], z[3:])[0] - 0.5))
+    exact = np.mean(np.array(distances) >= distances[0] - 1e-9)
+    assert 0.02 < exact < 0.3  # the methods differ, but not in every pair
+    assert report.permutation_p(x, y) == pytest.approx(exact, abs=0.015)
+    x, y = rng.normal(size=(2, 5, 1)) + np.array([1, 0])[:, None, None]
+    exact = mannwhitneyu(x[:, 0], y[:, 0], method="exact").pvalue
+    assert report.permutation_p(x, y) == pytest.approx(exact, abs=0.015)
 
 
 def test_aggregates_of_several_tasks_by_hand():
@@ -569,7 +586,7 @@ def test_single_seeds_have_no_interval_anywhere(tmp_path):
             data = STORE | {"episodes": len(game)}
             write_run(folder, f"{script}_atari", [9.0], env_id=game, data=data)
     page = (make(tmp_path, "table8", env_ids=("Pong", "Breakout")) / "table8.md").read_text()
-    assert rows(page, "probability of improvement")["ROSMO > BC"] == ["0.500"]
+    assert rows(page, "probability of improvement")["ROSMO > BC"] == ["0.500", ""]
     assert "Over seeds and all tasks together.\n" in page
     assert "bootstrap" not in page.split("## Normalised scores")[1]
 
