@@ -651,13 +651,14 @@ def statistics(item: Item, scores: dict, tasks: tuple, estimates: dict) -> list[
         chances, rows = intervals(pairs, improvement_probability), []
         for (name, value), both in pairs.items():
             chance = with_interval(chances[name, value][:, 0], max(map(len, both)) > 1)
-            p = f"{permutation_p(*both):.3f}" if min(map(len, both)) > 1 else ""
-            rows.append([name, *swept(item, item.label(value)), chance, p])
+            p = permutation_p(*both) if min(map(len, both)) > 1 else None
+            text = "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+            rows.append([name, *swept(item, item.label(value)), chance, text])
         lines += table(["probability of improvement", *swept(item, item.axis), "", "p"], rows)
     names = "all tasks together" if len(tasks) > 1 else tasks[0]
     several = any(len(x) > 1 for x in scores.values())
     bounds = ", with 95% intervals of a stratified bootstrap" if several else ""
-    test = " p: of a permutation test with two sides." if pairs and several else ""
+    test = " p: of a two-sided permutation test." if pairs and several else ""
     lines += [f"Over seeds and {names}{bounds}.{test}", ""]
     return lines
 
