@@ -248,9 +248,6 @@ def train(num_updates: int, states, sums, data, network, args, by_device):
     return jax.lax.fori_loop(0, num_updates, body, (states, sums))
 
 
-# --- end train ---
-
-
 # --- data (identical in *_bsuite.py) ---
 ENVIRONMENTS = {"catch": Catch, "cartpole": Cartpole, "mountain_car": MountainCar}
 
@@ -337,9 +334,6 @@ def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
     return np.stack(pad).astype(np.int32), num_starts
 
 
-# --- end data ---
-
-
 # --- evaluate (identical in *_bsuite.py) ---
 def evaluate(
     act: Callable, env_id: str, seeds: list[int], done: int, num_episodes: int, noise: float
@@ -376,9 +370,6 @@ def evaluate(
                 bar.update(timesteps[i].last())
             t += 1
     return returns.reshape(shape)
-
-
-# --- end evaluate ---
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
@@ -673,9 +664,6 @@ def prepare_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-# --- end checks ---
-
-
 # --- main (identical in *_bsuite.py) ---
 def main(args: Args) -> None:
     prepare_jax()
@@ -751,9 +739,6 @@ def main(args: Args) -> None:
     run.finish(done, sampled, greedy)
 
 
-# --- end main ---
-
-
 # --- entry (identical in *_bsuite.py) ---
 if __name__ == "__main__":
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
@@ -776,4 +761,3 @@ if __name__ == "__main__":
         advice = "give a smaller --batch-size, network or dataset, or end what else uses it"
         reason = str(error).partition("\n")[0]
         raise SystemExit(f"The memory is not enough: {advice}. {reason}".strip()) from None
-# --- end entry ---

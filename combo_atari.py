@@ -572,9 +572,6 @@ def evaluate_member(params, windows: Windows, key, network: WorldModel, args: Ar
     return losses, errors, jnp.sum(inside), to_frame(predicted)
 
 
-# --- end world model ---
-
-
 # --- torso (identical in *_atari.py) ---
 # Initial weights as in the authors' code: truncated normal, of standard deviation 0.88 / √fan_in.
 WEIGHTS = {
@@ -652,9 +649,6 @@ class Head(nn.Module):
         return exact(self.outputs, kernel_init=nn.initializers.zeros)(x)
 
 
-# --- end torso ---
-
-
 # --- CQL network (identical in cql_atari.py and combo_atari.py) ---
 class CQLNetwork(nn.Module):
     """The representation and the prediction function with a head for Q (D.2.1, Fig. 5d)."""
@@ -678,9 +672,6 @@ def make_network(num_actions: int, args: Args) -> CQLNetwork:
     on_cpu = jax.default_backend() == "cpu"
     dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
     return CQLNetwork(num_actions, args.num_bins, args.channels, jnp.dtype(dtype))
-
-
-# --- end CQL network ---
 
 
 # --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
@@ -711,16 +702,10 @@ def to_scalar(logits):
     return inverse_transform(mean + middle - (num_bins - 1) // 2)
 
 
-# --- end value transform ---
-
-
 # --- conservative penalty (identical in cql_*.py and combo_atari.py) ---
 def conservative_gap(q, action):
     """CQL(H)'s log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
     return jax.nn.logsumexp(q, axis=-1) - jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
-
-
-# --- end conservative penalty ---
 
 
 # --- batch (identical in *_atari.py) ---
@@ -1079,9 +1064,6 @@ def load_batches(load: Callable, first: int, num_threads: int) -> Iterator:
             yield batch
 
 
-# --- end data ---
-
-
 # --- world model data (identical in morel_atari.py and combo_atari.py) ---
 def split_store(store: Store, heldout_percent: float, seed: int) -> tuple[Store, Store]:
     """The store in two, episodes to learn from and some, drawn at random, to hold out."""
@@ -1152,9 +1134,6 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
     return AtariVectorEnv(game_name(env_id), num_envs, reward_clipping=False, **settings, **kwargs)
 
 
-# --- end environment ---
-
-
 # --- evaluate (identical in *_atari.py) ---
 def evaluate(
     act: Callable, env_id: str, num_episodes: int, seed: int, max_frames: int = 108_000
@@ -1188,9 +1167,6 @@ def evaluate(
             running &= ~ended
             bar.update(ended.sum())
     return returns.tolist()
-
-
-# --- end evaluate ---
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
@@ -1441,9 +1417,6 @@ class Run:
         figure.savefig(self.dir / "learning_curve.png", dpi=120)
 
 
-# --- end run folder ---
-
-
 # --- training (identical in morel_atari.py and combo_atari.py) ---
 def train(run: Run, done: int, state, sums, update, load, evaluate, means, saved=lambda x: x):
     """Trains until `total_updates` of the run are done or an evaluation says that it is enough.
@@ -1548,9 +1521,6 @@ def finish_run(run: Run, done: int, params, network, args: Args) -> None:
         run.exit()
     if run.writes:
         run.finish(done, *([returns] for returns in finals))
-
-
-# --- end training ---
 
 
 # --- world model training (identical in morel_atari.py and combo_atari.py) ---
@@ -1765,9 +1735,6 @@ def prepare_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-# --- end checks ---
-
-
 # --- processes (identical in *_atari.py) ---
 def join_processes(args, *shared: int) -> None:
     """Splits a CPU into devices; joins the processes of a run, which all start this script.
@@ -1940,4 +1907,3 @@ if __name__ == "__main__":
         time.sleep(3 * (jax.process_index() == 0))  # its end aborts those that have not ended
         os._exit(status if isinstance(status, int) else 1)
     raise SystemExit(status)
-# --- end entry ---

@@ -205,9 +205,6 @@ class Head(nn.Module):
         return exact(self.outputs, kernel_init=nn.initializers.zeros)(x)
 
 
-# --- end torso ---
-
-
 # --- CQL network (identical in cql_atari.py and combo_atari.py) ---
 class CQLNetwork(nn.Module):
     """The representation and the prediction function with a head for Q (D.2.1, Fig. 5d)."""
@@ -231,9 +228,6 @@ def make_network(num_actions: int, args: Args) -> CQLNetwork:
     on_cpu = jax.default_backend() == "cpu"
     dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
     return CQLNetwork(num_actions, args.num_bins, args.channels, jnp.dtype(dtype))
-
-
-# --- end CQL network ---
 
 
 # --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
@@ -264,16 +258,10 @@ def to_scalar(logits):
     return inverse_transform(mean + middle - (num_bins - 1) // 2)
 
 
-# --- end value transform ---
-
-
 # --- conservative penalty (identical in cql_*.py and combo_atari.py) ---
 def conservative_gap(q, action):
     """CQL(H)'s log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
     return jax.nn.logsumexp(q, axis=-1) - jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
-
-
-# --- end conservative penalty ---
 
 
 # --- batch (identical in *_atari.py) ---
@@ -520,9 +508,6 @@ def load_batches(load: Callable, first: int, num_threads: int) -> Iterator:
             yield batch
 
 
-# --- end data ---
-
-
 # --- environment (identical in *_atari.py and benchmark/prepare_atari.py) ---
 def game_name(env_id: str) -> str:
     """ALE's name of the game that RL Unplugged calls `env_id`: MsPacman -> ms_pacman."""
@@ -542,9 +527,6 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
     """Dopamine's environment: sticky actions, minimal action set, no tricks at the reset."""
     settings = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False)
     return AtariVectorEnv(game_name(env_id), num_envs, reward_clipping=False, **settings, **kwargs)
-
-
-# --- end environment ---
 
 
 # --- evaluate (identical in *_atari.py) ---
@@ -580,9 +562,6 @@ def evaluate(
             running &= ~ended
             bar.update(ended.sum())
     return returns.tolist()
-
-
-# --- end evaluate ---
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
@@ -878,9 +857,6 @@ def prepare_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-# --- end checks ---
-
-
 # --- processes (identical in *_atari.py) ---
 def join_processes(args, *shared: int) -> None:
     """Splits a CPU into devices; joins the processes of a run, which all start this script.
@@ -928,9 +904,6 @@ def tell_if_slow(run, done: int) -> None:
     if run.writes and done == 2 and days > 7:
         small = "the README has small settings ('Atari on a laptop')"
         print(f"The updates of {run.dir} take up to {days:,.0f} days here; {small}.", flush=True)
-
-
-# --- end processes ---
 
 
 # --- main (identical in rosmo_atari.py, muzero_*_atari.py, bc_atari.py and c[rq]*_atari.py) ---
@@ -1010,9 +983,6 @@ def main(args: Args) -> None:
         run.finish(done, *([returns] for returns in finals))
 
 
-# --- end main ---
-
-
 # --- entry (identical in *_atari.py) ---
 if __name__ == "__main__":
     status: Any = 130
@@ -1042,4 +1012,3 @@ if __name__ == "__main__":
         time.sleep(3 * (jax.process_index() == 0))  # its end aborts those that have not ended
         os._exit(status if isinstance(status, int) else 1)
     raise SystemExit(status)
-# --- end entry ---

@@ -180,16 +180,10 @@ def to_scalar(logits):
     return inverse_transform(mean + middle - (num_bins - 1) // 2)
 
 
-# --- end value transform ---
-
-
 # --- conservative penalty (identical in cql_*.py and combo_atari.py) ---
 def conservative_gap(q, action):
     """CQL(H)'s log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
     return jax.nn.logsumexp(q, axis=-1) - jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
-
-
-# --- end conservative penalty ---
 
 
 # --- steps (identical in *_bsuite.py) ---
@@ -327,9 +321,6 @@ def train(num_updates: int, states, sums, data, network, args, by_device):
     return jax.lax.fori_loop(0, num_updates, body, (states, sums))
 
 
-# --- end train ---
-
-
 # --- data (identical in *_bsuite.py) ---
 ENVIRONMENTS = {"catch": Catch, "cartpole": Cartpole, "mountain_car": MountainCar}
 
@@ -416,9 +407,6 @@ def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
     return np.stack(pad).astype(np.int32), num_starts
 
 
-# --- end data ---
-
-
 # --- evaluate (identical in *_bsuite.py) ---
 def evaluate(
     act: Callable, env_id: str, seeds: list[int], done: int, num_episodes: int, noise: float
@@ -455,9 +443,6 @@ def evaluate(
                 bar.update(timesteps[i].last())
             t += 1
     return returns.reshape(shape)
-
-
-# --- end evaluate ---
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
@@ -753,9 +738,6 @@ def prepare_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-# --- end checks ---
-
-
 # --- main (identical in *_bsuite.py) ---
 def main(args: Args) -> None:
     prepare_jax()
@@ -831,9 +813,6 @@ def main(args: Args) -> None:
     run.finish(done, sampled, greedy)
 
 
-# --- end main ---
-
-
 # --- entry (identical in *_bsuite.py) ---
 if __name__ == "__main__":
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
@@ -856,4 +835,3 @@ if __name__ == "__main__":
         advice = "give a smaller --batch-size, network or dataset, or end what else uses it"
         reason = str(error).partition("\n")[0]
         raise SystemExit(f"The memory is not enough: {advice}. {reason}".strip()) from None
-# --- end entry ---

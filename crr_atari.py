@@ -292,9 +292,6 @@ def to_scalar(logits):
     return inverse_transform(mean + middle - (num_bins - 1) // 2)
 
 
-# --- end value transform ---
-
-
 # --- batch (identical in *_atari.py) ---
 class Batch(NamedTuple):
     """Windows of T consecutive steps, and the three frames before each window."""
@@ -571,9 +568,6 @@ def load_batches(load: Callable, first: int, num_threads: int) -> Iterator:
             yield batch
 
 
-# --- end data ---
-
-
 # --- environment (identical in *_atari.py and benchmark/prepare_atari.py) ---
 def game_name(env_id: str) -> str:
     """ALE's name of the game that RL Unplugged calls `env_id`: MsPacman -> ms_pacman."""
@@ -593,9 +587,6 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
     """Dopamine's environment: sticky actions, minimal action set, no tricks at the reset."""
     settings = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False)
     return AtariVectorEnv(game_name(env_id), num_envs, reward_clipping=False, **settings, **kwargs)
-
-
-# --- end environment ---
 
 
 # --- evaluate (identical in *_atari.py) ---
@@ -631,9 +622,6 @@ def evaluate(
             running &= ~ended
             bar.update(ended.sum())
     return returns.tolist()
-
-
-# --- end evaluate ---
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
@@ -929,9 +917,6 @@ def prepare_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-# --- end checks ---
-
-
 # --- processes (identical in *_atari.py) ---
 def join_processes(args, *shared: int) -> None:
     """Splits a CPU into devices; joins the processes of a run, which all start this script.
@@ -979,9 +964,6 @@ def tell_if_slow(run, done: int) -> None:
     if run.writes and done == 2 and days > 7:
         small = "the README has small settings ('Atari on a laptop')"
         print(f"The updates of {run.dir} take up to {days:,.0f} days here; {small}.", flush=True)
-
-
-# --- end processes ---
 
 
 # --- main (identical in rosmo_atari.py, muzero_*_atari.py, bc_atari.py and c[rq]*_atari.py) ---
@@ -1061,9 +1043,6 @@ def main(args: Args) -> None:
         run.finish(done, *([returns] for returns in finals))
 
 
-# --- end main ---
-
-
 # --- entry (identical in *_atari.py) ---
 if __name__ == "__main__":
     status: Any = 130
@@ -1093,4 +1072,3 @@ if __name__ == "__main__":
         time.sleep(3 * (jax.process_index() == 0))  # its end aborts those that have not ended
         os._exit(status if isinstance(status, int) else 1)
     raise SystemExit(status)
-# --- end entry ---

@@ -579,9 +579,6 @@ def evaluate_member(params, windows: Windows, key, network: WorldModel, args: Ar
     return losses, errors, jnp.sum(inside), to_frame(predicted)
 
 
-# --- end world model ---
-
-
 # --- torso (identical in *_atari.py) ---
 # Initial weights as in the authors' code: truncated normal, of standard deviation 0.88 / √fan_in.
 WEIGHTS = {
@@ -1167,9 +1164,6 @@ def load_batches(load: Callable, first: int, num_threads: int) -> Iterator:
             yield batch
 
 
-# --- end data ---
-
-
 # --- world model data (identical in morel_atari.py and combo_atari.py) ---
 def split_store(store: Store, heldout_percent: float, seed: int) -> tuple[Store, Store]:
     """The store in two, episodes to learn from and some, drawn at random, to hold out."""
@@ -1258,9 +1252,6 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
     return AtariVectorEnv(game_name(env_id), num_envs, reward_clipping=False, **settings, **kwargs)
 
 
-# --- end environment ---
-
-
 # --- evaluate (identical in *_atari.py) ---
 def evaluate(
     act: Callable, env_id: str, num_episodes: int, seed: int, max_frames: int = 108_000
@@ -1294,9 +1285,6 @@ def evaluate(
             running &= ~ended
             bar.update(ended.sum())
     return returns.tolist()
-
-
-# --- end evaluate ---
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
@@ -1547,9 +1535,6 @@ class Run:
         figure.savefig(self.dir / "learning_curve.png", dpi=120)
 
 
-# --- end run folder ---
-
-
 # --- training (identical in morel_atari.py and combo_atari.py) ---
 def train(run: Run, done: int, state, sums, update, load, evaluate, means, saved=lambda x: x):
     """Trains until `total_updates` of the run are done or an evaluation says that it is enough.
@@ -1654,9 +1639,6 @@ def finish_run(run: Run, done: int, params, network, args: Args) -> None:
         run.exit()
     if run.writes:
         run.finish(done, *([returns] for returns in finals))
-
-
-# --- end training ---
 
 
 # --- world model training (identical in morel_atari.py and combo_atari.py) ---
@@ -1872,9 +1854,6 @@ def prepare_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-# --- end checks ---
-
-
 # --- processes (identical in *_atari.py) ---
 def join_processes(args, *shared: int) -> None:
     """Splits a CPU into devices; joins the processes of a run, which all start this script.
@@ -2078,4 +2057,3 @@ if __name__ == "__main__":
         time.sleep(3 * (jax.process_index() == 0))  # its end aborts those that have not ended
         os._exit(status if isinstance(status, int) else 1)
     raise SystemExit(status)
-# --- end entry ---

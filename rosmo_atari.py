@@ -220,9 +220,6 @@ class Head(nn.Module):
         return exact(self.outputs, kernel_init=nn.initializers.zeros)(x)
 
 
-# --- end torso ---
-
-
 # --- network (identical in rosmo_atari.py and muzero_unplugged_atari.py) ---
 class Prediction(NamedTuple):
     """What the prediction function f says of states [...]."""
@@ -287,9 +284,6 @@ class MuZeroNetwork(nn.Module):
         return self.prediction(self.dynamics(self.representation(observation), action))
 
 
-# --- end network ---
-
-
 # --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
 def transform(x):
     """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2 has εx inside the bracket)."""
@@ -318,9 +312,6 @@ def to_scalar(logits):
     return inverse_transform(mean + middle - (num_bins - 1) // 2)
 
 
-# --- end value transform ---
-
-
 # --- batch (identical in *_atari.py) ---
 class Batch(NamedTuple):
     """Windows of T consecutive steps, and the three frames before each window."""
@@ -338,9 +329,6 @@ def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
     own = jnp.arange(3, -1, -1) <= history[:, time, None]  # [B, 4]
     stack = jnp.where(own[:, :, None, None], frames[:, time : time + 4], 0)
     return jnp.moveaxis(stack, 1, -1)
-
-
-# --- end batch ---
 
 
 # --- windows (identical in rosmo_*.py and muzero_unplugged_*.py) ---
@@ -691,9 +679,6 @@ def load_batches(load: Callable, first: int, num_threads: int) -> Iterator:
             yield batch
 
 
-# --- end data ---
-
-
 # --- environment (identical in *_atari.py and benchmark/prepare_atari.py) ---
 def game_name(env_id: str) -> str:
     """ALE's name of the game that RL Unplugged calls `env_id`: MsPacman -> ms_pacman."""
@@ -713,9 +698,6 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
     """Dopamine's environment: sticky actions, minimal action set, no tricks at the reset."""
     settings = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False)
     return AtariVectorEnv(game_name(env_id), num_envs, reward_clipping=False, **settings, **kwargs)
-
-
-# --- end environment ---
 
 
 # --- evaluate (identical in *_atari.py) ---
@@ -751,9 +733,6 @@ def evaluate(
             running &= ~ended
             bar.update(ended.sum())
     return returns.tolist()
-
-
-# --- end evaluate ---
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
@@ -1049,9 +1028,6 @@ def prepare_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-# --- end checks ---
-
-
 # --- processes (identical in *_atari.py) ---
 def join_processes(args, *shared: int) -> None:
     """Splits a CPU into devices; joins the processes of a run, which all start this script.
@@ -1099,9 +1075,6 @@ def tell_if_slow(run, done: int) -> None:
     if run.writes and done == 2 and days > 7:
         small = "the README has small settings ('Atari on a laptop')"
         print(f"The updates of {run.dir} take up to {days:,.0f} days here; {small}.", flush=True)
-
-
-# --- end processes ---
 
 
 # --- main (identical in rosmo_atari.py, muzero_*_atari.py, bc_atari.py and c[rq]*_atari.py) ---
@@ -1181,9 +1154,6 @@ def main(args: Args) -> None:
         run.finish(done, *([returns] for returns in finals))
 
 
-# --- end main ---
-
-
 # --- entry (identical in *_atari.py) ---
 if __name__ == "__main__":
     status: Any = 130
@@ -1213,4 +1183,3 @@ if __name__ == "__main__":
         time.sleep(3 * (jax.process_index() == 0))  # its end aborts those that have not ended
         os._exit(status if isinstance(status, int) else 1)
     raise SystemExit(status)
-# --- end entry ---

@@ -150,9 +150,6 @@ class MLP(nn.Module):
         return x
 
 
-# --- end torso ---
-
-
 # --- network (identical in rosmo_bsuite.py and muzero_unplugged_bsuite.py) ---
 class Prediction(NamedTuple):
     """What the prediction function f says of states [...]."""
@@ -202,9 +199,6 @@ class MuZeroNetwork(nn.Module):
         return self.prediction(self.dynamics(self.representation(observation), action))
 
 
-# --- end network ---
-
-
 # --- value transform (identical in rosmo_*.py, muzero_*.py, crr_*.py, cql_*.py, combo_*.py) ---
 def transform(x):
     """h(x) = sign(x)(√(|x| + 1) - 1) + εx, ε = 0.001 (Appendix A.2 has εx inside the bracket)."""
@@ -233,9 +227,6 @@ def to_scalar(logits):
     return inverse_transform(mean + middle - (num_bins - 1) // 2)
 
 
-# --- end value transform ---
-
-
 # --- steps (identical in *_bsuite.py) ---
 class Steps(NamedTuple):
     """Steps of episodes in RLDS form; an episode's last has no action and no reward, only zeros."""
@@ -245,9 +236,6 @@ class Steps(NamedTuple):
     reward: Any  # [...] float32, received after the action
     is_last: Any  # [...] bool
     is_terminal: Any  # [...] bool
-
-
-# --- end steps ---
 
 
 # --- windows (identical in rosmo_*.py and muzero_unplugged_*.py) ---
@@ -487,9 +475,6 @@ def train(num_updates: int, states, sums, data, network, args, by_device):
     return jax.lax.fori_loop(0, num_updates, body, (states, sums))
 
 
-# --- end train ---
-
-
 # --- data (identical in *_bsuite.py) ---
 ENVIRONMENTS = {"catch": Catch, "cartpole": Cartpole, "mountain_car": MountainCar}
 
@@ -576,9 +561,6 @@ def window_starts(is_last: np.ndarray, data_percent: float, seeds: list[int]):
     return np.stack(pad).astype(np.int32), num_starts
 
 
-# --- end data ---
-
-
 # --- evaluate (identical in *_bsuite.py) ---
 def evaluate(
     act: Callable, env_id: str, seeds: list[int], done: int, num_episodes: int, noise: float
@@ -615,9 +597,6 @@ def evaluate(
                 bar.update(timesteps[i].last())
             t += 1
     return returns.reshape(shape)
-
-
-# --- end evaluate ---
 
 
 # --- run folder (identical in *_atari.py and *_bsuite.py) ---
@@ -912,9 +891,6 @@ def prepare_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-# --- end checks ---
-
-
 # --- main (identical in *_bsuite.py) ---
 def main(args: Args) -> None:
     prepare_jax()
@@ -990,9 +966,6 @@ def main(args: Args) -> None:
     run.finish(done, sampled, greedy)
 
 
-# --- end main ---
-
-
 # --- entry (identical in *_bsuite.py) ---
 if __name__ == "__main__":
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
@@ -1015,4 +988,3 @@ if __name__ == "__main__":
         advice = "give a smaller --batch-size, network or dataset, or end what else uses it"
         reason = str(error).partition("\n")[0]
         raise SystemExit(f"The memory is not enough: {advice}. {reason}".strip()) from None
-# --- end entry ---

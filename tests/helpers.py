@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sync_blocks import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 ATARI = sorted(path.stem for path in ROOT.glob("*_atari.py"))
@@ -401,11 +402,11 @@ def with_small_representation(patch, *names: str) -> None:
 
 def copy_without_blocks(name: str, folder: Path) -> Path:
     """The same for a script that is started as a process."""
-    path, end = folder / f"{name}.py", "# --- end torso ---\n"
+    path = folder / f"{name}.py"
     if not path.exists():  # else a process may be reading it
         text = (ROOT / path.name).read_text()
-        assert text.count(end) == 1
-        path.write_text(text.replace(end, f"ResidualBlock = lambda *_: lambda x: x\n{end}"))
+        torso = blocks(text)["torso"]
+        path.write_text(text.replace(torso, f"{torso}ResidualBlock = lambda *_: lambda x: x\n"))
     return path
 
 

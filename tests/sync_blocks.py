@@ -2,8 +2,9 @@
 
     python tests/sync_blocks.py --from rosmo_atari.py evaluate data
 
-A block starts at a line "# --- NAME (identical in FILES) ---" and ends at "# --- end NAME ---";
-FILES are file name patterns at the top of the repository, joined by commas or "and".
+A block starts at a line "# --- NAME (identical in FILES) ---" and goes to the next such line, or
+to "# --- end NAME ---" where the script's own code follows, or to the end of the file. FILES are
+file name patterns at the top of the repository, joined by commas or "and".
 """
 
 import argparse
@@ -12,13 +13,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(
-    r"^# --- (?P<name>[\w ]+) \(identical in (?P<files>[^)]+)\) ---\n.*?^# --- end (?P=name) ---\n",
+    r"^# --- (?P<name>[\w ]+) \(identical in (?P<files>[^)]+)\) ---\n.*?\n(?=\n*(# --- |\Z))",
     re.MULTILINE | re.DOTALL,
 )
 
 
 def blocks(text: str) -> dict[str, str]:
-    """The blocks of a file by name, with their markers."""
+    """The blocks of a file by name, with their first markers."""
     return {match["name"]: match[0] for match in BLOCK.finditer(text)}
 
 
@@ -38,7 +39,7 @@ def sync(source: Path, name: str, root: Path = ROOT) -> list[Path]:
         text = path.read_text()
         theirs = blocks(text).get(name)
         if theirs is None:
-            raise SystemExit(f"{path.name} has no block {name!r}; put its two markers in first.")
+            raise SystemExit(f"{path.name} has no block {name!r}; put its marker in first.")
         if theirs != found[name]:
             path.write_text(text.replace(theirs, found[name]))
             changed.append(path)

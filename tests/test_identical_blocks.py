@@ -1,6 +1,8 @@
 """What is the same in several scripts is the same to the byte."""
 
 import ast
+import itertools
+import re
 import subprocess
 import sys
 
@@ -69,8 +71,13 @@ def test_block_is_identical_in_its_family(name, members):
 def test_every_marker_belongs_to_a_block_of_the_manifest(script):
     text = (ROOT / script).read_text()
     found = sync_blocks.blocks(text)
-    assert text.count("\n# --- ") == 2 * len(found), "a marker without its pair"
     assert set(found) <= set(MANIFEST)
+    markers = re.findall(r"^# --- (.+?)(?: \(identical in .+\))? ---$", text, re.MULTILINE)
+    for name, following in itertools.pairwise(["", *markers, ""]):
+        wrong = following.startswith("end ") and following != f"end {name}"
+        assert not wrong, f"{following} stands behind {name or 'nothing'}"
+    assert len(found) == sum(not marker.startswith("end ") for marker in markers)
+    assert not re.search(r"^# --- end .*\s*(# --- |\Z)", text, re.MULTILINE), "ends by itself"
 
 
 def unmarked(text: str) -> dict[tuple[str, str], int]:
@@ -112,12 +119,13 @@ def test_an_unmarked_copy_is_found():
 
 
 def test_the_check_and_the_copy_see_a_changed_byte(tmp_path):
-    block = "# --- maths (identical in a_*.py and b.py) ---\nx = {}\n# --- end maths ---\n"
+    block = "# --- maths (identical in a_*.py and b.py) ---\nx = {}\n\n\n"
+    ends = {"a_one.py": "# --- end maths ---\nafter\n", "a_two.py": "# --- next (identical in"}
     for name, value in (("a_one.py", 1), ("a_two.py", 2), ("b.py", 1), ("c.py", 3)):
-        (tmp_path / name).write_text("before\n" + block.format(value) + "after\n")
+        (tmp_path / name).write_text("before\n" + block.format(value) + ends.get(name, ""))
     changed = sync_blocks.sync(tmp_path / "a_one.py", "maths", root=tmp_path)
     assert [path.name for path in changed] == ["a_two.py"]
-    assert (tmp_path / "a_two.py").read_text() == (tmp_path / "a_one.py").read_text()
+    assert (tmp_path / "a_two.py").read_text() == f"before\n{block.format(1)}{ends['a_two.py']}"
     assert "x = 3" in (tmp_path / "c.py").read_text()
     (tmp_path / "b.py").write_text("nothing\n")
     with pytest.raises(SystemExit, match=r"b\.py has no block"):
