@@ -66,8 +66,13 @@ from typing import Any, Literal, NamedTuple
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
+
+    def leave(*_):
+        print("Stopped.", file=sys.stderr)
+        os._exit(130)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
+        signal.signal(number, leave)
     # A user's settings of these may ask for what is not installed, or change a seed's numbers.
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     os.environ |= {"JAX_ENABLE_X64": "0", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32"}
@@ -951,28 +956,31 @@ def find_store(args) -> Path | None:
     return found.get(min((p for p in found if p >= args.data_percent), default=None))
 
 
+def make_store(args) -> Path:
+    """The store of RL Unplugged that benchmark/prepare_atari.py makes, or local data."""
+    tool = Path(__file__).resolve().parent / "benchmark" / "prepare_atari.py"
+    local = args.data_dir / "atari" / f"{args.env_id}-dqn-200k"  # without a connection
+    command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
+    command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
+    if jax.process_count() == 1 and tool.exists():
+        # The tool leaves the accelerator alone, ends with this process, and says what it lacks.
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
+        if status := subprocess.run([sys.executable, *command], env=environment).returncode:
+            raise SystemExit(status if status > 0 else f"{tool} was killed.")
+    elif local.exists():
+        print(f"No store of RL Unplugged: this is NOT its data, but {local}.", flush=True)
+    else:
+        words = shlex.join([f"benchmark/{tool.name}", *command[1:]])
+        message = f"The data are missing; make them first: python {words}"
+        raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
+    return find_store(args) or local
+
+
 def open_store(args) -> Store:
-    """The store that the arguments name; benchmark/prepare_atari.py makes it if it is missing."""
+    """The store that the arguments name, or else the one in --data-dir; made if it is missing."""
     plays = args.eval_episodes > 0 or args.final_eval_episodes > 0  # else no simulator is needed
     actions = make_env(args.env_id, 1).single_action_space.n if plays else None
-    path = args.dataset or find_store(args)
-    if path is None:
-        tool = Path(__file__).resolve().parent / "benchmark" / "prepare_atari.py"
-        local = args.data_dir / "atari" / f"{args.env_id}-dqn-200k"  # without a connection
-        command = [str(tool), "--env-id", args.env_id, "--rlu-run", str(args.rlu_run)]
-        command += ["--percent", str(args.data_percent), "--data-dir", str(args.data_dir)]
-        if jax.process_count() == 1 and tool.exists():
-            # The tool leaves the accelerator alone, ends with this process, and says what it lacks.
-            environment = os.environ | {"JAX_PLATFORMS": "cpu", "ROSMO_PARENT": str(os.getpid())}
-            if status := subprocess.run([sys.executable, *command], env=environment).returncode:
-                raise SystemExit(status if status > 0 else f"{tool} was killed.")
-        elif local.exists():
-            print(f"No store of RL Unplugged: this is NOT its data, but {local}.", flush=True)
-        else:
-            words = shlex.join([f"benchmark/{tool.name}", *command[1:]])
-            message = f"The data are missing; make them first: python {words}"
-            raise SystemExit(f"{message}, in this script's repository; or give a --dataset.")
-        path = find_store(args) or local
+    path = args.dataset or find_store(args) or make_store(args)
     try:
         meta = json.loads((path / "meta.json").read_text())
         if meta["version"] != 2:

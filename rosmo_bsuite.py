@@ -59,8 +59,13 @@ from typing import Any, Literal, NamedTuple
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
 if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
+
+    def leave(*_):
+        print("Stopped.", file=sys.stderr)
+        os._exit(130)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
+        signal.signal(number, leave)
     # A user's settings of these may ask for what is not installed, or change a seed's numbers.
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     os.environ |= {"JAX_ENABLE_X64": "0", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32"}

@@ -47,7 +47,12 @@ from typing import Any, NamedTuple, NoReturn
 
 if __name__ == "__main__":  # until the packages are imported
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
-    signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
+
+    def leave(*_):
+        print("Stopped.", file=sys.stderr)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, leave)
     cpu = Path("/proc/cpuinfo")
     if cpu.exists() and " avx2 " in cpu.read_text():  # add numbers in one order on all of these
         flags = "--xla_cpu_max_isa=AVX2 --xla_cpu_multi_thread_eigen=false"

@@ -52,7 +52,12 @@ from typing import Any
 
 if __name__ == "__main__":  # until the packages are imported
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
-    signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
+
+    def leave(*_):
+        print("Stopped.", file=sys.stderr)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, leave)
 
 try:
     import cv2

@@ -27,7 +27,12 @@ from typing import Annotated
 
 if __name__ == "__main__":  # until the packages are imported
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
-    signal.signal(signal.SIGINT, lambda *_: os._exit(print("Stopped.", file=sys.stderr) or 130))
+
+    def leave(*_):
+        print("Stopped.", file=sys.stderr)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, leave)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # one frame at a time is no work for an accelerator
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
