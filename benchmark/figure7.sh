@@ -3,7 +3,7 @@
 #   bash benchmark/figure7.sh [--env-ids Pong Breakout] [--workers 8]
 # Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
 # Cost: 72 runs of one seed, 200,000 updates (36 are Table 8's). Disk: 120 GB of data, 8 GB of runs.
-# Not measured; docs/gpu.md has the hours of a run on an H200, without evaluations.
+# Extrapolated: about 125 hours of an H200, without evaluations (docs/gpu.md).
 set -euo pipefail
 CDPATH="" cd "$(dirname "$0")/.."
 python benchmark/run.py figure7 "$@"

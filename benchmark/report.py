@@ -656,15 +656,16 @@ def statistics(item: Item, scores: dict, tasks: tuple, estimates: dict) -> list[
         chances, rows = intervals(pairs, improvement_probability), []
         for (name, value), both in pairs.items():
             chance = with_interval(chances[name, value][:, 0], max(map(len, both)) > 1)
-            p = permutation_p(*both) if min(map(len, both)) > 1 else None
-            text = "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
-            rows.append([name, *swept(item, item.label(value)), chance, text])
-        lines += table(["probability of improvement", *swept(item, item.axis), "", "p"], rows)
+            if min(map(len, both)) > 1:
+                p = permutation_p(*both)
+                chance += f", p = {p:.3f}" if p >= 0.001 else ", p < 0.001"
+            rows.append([name, *swept(item, item.label(value)), chance])
+        lines += table(["probability of improvement", *swept(item, item.axis), ""], rows)
     names = "all tasks together" if len(tasks) > 1 else tasks[0]
     several = any(len(x) > 1 for x in scores.values())
     bounds = ", with 95% intervals of a stratified bootstrap" if several else ""
-    test = " p: of a two-sided permutation test." if pairs and several else ""
-    lines += [f"Over seeds and {names}{bounds}.{test}", ""]
+    test = "; p: two-sided permutation test" if any(", p" in line for line in lines) else ""
+    lines += [f"Over seeds and {names}{bounds}{test}.", ""]
     return lines
 
 

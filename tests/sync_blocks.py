@@ -1,4 +1,4 @@
-"""Copies blocks from one script to its siblings.
+"""Copies blocks from one script to its siblings, and names what these lose.
 
     python tests/sync_blocks.py --from rosmo_atari.py evaluate data
 
@@ -29,12 +29,16 @@ def siblings(block: str, root: Path = ROOT) -> list[Path]:
     return sorted({path for pattern in patterns for path in root.glob(pattern)})
 
 
-def sync(source: Path, name: str, root: Path = ROOT) -> list[Path]:
-    """Copies a block to its siblings; returns the files that changed."""
+def definitions(block: str) -> set[str]:
+    return set(re.findall(r"^(?:def|class) (\w+)", block, re.MULTILINE))
+
+
+def sync(source: Path, name: str, root: Path = ROOT) -> dict[Path, set[str]]:
+    """Copies a block to its siblings; returns the files that changed, and what they lost."""
     found = blocks(source.read_text())
     if name not in found:
         raise SystemExit(f"{source.name} has no block {name!r}; it has {', '.join(found)}.")
-    changed = []
+    changed = {}
     for path in siblings(found[name], root):
         text = path.read_text()
         theirs = blocks(text).get(name)
@@ -42,7 +46,7 @@ def sync(source: Path, name: str, root: Path = ROOT) -> list[Path]:
             raise SystemExit(f"{path.name} has no block {name!r}; put its marker in first.")
         if theirs != found[name]:
             path.write_text(text.replace(theirs, found[name]))
-            changed.append(path)
+            changed[path] = definitions(theirs) - definitions(found[name])
     return changed
 
 
@@ -52,5 +56,5 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="+")
     arguments = parser.parse_args()
     for name in arguments.names:
-        for path in sync(ROOT / arguments.source, name):
-            print(f"{name} -> {path.name}")
+        for path, lost in sync(ROOT / arguments.source, name).items():
+            print(f"{name} -> {path.name}{', without ' * bool(lost)}{', '.join(sorted(lost))}")

@@ -121,10 +121,11 @@ def test_an_unmarked_copy_is_found():
 def test_the_check_and_the_copy_see_a_changed_byte(tmp_path):
     block = "# --- maths (identical in a_*.py and b.py) ---\nx = {}\n\n\n"
     ends = {"a_one.py": "# --- end maths ---\nafter\n", "a_two.py": "# --- next (identical in"}
-    for name, value in (("a_one.py", 1), ("a_two.py", 2), ("b.py", 1), ("c.py", 3)):
+    values = {"a_one.py": 1, "a_two.py": "2\n\n\ndef f():\n    pass", "b.py": 1, "c.py": 3}
+    for name, value in values.items():
         (tmp_path / name).write_text("before\n" + block.format(value) + ends.get(name, ""))
     changed = sync_blocks.sync(tmp_path / "a_one.py", "maths", root=tmp_path)
-    assert [path.name for path in changed] == ["a_two.py"]
+    assert {path.name: lost for path, lost in changed.items()} == {"a_two.py": {"f"}}
     assert (tmp_path / "a_two.py").read_text() == f"before\n{block.format(1)}{ends['a_two.py']}"
     assert "x = 3" in (tmp_path / "c.py").read_text()
     (tmp_path / "b.py").write_text("nothing\n")

@@ -450,8 +450,19 @@ def test_intervals_are_those_of_a_bootstrap_by_hand(tmp_path, monkeypatch):
     assert rosmo[0] == "noise ε = 0"
     assert [numbers(x) for x in rosmo[1:]] == [*[[0.75, 0.5, 1.0]] * 2, [0.25, 0.0, 0.5]]
     chance = rows(page, "probability of improvement")["ROSMO > MuZero Unplugged"]
-    assert numbers(chance[1]) == [0.75, 0.5, 1.0]  # one seed is better, one the same
-    assert float(chance[2]) == 1.0  # where one of four has the better score, so has one method
+    # One seed is better and one the same; with one score that differs one method is the better.
+    assert chance[1] == "0.750 [0.500, 1.000], p = 1.000"
+    assert "of a stratified bootstrap; p: two-sided permutation test." in page
+
+
+def test_a_p_value_below_all_draws_is_said_so(tmp_path):
+    for task in ("catch", "mountain_car", "cartpole"):
+        low, high = np.array(paper.REFERENCE_RETURNS[task]) @ [[0.9, 0.1], [0.1, 0.9]]
+        for script, start in (("rosmo", high), ("bc", low)):
+            folder = tmp_path / "runs" / f"{script}-{task}"
+            write_run(folder, f"{script}_bsuite", [*(start + np.arange(5) / 1000)], env_id=task)
+    page = (make(tmp_path, "table2", methods=("ROSMO", "BC")) / "table2.md").read_text()
+    assert rows(page, "probability of improvement")["ROSMO > BC"][0].endswith(", p < 0.001")
 
 
 def test_p_values_are_those_of_all_exchanges_of_seeds():
@@ -586,7 +597,7 @@ def test_single_seeds_have_no_interval_anywhere(tmp_path):
             data = STORE | {"episodes": len(game)}
             write_run(folder, f"{script}_atari", [9.0], env_id=game, data=data)
     page = (make(tmp_path, "table8", env_ids=("Pong", "Breakout")) / "table8.md").read_text()
-    assert rows(page, "probability of improvement")["ROSMO > BC"] == ["0.500", ""]
+    assert rows(page, "probability of improvement")["ROSMO > BC"] == ["0.500"]
     assert "Over seeds and all tasks together.\n" in page
     assert "bootstrap" not in page.split("## Normalised scores")[1]
 
