@@ -20,6 +20,7 @@ for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
 os.environ.pop("SLURM_STEP_NUM_TASKS", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores both
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+gc.set_threshold(200_000, 50, 1000)  # tracing makes many objects, and hardly any garbage
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -39,6 +40,7 @@ def pytest_collection_modifyitems(items):
 def forget_compiled_programs():
     """Or they would hold gigabytes by the end."""
     yield
+    gc.collect()
     if "jax" in sys.modules:  # not every module of tests needs it
         sys.modules["jax"].clear_caches()
 

@@ -234,7 +234,8 @@ def with_noise(params, seed: int, scale: float = 0.1):
 
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
-    return tree.unflatten([x + scale * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
+    noise = (scale * rng.normal(size=x.shape).astype(np.float32) for x in leaves)
+    return tree.unflatten([np.asarray(x) + y for x, y in zip(leaves, noise, strict=True)])
 
 
 def random_steps(batch_size: int, length: int, seed: int = 0, num_actions: int = 3):
@@ -419,10 +420,10 @@ def train_seeds(module, steps, args, network, seeds: list[int], num_updates: int
     by_device = module.NamedSharding(mesh, module.P("data"))
     init = jax.jit(module.init_state, static_argnums=(1, 3))
     states = [init(jax.random.key(s), network, steps.observation[0], args) for s in seeds]
-    states = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    states = jax.tree.map(lambda *x: np.stack(x), *states)  # jnp compiles it for each shape
     keys = jnp.stack([jax.random.key(s) for s in seeds])
     data = keys, steps, *module.window_starts(steps.is_last, args.data_percent, seeds)
     options = {"network": network, "args": args, "by_device": by_device}
     _, sums = jax.eval_shape(partial(module.update_seeds, **options), states, *data)
-    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-    return module.train(num_updates, states, sums, data, **options)
+    sums = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), sums)
+    return jax.device_get(module.train(num_updates, states, sums, data, **options))

@@ -51,9 +51,10 @@ def test_behavior_cloning_against_a_loop():
     network = bc.make_network(3, args)
     params, batch = helpers.make_params(bc, network, 0), random_batch()
     loss, metrics = jax.jit(partial(bc.bc_loss, network=network))(params, batch)
+    apply = jax.jit(network.apply)
     expected, hits, entropy = 0.0, 0, 0.0
     for i in range(32):
-        logits = np.array(network.apply(params, batch.observation[i, 0]), float)
+        logits = np.array(apply(params, batch.observation[i, 0]), float)
         entropy -= softmax(logits) @ np.log(softmax(logits)) / 32
         if not batch.is_last[i, 0]:
             expected -= math.log(softmax(logits)[batch.action[i, 0]]) / 32
@@ -75,7 +76,7 @@ def test_crr_against_a_loop(weight):
     loss = jax.jit(partial(crr.crr_loss, network=network, args=args))
     total, metrics = loss(params, target_params, batch, jax.random.key(0))
 
-    apply = jax.jit(network.apply)
+    apply, to_scalar = jax.jit(network.apply), jax.jit(crr.to_scalar)
 
     def predict(params, observation):
         policy_logits, q_logits = apply(params, observation)
@@ -86,9 +87,9 @@ def test_crr_against_a_loop(weight):
         action = batch.action[i, 0]
         logits, q_logits = predict(params, batch.observation[i, 0])
         next_logits, next_q_logits = predict(target_params, batch.observation[i, 1])
-        next_value = softmax(next_logits) @ np.array(crr.to_scalar(jnp.array(next_q_logits)))
+        next_value = softmax(next_logits) @ np.array(to_scalar(jnp.array(next_q_logits)))
         y = batch.reward[i, 0] + 0.9 * next_value * (not batch.is_terminal[i, 1])
-        q = np.array(crr.to_scalar(jnp.array(q_logits)))
+        q = np.array(to_scalar(jnp.array(q_logits)))
         advantage = q[action] - softmax(logits) @ q
         w = min(math.exp(advantage / 0.5), 20) if weight == "exp" else float(advantage > 0)
         means["policy_entropy"] -= softmax(logits) @ np.log(softmax(logits)) / 32
@@ -157,12 +158,13 @@ def test_cql_against_a_loop():
     )
     loss = jax.jit(partial(cql.cql_loss, network=network, args=args))
     total, metrics = loss(params, target_params, batch)
+    apply, to_scalar = jax.jit(network.apply), jax.jit(cql.to_scalar)
     td_loss, penalty, means, values = 0.0, 0.0, Counter(), []
     for i in range(32):
         action = batch.action[i, 0]
-        logits = np.array(network.apply(params, batch.observation[i, 0]), float)
-        q = np.array(cql.to_scalar(jnp.array(logits)))
-        next_q = cql.to_scalar(network.apply(target_params, batch.observation[i, 1]))
+        logits = np.array(apply(params, batch.observation[i, 0]), float)
+        q = np.array(to_scalar(jnp.array(logits)))
+        next_q = to_scalar(apply(target_params, batch.observation[i, 1]))
         y = batch.reward[i, 0] + 0.9 * float(next_q.max()) * (not batch.is_terminal[i, 1])
         if not batch.is_last[i, 0]:
             td_loss += two_hot_cross_entropy(y, logits[action]) / 32
@@ -273,6 +275,7 @@ def test_truncation_as_termination_makes_every_last_step_terminal(name):
     key = [jax.random.key(0)] if name == "crr" else []
 
     def loss(batch, args):
-        return getattr(module, f"{name}_loss")(*inputs, batch, *key, network, args)[0]
+        function = partial(getattr(module, f"{name}_loss"), network=network, args=args)
+        return jax.jit(function)(*inputs, batch, *key)[0]
 
     assert loss(batch, cut) == loss(ended, args) != loss(batch, args)

@@ -87,9 +87,7 @@ def q_params():
 @pytest.fixture(scope="module")
 def members():
     """Two members that say of every step: reward 0.25 or -0.5, and never terminal."""
-    members = jax.tree.map(
-        lambda *x: jnp.stack(x), *combo.init_members(jax.random.key(1), MODEL, 2)
-    )
+    members = jax.tree.map(lambda *x: np.stack(x), *combo.init_members(jax.random.key(1), MODEL, 2))
     for name, bias in (("reward_head", (0.25, -0.5)), ("terminal_head", (-9.0, -9.0))):
         layer = members["params"][name]["Dense_0"]
         layer |= {"kernel": 0 * layer["kernel"], "bias": np.array(bias, np.float32)[:, None]}
@@ -99,7 +97,7 @@ def members():
 def with_ends(members, bias: float = -24.0):
     """The same, but the logit of terminal depends on the state."""
     heads = members["params"]
-    kernel = 5 * jax.random.normal(jax.random.key(2), (2, 16, 1))
+    kernel = 5 * np.random.default_rng(2).normal(size=(2, 16, 1)).astype(np.float32)
     layer = {"kernel": kernel, "bias": np.full((2, 1), bias, np.float32)}
     return {"params": heads | {"terminal_head": heads["terminal_head"] | {"Dense_0": layer}}}
 
@@ -112,7 +110,7 @@ def rollouts(store, q_params, members):
         starts = combo.load_starts(store, generation, ARGS)
         inputs = (False, q_params[0], members, jax.random.key(3))
         ring = PREDICT(ring, starts, generation, *inputs)
-    return ring
+    return jax.device_get(ring)
 
 
 def test_nothing_counts_after_a_predicted_end(rollouts, store):

@@ -26,6 +26,7 @@ ARGS = tyro.cli(morel.Args, args=TINY.split())
 NETWORK = morel.make_world_model(6, ARGS)
 STEP = jax.jit(partial(morel.imagined_step, NETWORK, args=ARGS))
 START = jax.jit(partial(morel.start_episodes, NETWORK))
+OBSERVE = jax.jit(partial(morel.observe, NETWORK))
 HALTING = ["charts/threshold", "charts/halt_rate_logged", "charts/halt_rate_random"]
 HURRY = {"xla_backend_optimization_level": 0}  # quick to compile
 
@@ -42,7 +43,7 @@ class Linear(nn.Module):
 @pytest.fixture(scope="module")
 def members():
     members = morel.init_members(jax.random.key(0), NETWORK, 3)
-    return jax.tree.map(lambda *x: jnp.stack(x), *members)
+    return jax.tree.map(lambda *x: np.stack(x), *members)
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,12 @@ def env(members):
         np.where(is_first, -1, rng.integers(0, 6, (4, 5))).astype(np.int32),
         *(np.zeros((4, 5), np.float32), is_first, np.zeros((4, 5), bool)),
     )
-    env = START(members, windows, jnp.array([0, 1, 2, 1]))
+    env = jax.device_get(START(members, windows, jnp.array([0, 1, 2, 1])))
     for b, t in np.ndindex(4, 4):
         expected = windows.frame[b, t + 1] * (b != 3 or t >= 2)
         np.testing.assert_array_equal(env.frames[b, ..., t], expected)
     for i in range(3):  # every member has filtered all of the frames
-        state = morel.observe(NETWORK, member_of(members, i), windows)[0]
+        state = jax.device_get(OBSERVE(member_of(members, i), windows)[0])
         last = jax.tree.map(lambda x: x[:, -1], state)
         np.testing.assert_allclose(env.state.deter[:, i], last.deter, atol=1e-5)
         np.testing.assert_array_equal(env.state.latent[:, i], last.latent)

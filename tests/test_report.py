@@ -1041,6 +1041,7 @@ def test_curves_against_hours_have_hours(tmp_path, figures):
     assert hours == ["0.000", "0.000", "1.500", "0.000"]
 
 
+@pytest.mark.usefixtures("hurry")
 def test_throughput_is_measured_on_bsuite(tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "matrix_peak", lambda _: 1.0)
     monkeypatch.setattr(sys, "argv", ["throughput.py", "bsuite"])
@@ -1048,8 +1049,10 @@ def test_throughput_is_measured_on_bsuite(tmp_path, monkeypatch):
     throughput.main(throughput.Args("bsuite", ("bc_bsuite",), num_steps=1200, out=page, **sizes))
     lines = [x for x in page.read_text().splitlines() if x.startswith("| ")]
     assert [x.split(" | ")[0] for x in lines[1:]] == ["| bc_bsuite"]
+    assert float(lines[1].split(" | ")[1]) > 0
 
 
+@pytest.mark.usefixtures("hurry")
 def test_throughput_is_measured_on_atari(monkeypatch, asterix_store, capsys):
     helpers.without_blocks(monkeypatch, "bc_atari")
     monkeypatch.setattr(throughput, "matrix_peak", lambda _: 1.0)
@@ -1065,6 +1068,7 @@ def test_throughput_is_measured_on_atari(monkeypatch, asterix_store, capsys):
     assert out.count(" parameters, ") == 2  # compile_only's as well
 
 
+@pytest.mark.usefixtures("hurry")
 def test_every_simulation_counts(monkeypatch):
     """The compiler counts the body of the search's loop once, and the roots' noise too high."""
     script = importlib.import_module("muzero_unplugged_bsuite")

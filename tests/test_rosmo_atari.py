@@ -114,7 +114,7 @@ def test_residual_block_is_pre_activation_with_layer_normalisation():
     params = block.init(jax.random.key(0), x)
     y = x[0]
     for i in range(2):
-        y = np.maximum((y - y.mean()) / np.sqrt(y.var() + 1e-6), 0)
+        y = np.maximum((y - y.mean()) / np.sqrt(y.var() + 1e-5), 0)
         kernel = np.asarray(params["params"][f"Conv_{i}"]["kernel"])
         y = np.stack(
             [

@@ -15,7 +15,9 @@ import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import helpers
 import jax
@@ -70,17 +72,45 @@ def test_a_run_leaves_all_its_artefacts(whole, name):
     assert len(final["final/returns"]) == len(final["final/returns_greedy"]) == 1
 
 
-def test_lines_have_the_means_of_their_updates(in_process, monkeypatch, tmp_path):
+@pytest.fixture
+def waited(monkeypatch):
+    """What the loss is for which a run waits."""
+    losses, wait = [], jax.block_until_ready
+
+    def record(metrics):
+        losses.append(float(metrics["losses/total"]))
+        return wait(metrics)
+
+    monkeypatch.setattr(jax, "block_until_ready", record)
+    return losses
+
+
+def test_lines_have_the_means_of_their_updates(in_process, monkeypatch, tmp_path, waited):
     def update(state, *_):
-        return state._replace(step=state.step + 1), {"losses/total": jnp.float32(3)}
+        return state._replace(step=state.step + 1), {"losses/total": jnp.float32(state.step)}
 
     monkeypatch.setattr(bc_atari, "update", update)
     monkeypatch.setattr(bc_atari, "evaluate", lambda *_: [0.0, 1.0, 5.0])
     assert in_process("bc_atari").returncode == 0
     lines = metrics(tmp_path / "run")
-    assert {x["losses/total"] for x in lines if "losses/total" in x} == {3}
+    assert [x["losses/total"] for x in lines if "losses/total" in x] == [0.5, 2.5, 4.5, 6.5]
+    # For the sums twice and at every line, elsewhere for the update before: one batch waits.
+    assert waited == [0, 0 + 1, 1, 2 + 3, 3, 4 + 5, 5, 6 + 7]
     for name in ("eval/return_mean", "final/return_mean", "final/return_mean_greedy"):
         assert {x[name] for x in lines if name in x} == {2}
+
+
+@pytest.mark.parametrize("name", ["morel_atari", "combo_atari"])
+def test_the_training_of_both_phases_logs_means_and_lets_one_batch_wait(name, waited):
+    module = importlib.import_module(name)
+    args = SimpleNamespace(total_updates=8, eval_every=8, log_every=4, checkpoint_every=8)
+    args = SimpleNamespace(**vars(args), loader_threads=1, seed=0)
+    run = MagicMock(args=args, stopping=False, seconds=Counter(), writes=False)
+    update = lambda state, batch, done: (state, {"losses/total": jnp.float32(done)})  # noqa: E731
+    evaluate = lambda done, state: (state, "", False)  # noqa: E731
+    module.train(run, 0, None, None, update, lambda step: step, evaluate, module.mean_metrics)
+    assert [call.args[2]["losses/total"] for call in run.log.call_args_list] == [1.5, 5.5]
+    assert waited == [0, 0 + 1, 1, 0 + 1 + 2 + 3, 3, 4, 5, 4 + 5 + 6 + 7]
 
 
 @pytest.mark.parametrize("name", ATARI)
@@ -300,6 +330,22 @@ def two_processes(started, name: str, *each: list, blocks=True, **shared):
     ]
 
 
+# The first leaves when the other has left, not three seconds later.
+QUICK = """import os, time
+leave, left, sleep = os._exit, {left!r}, time.sleep
+if os.environ["JAX_PROCESS_ID"] == "1":
+    os._exit = lambda status: open(left, "w") and leave(status)
+else:
+    wait = lambda: [sleep(0.05) for _ in iter(lambda: os.path.exists(left), True)]
+    time.sleep = lambda seconds: wait() if seconds == 3 else sleep(seconds)
+"""
+
+
+def quick(folder, code: str = "") -> dict:
+    (folder / "sitecustomize.py").write_text(QUICK.format(left=str(folder / "left")) + code)
+    return {"PYTHONPATH": str(folder)}
+
+
 NOT_PLAYED = ["--eval-episodes", 0, "--final-eval-episodes", 0]
 
 
@@ -312,13 +358,10 @@ def assert_same_losses(one, other, devices: int):
     helpers.assert_close(*losses)
 
 
-@pytest.mark.parametrize(
-    ("name", "devices"), [("rosmo_atari", 4), ("morel_atari", 2), ("combo_atari", 2)]
-)
+@pytest.mark.parametrize(("name", "devices"), [("rosmo_atari", 4), ("combo_atari", 2)])
 def test_several_devices_give_the_numbers_of_one(whole, started, tmp_path, name, devices):
     model, flags = whole(name).with_name("run-world-model"), {"JAX_NUM_CPU_DEVICES": str(devices)}
     options = [*NOT_PLAYED, "--run-dir", "several"]
-    options += ["--world-model", model] if name == "morel_atari" else []
     result = started(name, *options, blocks=False, **flags)
     assert result.returncode == 0, result.stderr
     assert_same_losses(whole(name), tmp_path / "several", devices)
@@ -328,12 +371,14 @@ def test_several_devices_give_the_numbers_of_one(whole, started, tmp_path, name,
 
 def test_many_updates_without_a_line_do_not_hang(whole, started, tmp_path):
     """The devices of a CPU hang if 32 programs wait for one of them."""
-    every = ["--log-every", 100, "--eval-every", 100, "--checkpoint-every", 100]
+    every = ["--log-every", 8, "--eval-every", 8, "--checkpoint-every", 8, "--total-updates", 8]
     model = ["--world-model", whole("morel_atari").with_name("run-world-model")]
-    options = [*NOT_PLAYED, *every, *model, "--total-updates", 100, "--run-dir", "many"]
+    options = [*NOT_PLAYED, *every, *model, "--minibatches", 4, "--epochs", 8, "--run-dir", "many"]
     result = started("morel_atari", *options, blocks=False, JAX_NUM_CPU_DEVICES="2")
     assert result.returncode == 0, result.stderr
-    assert metrics(tmp_path / "many")[-1]["update"] == 100
+    first, *_, last = metrics(tmp_path / "many")
+    assert last["update"] == 8
+    helpers.assert_close([first], metrics(whole("morel_atari"))[:1])  # the threshold and what halts
 
 
 @pytest.mark.parametrize(
@@ -360,7 +405,7 @@ def test_several_processes_give_the_numbers_of_one(whole, started, tmp_path, nam
 def test_several_processes_end_together(started, tmp_path, each, message):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
-    for result in two_processes(started, "bc_atari", *each):
+    for result in two_processes(started, "bc_atari", *each, **quick(tmp_path)):
         assert result.returncode == 1
         assert message in result.stderr
         assert "Traceback" not in result.stderr
@@ -385,16 +430,15 @@ else:  # the first one's seconds begin when the other leaves, also on a busy mac
 
 
 def test_several_processes_end_when_one_meets_an_error_that_nobody_foresaw(started, tmp_path):
-    code = """import os
+    code = """
 if os.environ["JAX_PROCESS_ID"] == "1":
     import threading, zstandard
     whole, main = zstandard.ZstdDecompressor, threading.main_thread()
     broken = lambda: (whole if threading.current_thread() is main else None)()  # for batches
     zstandard.ZstdDecompressor = broken
 """
-    (tmp_path / "sitecustomize.py").write_text(code)
     # With one device each the processes are connected by now, and the first waits in an update.
-    names = {"PYTHONPATH": str(tmp_path), "JAX_NUM_CPU_DEVICES": "1"}
+    names = {"JAX_NUM_CPU_DEVICES": "1"} | quick(tmp_path, code)
     both = 2 * [["--run-dir", "run"]]
     names |= {"blocks": False}
     first, second = two_processes(started, "bc_atari", *both, **names)
