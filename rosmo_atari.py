@@ -365,18 +365,6 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
     return z
 
 
-# --- end windows ---
-
-
-def look_ahead(params, state, action, network: MuZeroNetwork, discount: float):
-    """q_g = r_g + γ v(s'_g) (Eq. 7): states [..., 6, 6, C], actions [..., M] or [M] -> [..., M]."""
-    action = jnp.broadcast_to(action, (*state.shape[:-3], action.shape[-1]))
-    state = jnp.broadcast_to(state[..., None, :, :, :], (*action.shape, *state.shape[-3:]))
-    next_state = network.apply(params, state, action, method="dynamics")
-    prediction = network.apply(params, next_state, method="prediction")
-    return to_scalar(prediction.reward_logits) + discount * to_scalar(prediction.value_logits)
-
-
 # --- improvement (identical in rosmo_*.py) ---
 def policy_target(prior_logits, advantage):
     """p ∝ π_prior exp(adv) (Eq. 6): logits of π_prior, advantages -> p, all [..., actions]."""
@@ -424,6 +412,15 @@ def improve(params, state, prediction, logged_action, key, network, args):
 
 
 # --- end improvement ---
+
+
+def look_ahead(params, state, action, network: MuZeroNetwork, discount: float):
+    """q_g = r_g + γ v(s'_g) (Eq. 7): states [..., 6, 6, C], actions [..., M] or [M] -> [..., M]."""
+    action = jnp.broadcast_to(action, (*state.shape[:-3], action.shape[-1]))
+    state = jnp.broadcast_to(state[..., None, :, :, :], (*action.shape, *state.shape[-3:]))
+    next_state = network.apply(params, state, action, method="dynamics")
+    prediction = network.apply(params, next_state, method="prediction")
+    return to_scalar(prediction.reward_logits) + discount * to_scalar(prediction.value_logits)
 
 
 def rosmo_loss(params, target_params, batch: Batch, key, network: MuZeroNetwork, args: Args):

@@ -272,18 +272,6 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
     return z
 
 
-# --- end windows ---
-
-
-def look_ahead(params, state, action, network: MuZeroNetwork, discount: float):
-    """q_g = r_g + γ v(s'_g) (Eq. 7): states [..., 32], actions [..., M] or [M] -> [..., M]."""
-    action = jnp.broadcast_to(action, (*state.shape[:-1], action.shape[-1]))
-    state = jnp.broadcast_to(state[..., None, :], (*action.shape, state.shape[-1]))
-    next_state = network.apply(params, state, action, method="dynamics")
-    prediction = network.apply(params, next_state, method="prediction")
-    return to_scalar(prediction.reward_logits) + discount * to_scalar(prediction.value_logits)
-
-
 # --- improvement (identical in rosmo_*.py) ---
 def policy_target(prior_logits, advantage):
     """p ∝ π_prior exp(adv) (Eq. 6): logits of π_prior, advantages -> p, all [..., actions]."""
@@ -331,6 +319,15 @@ def improve(params, state, prediction, logged_action, key, network, args):
 
 
 # --- end improvement ---
+
+
+def look_ahead(params, state, action, network: MuZeroNetwork, discount: float):
+    """q_g = r_g + γ v(s'_g) (Eq. 7): states [..., 32], actions [..., M] or [M] -> [..., M]."""
+    action = jnp.broadcast_to(action, (*state.shape[:-1], action.shape[-1]))
+    state = jnp.broadcast_to(state[..., None, :], (*action.shape, state.shape[-1]))
+    next_state = network.apply(params, state, action, method="dynamics")
+    prediction = network.apply(params, next_state, method="prediction")
+    return to_scalar(prediction.reward_logits) + discount * to_scalar(prediction.value_logits)
 
 
 def rosmo_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork, args: Args):
