@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
+if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
 
     def leave(*_):
@@ -97,7 +97,7 @@ class Args:
     dataset: Path | None = None  # store to open; None: the one in data_dir, made if it is missing
     loader_threads: int = 4  # threads that decode batches; as many, at least 4, are made ahead
 
-    # model (Table 3, D.2.1)
+    # model (D.2.1)
     channels: int = 64  # channels of the residual blocks; the rest of the network scales with it
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """arithmetic of the network (auto: bfloat16 on accelerators); the rest is always float32"""
@@ -118,7 +118,7 @@ class Args:
 
 
 # --- torso (identical in *_atari.py) ---
-# Initial weights as in the authors' code: truncated normal, of standard deviation 0.88 / √fan_in.
+# The authors': no biases, weights from a truncated normal of standard deviation 0.88 / √fan_in.
 WEIGHTS = {
     "use_bias": False,
     "kernel_init": nn.initializers.variance_scaling(0.774, "fan_in", "truncated_normal"),
@@ -189,7 +189,7 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
-        # In float32: a scalar is the small difference of opposite bins' large terms.
+        # In float32: a value is a small sum of large terms of both signs.
         exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
         return exact(self.outputs, kernel_init=nn.initializers.zeros)(x)
 
@@ -256,8 +256,8 @@ class TrainState(NamedTuple):
 
 
 def make_network(num_actions: int, args: Args) -> BCNetwork:
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = auto if args.dtype == "auto" else args.dtype
     return BCNetwork(num_actions, args.channels, jnp.dtype(dtype))
 
 

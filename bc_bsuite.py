@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
+if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
 
     def leave(*_):
@@ -122,6 +122,12 @@ class MLP(nn.Module):
         return x
 
 
+def output_layer(outputs: int) -> nn.Dense:
+    """Zero at first; in float32, as a value is a small sum of large terms of both signs."""
+    exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
+    return exact(outputs, kernel_init=nn.initializers.zeros)
+
+
 # --- end torso ---
 
 
@@ -136,8 +142,7 @@ class BCNetwork(nn.Module):
         """Observations [..., rows, columns] -> policy logits [..., actions], float32."""
         x = observation.reshape(*observation.shape[:-2], -1)
         x = nn.relu(MLP((32,), self.dtype)(MLP((64, 64, 32), self.dtype)(x)))
-        exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
-        return exact(self.num_actions, kernel_init=nn.initializers.zeros)(x)
+        return output_layer(self.num_actions)(x)
 
 
 # --- steps (identical in *_bsuite.py) ---
@@ -241,13 +246,15 @@ def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, 
 
 @jax.jit(static_argnames=("network", "args", "by_device"))
 def train(num_updates: int, states, sums, data, network, args, by_device):
-    """`num_updates` times update_seeds, with its middle arguments -> (states, sums + metrics)."""
-    keys, steps, starts, num_starts = data
+    """`num_updates` updates of every seed -> (states, sums + metrics).
+
+    data: (keys, steps, starts, num_starts); windows of a seed begin at the first num_starts of its
+    starts. by_device: how the devices share a batch.
+    """
 
     def body(_, carry):
         states, sums = carry
-        inputs = states, keys, steps, starts, num_starts
-        states, metrics = update_seeds(*inputs, network, args, by_device)
+        states, metrics = update_seeds(states, *data, network, args, by_device)
         return states, jax.tree.map(jnp.add, sums, metrics)
 
     return jax.lax.fori_loop(0, num_updates, body, (states, sums))

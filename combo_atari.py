@@ -33,8 +33,8 @@ batch, and OfflineRL's COMBO as the code to follow.
 3. A rollout ends where the member says terminal with a probability above 0.5, without a bootstrap.
    Nothing after that is ever drawn. One that reaches its tenth step is bootstrapped there.
 4. The penalty pushes Q up on the actions of the mix (OfflineRL): CQL with nothing changed but the
-   mix. COMBO's paper has logged actions only (--push-up real): a difference of Q between real and
-   predicted frames, which has no lower bound.
+   mix. COMBO's paper pushes up on logged actions only (--push-up real) and down in predicted states
+   only (here in the mix): a difference of Q between real and predicted frames, which has no bound.
 5. A checkpoint holds the actions of the rollouts; a run that goes on predicts their frames again.
 """
 
@@ -64,7 +64,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
+if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
 
     def leave(*_):
@@ -149,13 +149,12 @@ class Args:
     channels: int = 64  # channels of Q's residual blocks; the rest of its network scales with it
     num_bins: int = 601  # bins of the categorical Q
 
-    # Q: optimisation (Table 3)
+    # Q: optimisation (ROSMO's, Table 3)
     batch_size: int = 512  # transitions in a batch of Q, over all devices
     learning_rate: float = 7e-4  # Q: AdamW's learning rate after warm-up
     learning_rate_decay: float = 0.1  # Q: factor on the learning rate every 100,000 updates
     weight_decay: float = 1e-4  # Q: AdamW's weight decay, on kernels only
     max_grad_norm: float = 5.0  # Q: largest global norm of the gradient
-    target_update_every: int = 2_000  # updates of Q between two copies to its target network
 
     # Q: rollouts of the world model
     rollout_every: int = 400  # updates of Q between two generations of rollouts
@@ -167,6 +166,7 @@ class Args:
 
     # Q: algorithm
     discount: float = 0.99  # discount factor γ
+    target_update_every: int = 2_000  # updates of Q between two copies to its target network
     cql_alpha: float = 1.0  # α, weight of the conservative penalty
     model_share: float = 0.5  # part of a batch that comes from rollouts
     push_up: Literal["mix", "real"] = "mix"  # actions on which Q is pushed up: all, or logged only
@@ -178,6 +178,25 @@ class Args:
     eval_max_frames: int = 108_000  # frames of the game after which an episode is cut off
     eval_greedy: bool = False  # take no random action in evaluations during training
     eval_epsilon: float = 0.001  # probability of a random action in evaluations
+
+
+# --- batch (identical in *_atari.py) ---
+class Batch(NamedTuple):
+    """Windows of T consecutive steps, and the three frames before each window."""
+
+    frames: Any  # uint8 [B, 3 + T, 84, 84]
+    history: Any  # uint8 [B, T], number of earlier frames of the step's own episode, 3 at most
+    action: Any  # int32 [B, T]
+    reward: Any  # float32 [B, T], unclipped; follows the action
+    is_last: Any  # bool [B, T]; the action and the reward of a last step mean nothing
+    is_terminal: Any  # bool [B, T]; a last step that is not terminal was cut off
+
+
+def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
+    """Observations [B, 84, 84, 4] at `time`, newest frame last, zeros before an episode's start."""
+    own = jnp.arange(3, -1, -1) <= history[:, time, None]  # [B, 4]
+    stack = jnp.where(own[:, :, None, None], frames[:, time : time + 4], 0)
+    return jnp.moveaxis(stack, 1, -1)
 
 
 # --- world model (identical in morel_atari.py and combo_atari.py) ---
@@ -204,6 +223,19 @@ class Windows(NamedTuple):
     reward: jax.Array  # float32 [..., T], r_{t-1}; 0 there
     is_first: jax.Array  # bool [..., T]
     terminal: jax.Array  # bool [..., T], o_t is terminal
+
+
+def model_windows(batch: Batch, clip_rewards: bool) -> Windows:
+    """Windows of T from a batch of T + 1: an action and its reward go to the step after them."""
+    is_first = batch.history[:, 1:] == 0
+    reward = batch.reward[:, :-1] * ~is_first
+    return Windows(
+        frame=batch.frames[:, 4:],
+        action=batch.action[:, :-1] * ~is_first - is_first,  # -1 at a first frame
+        reward=reward.clip(-1, 1) if clip_rewards else reward,
+        is_first=is_first,
+        terminal=batch.is_terminal[:, 1:],
+    )
 
 
 def to_image(frame):
@@ -307,8 +339,8 @@ class Encoder(nn.Module):
 class Upsample(nn.Module):
     """Transposed convolution, kernel 6, stride 2: [..., n, n, C] -> [..., 2n + 4, 2n + 4, C'].
 
-    As a convolution that gives the pixels of 2 x 2 blocks: the same, and faster on a CPU, which
-    also takes a padded input better than a padded convolution, whose gradient is slow.
+    As a sub-pixel convolution, whose channels become 2 x 2 pixels: the same, and faster on a CPU,
+    which also takes a padded input better than a padded convolution, whose gradient is slow.
     """
 
     channels: int
@@ -332,7 +364,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, features):
         x = nn.Dense(32 * self.depth, dtype=self.dtype)(features)
-        x = nn.elu(nn.Dense(7 * 7 * 4 * self.depth, dtype=self.dtype)(x))  # kernel 7 from 1 x 1
+        x = nn.elu(nn.Dense(7 * 7 * 4 * self.depth, dtype=self.dtype)(x))  # 1 x 1 to 7 x 7
         x = x.reshape(*x.shape[:-1], 7, 7, 4 * self.depth)
         x = nn.elu(Upsample(2 * self.depth, self.dtype)(x))  # 18 x 18
         x = nn.elu(Upsample(self.depth, self.dtype)(x))  # 40 x 40
@@ -450,8 +482,8 @@ class ModelState(NamedTuple):
 
 
 def make_world_model(num_actions: int, args: Args) -> WorldModel:
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = auto if args.dtype == "auto" else args.dtype
     sizes = (args.deter, args.hidden, args.latents, args.classes, args.depth, args.head_units)
     return WorldModel(num_actions, *sizes, jnp.dtype(dtype))
 
@@ -467,7 +499,7 @@ def model_optimizer(args: Args) -> optax.GradientTransformation:
 def init_members(key, network: WorldModel, num_members: int) -> list:
     """Parameters of the members, each drawn on its own: as a vmap it would compile for minutes."""
     inputs = (empty_state(network), jnp.int32(0), jnp.zeros((84, 84), jnp.uint8))
-    # Runs a few times only, so that a program made in a hurry is the quickest.
+    # Runs once a member, so it is compiled without optimisation, which takes longer than the run.
     init = jax.jit(network.init, compiler_options={"xla_backend_optimization_level": 0})
     return [init(member_key, *inputs) for member_key in jax.random.split(key, num_members)]
 
@@ -513,7 +545,7 @@ def update_model(state: ModelState, windows: list[Windows], keys, network, args:
     updated = []
     for inputs in zip(state.members, windows, keys, strict=True):
         updated.append(update_member(*inputs, network, args))
-        jax.block_until_ready(updated[-2:-1])  # two wait at most: a CPU's devices hang if 32 do
+        jax.block_until_ready(updated[-2:-1])  # or programs queue up: a CPU's devices hang at 32
     members, metrics = zip(*updated, strict=True)
     return state._replace(members=list(members)), mean_of(metrics)
 
@@ -578,7 +610,7 @@ def evaluate_member(params, windows: Windows, key, network: WorldModel, args: Ar
 
 
 # --- torso (identical in *_atari.py) ---
-# Initial weights as in the authors' code: truncated normal, of standard deviation 0.88 / √fan_in.
+# The authors': no biases, weights from a truncated normal of standard deviation 0.88 / √fan_in.
 WEIGHTS = {
     "use_bias": False,
     "kernel_init": nn.initializers.variance_scaling(0.774, "fan_in", "truncated_normal"),
@@ -649,7 +681,7 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
-        # In float32: a scalar is the small difference of opposite bins' large terms.
+        # In float32: a value is a small sum of large terms of both signs.
         exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
         return exact(self.outputs, kernel_init=nn.initializers.zeros)(x)
 
@@ -674,8 +706,8 @@ class CQLNetwork(nn.Module):
 
 
 def make_network(num_actions: int, args: Args) -> CQLNetwork:
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = auto if args.dtype == "auto" else args.dtype
     return CQLNetwork(num_actions, args.num_bins, args.channels, jnp.dtype(dtype))
 
 
@@ -686,7 +718,7 @@ def transform(x):
 
 
 def inverse_transform(y):
-    """The inverse of h, written without the difference of near numbers in its usual form."""
+    """The inverse of h. Its usual form, (√(1 + 4εu) - 1) / 2ε, would cancel digits."""
     u = jnp.abs(y) + 1 + 0.001
     return jnp.sign(y) * ((2 * u / (1 + jnp.sqrt(1 + 4 * 0.001 * u))) ** 2 - 1)
 
@@ -707,32 +739,21 @@ def to_scalar(logits):
     return inverse_transform(mean + middle - (num_bins - 1) // 2)
 
 
-# --- conservative penalty (identical in cql_*.py and combo_atari.py) ---
+# --- penalty and policy (identical in cql_*.py and combo_atari.py) ---
 def conservative_gap(q, action):
-    """CQL(H)'s log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
+    """CQL(H)'s log Σ exp Q(s, ·) - Q(s, a): values [B, actions], actions taken [B] -> [B]."""
     return jax.nn.logsumexp(q, axis=-1) - jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
 
 
-# --- batch (identical in *_atari.py) ---
-class Batch(NamedTuple):
-    """Windows of T consecutive steps, and the three frames before each window."""
-
-    frames: Any  # uint8 [B, 3 + T, 84, 84]
-    history: Any  # uint8 [B, T], number of earlier frames of the step's own episode, 3 at most
-    action: Any  # int32 [B, T]
-    reward: Any  # float32 [B, T], unclipped; follows the action
-    is_last: Any  # bool [B, T]; the action and the reward of a last step mean nothing
-    is_terminal: Any  # bool [B, T]; a last step that is not terminal was cut off
+def epsilon_greedy(q, key, epsilon: float):
+    """Actions [B] with the highest Q of [B, actions]; with probability `epsilon`, random ones."""
+    explore_key, random_key = jax.random.split(key)
+    best = jnp.argmax(q, axis=-1)
+    explore = jax.random.bernoulli(explore_key, epsilon, best.shape)
+    return jnp.where(explore, jax.random.randint(random_key, best.shape, 0, q.shape[-1]), best)
 
 
-def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
-    """Observations [B, 84, 84, 4] at `time`, newest frame last, zeros before an episode's start."""
-    own = jnp.arange(3, -1, -1) <= history[:, time, None]  # [B, 4]
-    stack = jnp.where(own[:, :, None, None], frames[:, time : time + 4], 0)
-    return jnp.moveaxis(stack, 1, -1)
-
-
-# --- end batch ---
+# --- end penalty and policy ---
 
 
 def model_rows(args: Args) -> int:
@@ -754,17 +775,17 @@ def combo_loss(params, target_params, batch: Batch, network: CQLNetwork, args: A
     y = reward[:, 0] + args.discount * bootstrap  # [B]
 
     logits = network.apply(params, observation)  # [B, actions, bins]
-    logits_logged = jnp.take_along_axis(logits, action[:, None, None], axis=1)[:, 0]
-    td_loss = optax.softmax_cross_entropy(logits_logged, two_hot(y, args.num_bins))
+    logits_taken = jnp.take_along_axis(logits, action[:, None, None], axis=1)[:, 0]
+    td_loss = optax.softmax_cross_entropy(logits_taken, two_hot(y, args.num_bins))
     q = to_scalar(logits)  # [B, actions]
     gap = conservative_gap(q, action)
-    q_logged = jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
+    q_taken = jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
 
-    # --push-up real: mean_mix log Σ exp Q(s, ·) - mean_real Q(s, a), both as a mean over the mix
+    # --push-up real: only logged actions count, weighted so that a mean over the mix is theirs.
     is_real = jnp.arange(args.batch_size) < args.batch_size - model_rows(args)  # [B]
     weight = jnp.sum(moving) / jnp.maximum(1, jnp.sum(moving & is_real))
     push_up = is_real * weight if args.push_up == "real" else 1.0
-    penalty = gap + (1 - push_up) * q_logged  # log Σ exp Q(s, ·) - push_up · Q(s, a)
+    penalty = jax.nn.logsumexp(q, axis=-1) - push_up * q_taken
 
     losses = {
         "losses/td": jnp.mean(td_loss * moving),
@@ -772,14 +793,14 @@ def combo_loss(params, target_params, batch: Batch, network: CQLNetwork, args: A
     }
     metrics = losses | {
         "losses/total": sum(losses.values()),
-        "charts/q": jnp.mean(to_scalar(logits_logged) * moving),
+        "charts/q": jnp.mean(to_scalar(logits_taken) * moving),
         "charts/q_target": jnp.mean(y * moving),
         "charts/q_min": jnp.min(jnp.where(moving[:, None], q, jnp.inf)),
         "charts/gap": jnp.mean(gap * moving),
         "charts/model_share": jnp.sum(moving & ~is_real) / jnp.sum(moving),
     }
     for name, rows in (("real", moving & is_real), ("model", moving & ~is_real)):
-        for part, values in (("q", q_logged), ("gap", gap), ("reward", reward[:, 0])):
+        for part, values in (("q", q_taken), ("gap", gap), ("reward", reward[:, 0])):
             metrics[f"charts/{part}_{name}"] = jnp.sum(values * rows) / jnp.maximum(1, rows.sum())
     return metrics["losses/total"], metrics
 
@@ -800,14 +821,6 @@ def empty_rollouts(args: Args) -> Rollouts:
     frames = jnp.zeros((*shape, 4 + args.rollout_length, 84, 84), jnp.uint8)
     types = (jnp.int32, jnp.float32, bool, bool)
     return Rollouts(frames, *(jnp.zeros((*shape, args.rollout_length), x) for x in types))
-
-
-def epsilon_greedy(q, key, epsilon: float):
-    """Actions [B] with the highest Q of [B, actions]; with probability `epsilon`, random ones."""
-    explore_key, random_key = jax.random.split(key)
-    best = jnp.argmax(q, axis=-1)
-    explore = jax.random.bernoulli(explore_key, epsilon, best.shape)
-    return jnp.where(explore, jax.random.randint(random_key, best.shape, 0, q.shape[-1]), best)
 
 
 @jax.jit(static_argnames=("network", "model", "args"), donate_argnames="rollouts")
@@ -871,10 +884,10 @@ def mix_batch(real: Batch, rollouts: Rollouts, key, args: Args) -> Batch:
     pair = partial(jnp.stack, axis=1)
     model = Batch(
         frames=rollouts.frames[window],
-        history=jnp.full((*time.shape, 2), 3, jnp.uint8),  # frames before an episode are zeroed
-        action=pair([rollouts.action[index], 0 * time]),
-        reward=pair([rollouts.reward[index], 0.0 * time]),
-        is_last=pair([~rollouts.valid[index], terminal]),
+        history=jnp.full((*time.shape, 2), 3, jnp.uint8),  # nothing to zero in these stacks
+        action=pair([rollouts.action[index], jnp.zeros_like(time)]),
+        reward=pair([rollouts.reward[index], jnp.zeros(time.shape)]),
+        is_last=pair([~rollouts.valid[index], terminal]),  # not valid: no rollout has a transition
         is_terminal=pair([jnp.zeros_like(terminal), terminal]),
     )
     return jax.tree.map(lambda *x: jnp.concatenate(x), real, model)
@@ -1085,19 +1098,6 @@ def split_store(store: Store, heldout_percent: float, seed: int) -> tuple[Store,
     inside = np.repeat(heldout, store.episodes["length"])  # of every step, whether it is held out
     training = store._replace(episodes=store.episodes[~heldout], index=store.index[~inside])
     return training, store._replace(episodes=store.episodes[heldout], index=store.index[inside])
-
-
-def model_windows(batch: Batch, clip_rewards: bool) -> Windows:
-    """Windows of T from a batch of T + 1: an action and its reward go to the step after them."""
-    is_first = batch.history[:, 1:] == 0
-    reward = batch.reward[:, :-1] * ~is_first
-    return Windows(
-        frame=batch.frames[:, 4:],
-        action=batch.action[:, :-1] * ~is_first - is_first,  # -1 at a first frame
-        reward=reward.clip(-1, 1) if clip_rewards else reward,
-        is_first=is_first,
-        terminal=batch.is_terminal[:, 1:],
-    )
 
 
 def sample_windows(

@@ -54,7 +54,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
+if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
 
     def leave(*_):
@@ -134,7 +134,7 @@ class Args:
 
 
 # --- torso (identical in *_atari.py) ---
-# Initial weights as in the authors' code: truncated normal, of standard deviation 0.88 / √fan_in.
+# The authors': no biases, weights from a truncated normal of standard deviation 0.88 / √fan_in.
 WEIGHTS = {
     "use_bias": False,
     "kernel_init": nn.initializers.variance_scaling(0.774, "fan_in", "truncated_normal"),
@@ -205,7 +205,7 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
-        # In float32: a scalar is the small difference of opposite bins' large terms.
+        # In float32: a value is a small sum of large terms of both signs.
         exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
         return exact(self.outputs, kernel_init=nn.initializers.zeros)(x)
 
@@ -230,8 +230,8 @@ class CQLNetwork(nn.Module):
 
 
 def make_network(num_actions: int, args: Args) -> CQLNetwork:
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = auto if args.dtype == "auto" else args.dtype
     return CQLNetwork(num_actions, args.num_bins, args.channels, jnp.dtype(dtype))
 
 
@@ -242,7 +242,7 @@ def transform(x):
 
 
 def inverse_transform(y):
-    """The inverse of h, written without the difference of near numbers in its usual form."""
+    """The inverse of h. Its usual form, (√(1 + 4εu) - 1) / 2ε, would cancel digits."""
     u = jnp.abs(y) + 1 + 0.001
     return jnp.sign(y) * ((2 * u / (1 + jnp.sqrt(1 + 4 * 0.001 * u))) ** 2 - 1)
 
@@ -263,10 +263,18 @@ def to_scalar(logits):
     return inverse_transform(mean + middle - (num_bins - 1) // 2)
 
 
-# --- conservative penalty (identical in cql_*.py and combo_atari.py) ---
+# --- penalty and policy (identical in cql_*.py and combo_atari.py) ---
 def conservative_gap(q, action):
-    """CQL(H)'s log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
+    """CQL(H)'s log Σ exp Q(s, ·) - Q(s, a): values [B, actions], actions taken [B] -> [B]."""
     return jax.nn.logsumexp(q, axis=-1) - jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
+
+
+def epsilon_greedy(q, key, epsilon: float):
+    """Actions [B] with the highest Q of [B, actions]; with probability `epsilon`, random ones."""
+    explore_key, random_key = jax.random.split(key)
+    best = jnp.argmax(q, axis=-1)
+    explore = jax.random.bernoulli(explore_key, epsilon, best.shape)
+    return jnp.where(explore, jax.random.randint(random_key, best.shape, 0, q.shape[-1]), best)
 
 
 # --- batch (identical in *_atari.py) ---
@@ -302,8 +310,8 @@ def cql_loss(params, target_params, batch: Batch, network: CQLNetwork, args: Arg
     y = reward[:, 0] + args.discount * bootstrap  # [B]
 
     logits = network.apply(params, observation)  # [B, actions, bins]
-    logits_logged = jnp.take_along_axis(logits, action[:, None, None], axis=1)[:, 0]
-    td_loss = optax.softmax_cross_entropy(logits_logged, two_hot(y, args.num_bins))
+    logits_taken = jnp.take_along_axis(logits, action[:, None, None], axis=1)[:, 0]
+    td_loss = optax.softmax_cross_entropy(logits_taken, two_hot(y, args.num_bins))
     q = to_scalar(logits)  # [B, actions]
     gap = conservative_gap(q, action)
 
@@ -313,7 +321,7 @@ def cql_loss(params, target_params, batch: Batch, network: CQLNetwork, args: Arg
     }
     metrics = losses | {
         "losses/total": sum(losses.values()),
-        "charts/q": jnp.mean(to_scalar(logits_logged) * moving),
+        "charts/q": jnp.mean(to_scalar(logits_taken) * moving),
         "charts/q_target": jnp.mean(y * moving),
         "charts/q_min": jnp.min(jnp.where(moving[:, None], q, jnp.inf)),
         "charts/gap": jnp.mean(gap * moving),
@@ -365,10 +373,7 @@ def update(state: TrainState, key, batch: Batch, network: CQLNetwork, args: Args
 def act(params, observation, key, greedy: bool, network: CQLNetwork, args: Args):
     """Actions [E] for observations [E, ...], ε-greedy in Q or, if greedy, with the highest Q."""
     q = to_scalar(network.apply(params, observation))
-    explore_key, random_key = jax.random.split(key)
-    best = jnp.argmax(q, axis=-1)
-    explore = jax.random.bernoulli(explore_key, 0.0 if greedy else args.eval_epsilon, best.shape)
-    return jnp.where(explore, jax.random.randint(random_key, best.shape, 0, q.shape[-1]), best)
+    return epsilon_greedy(q, key, 0.0 if greedy else args.eval_epsilon)
 
 
 def window_length(args: Args) -> int:

@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
+if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
 
     def leave(*_):
@@ -137,6 +137,12 @@ class MLP(nn.Module):
         return x
 
 
+def output_layer(outputs: int) -> nn.Dense:
+    """Zero at first; in float32, as a value is a small sum of large terms of both signs."""
+    exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
+    return exact(outputs, kernel_init=nn.initializers.zeros)
+
+
 # --- end torso ---
 
 
@@ -152,8 +158,7 @@ class CQLNetwork(nn.Module):
         """Observations [..., rows, columns] -> logits of Q [..., actions, bins], float32."""
         x = observation.reshape(*observation.shape[:-2], -1)
         x = nn.relu(MLP((32,), self.dtype)(MLP((64, 64, 32), self.dtype)(x)))
-        exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
-        x = exact(self.num_actions * self.num_bins, kernel_init=nn.initializers.zeros)(x)
+        x = output_layer(self.num_actions * self.num_bins)(x)
         return x.reshape(*x.shape[:-1], self.num_actions, self.num_bins)
 
 
@@ -164,7 +169,7 @@ def transform(x):
 
 
 def inverse_transform(y):
-    """The inverse of h, written without the difference of near numbers in its usual form."""
+    """The inverse of h. Its usual form, (√(1 + 4εu) - 1) / 2ε, would cancel digits."""
     u = jnp.abs(y) + 1 + 0.001
     return jnp.sign(y) * ((2 * u / (1 + jnp.sqrt(1 + 4 * 0.001 * u))) ** 2 - 1)
 
@@ -185,10 +190,18 @@ def to_scalar(logits):
     return inverse_transform(mean + middle - (num_bins - 1) // 2)
 
 
-# --- conservative penalty (identical in cql_*.py and combo_atari.py) ---
+# --- penalty and policy (identical in cql_*.py and combo_atari.py) ---
 def conservative_gap(q, action):
-    """CQL(H)'s log Σ exp Q(s, ·) - Q(s, a): values [B, actions], logged actions [B] -> [B]."""
+    """CQL(H)'s log Σ exp Q(s, ·) - Q(s, a): values [B, actions], actions taken [B] -> [B]."""
     return jax.nn.logsumexp(q, axis=-1) - jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
+
+
+def epsilon_greedy(q, key, epsilon: float):
+    """Actions [B] with the highest Q of [B, actions]; with probability `epsilon`, random ones."""
+    explore_key, random_key = jax.random.split(key)
+    best = jnp.argmax(q, axis=-1)
+    explore = jax.random.bernoulli(explore_key, epsilon, best.shape)
+    return jnp.where(explore, jax.random.randint(random_key, best.shape, 0, q.shape[-1]), best)
 
 
 # --- steps (identical in *_bsuite.py) ---
@@ -215,8 +228,8 @@ def cql_loss(params, target_params, batch: Steps, network: CQLNetwork, args: Arg
     y = batch.reward[:, 0] + args.discount * bootstrap  # [B]
 
     logits = network.apply(params, observation)  # [B, actions, bins]
-    logits_logged = jnp.take_along_axis(logits, action[:, None, None], axis=1)[:, 0]
-    td_loss = optax.softmax_cross_entropy(logits_logged, two_hot(y, args.num_bins))
+    logits_taken = jnp.take_along_axis(logits, action[:, None, None], axis=1)[:, 0]
+    td_loss = optax.softmax_cross_entropy(logits_taken, two_hot(y, args.num_bins))
     q = to_scalar(logits)  # [B, actions]
     gap = conservative_gap(q, action)
 
@@ -226,7 +239,7 @@ def cql_loss(params, target_params, batch: Steps, network: CQLNetwork, args: Arg
     }
     metrics = losses | {
         "losses/total": sum(losses.values()),
-        "charts/q": jnp.mean(to_scalar(logits_logged) * moving),
+        "charts/q": jnp.mean(to_scalar(logits_taken) * moving),
         "charts/q_target": jnp.mean(y * moving),
         "charts/q_min": jnp.min(jnp.where(moving[:, None], q, jnp.inf)),
         "charts/gap": jnp.mean(gap * moving),
@@ -280,10 +293,7 @@ def update(state: TrainState, key, batch: Steps, network: CQLNetwork, args: Args
 def act(params, observation, key, greedy: bool, network: CQLNetwork, args: Args):
     """Actions [E] for observations [E, ...], ε-greedy in Q or, if greedy, with the highest Q."""
     q = to_scalar(network.apply(params, observation))
-    explore_key, random_key = jax.random.split(key)
-    best = jnp.argmax(q, axis=-1)
-    explore = jax.random.bernoulli(explore_key, 0.0 if greedy else args.eval_epsilon, best.shape)
-    return jnp.where(explore, jax.random.randint(random_key, best.shape, 0, q.shape[-1]), best)
+    return epsilon_greedy(q, key, 0.0 if greedy else args.eval_epsilon)
 
 
 def window_length(args: Args) -> int:
@@ -314,13 +324,15 @@ def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, 
 
 @jax.jit(static_argnames=("network", "args", "by_device"))
 def train(num_updates: int, states, sums, data, network, args, by_device):
-    """`num_updates` times update_seeds, with its middle arguments -> (states, sums + metrics)."""
-    keys, steps, starts, num_starts = data
+    """`num_updates` updates of every seed -> (states, sums + metrics).
+
+    data: (keys, steps, starts, num_starts); windows of a seed begin at the first num_starts of its
+    starts. by_device: how the devices share a batch.
+    """
 
     def body(_, carry):
         states, sums = carry
-        inputs = states, keys, steps, starts, num_starts
-        states, metrics = update_seeds(*inputs, network, args, by_device)
+        states, metrics = update_seeds(states, *data, network, args, by_device)
         return states, jax.tree.map(jnp.add, sums, metrics)
 
     return jax.lax.fori_loop(0, num_updates, body, (states, sums))

@@ -55,7 +55,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
+if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
 
     def leave(*_):
@@ -136,7 +136,7 @@ class Args:
 
 
 # --- torso (identical in *_atari.py) ---
-# Initial weights as in the authors' code: truncated normal, of standard deviation 0.88 / √fan_in.
+# The authors': no biases, weights from a truncated normal of standard deviation 0.88 / √fan_in.
 WEIGHTS = {
     "use_bias": False,
     "kernel_init": nn.initializers.variance_scaling(0.774, "fan_in", "truncated_normal"),
@@ -207,7 +207,7 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
-        # In float32: a scalar is the small difference of opposite bins' large terms.
+        # In float32: a value is a small sum of large terms of both signs.
         exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
         return exact(self.outputs, kernel_init=nn.initializers.zeros)(x)
 
@@ -276,7 +276,7 @@ def transform(x):
 
 
 def inverse_transform(y):
-    """The inverse of h, written without the difference of near numbers in its usual form."""
+    """The inverse of h. Its usual form, (√(1 + 4εu) - 1) / 2ε, would cancel digits."""
     u = jnp.abs(y) + 1 + 0.001
     return jnp.sign(y) * ((2 * u / (1 + jnp.sqrt(1 + 4 * 0.001 * u))) ** 2 - 1)
 
@@ -384,8 +384,8 @@ class TrainState(NamedTuple):
 
 
 def make_network(num_actions: int, args: Args) -> CRRNetwork:
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = auto if args.dtype == "auto" else args.dtype
     return CRRNetwork(num_actions, args.num_bins, args.channels, jnp.dtype(dtype))
 
 

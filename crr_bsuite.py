@@ -49,7 +49,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
+if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
 
     def leave(*_):
@@ -142,6 +142,12 @@ class MLP(nn.Module):
         return x
 
 
+def output_layer(outputs: int) -> nn.Dense:
+    """Zero at first; in float32, as a value is a small sum of large terms of both signs."""
+    exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
+    return exact(outputs, kernel_init=nn.initializers.zeros)
+
+
 # --- end torso ---
 
 
@@ -157,9 +163,7 @@ class CRRNetwork(nn.Module):
         self.h = MLP((64, 64, 32), self.dtype)
         self.f = MLP((32,), self.dtype)
         self.g = MLP((32, self.critic_hidden, 32), self.dtype)
-        exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
-        head = partial(exact, kernel_init=nn.initializers.zeros)
-        self.policy, self.q = head(self.num_actions), head(self.num_bins)
+        self.policy, self.q = output_layer(self.num_actions), output_layer(self.num_bins)
 
     def representation(self, observation):
         """Observations [..., rows, columns] -> states [..., 32]."""
@@ -188,7 +192,7 @@ def transform(x):
 
 
 def inverse_transform(y):
-    """The inverse of h, written without the difference of near numbers in its usual form."""
+    """The inverse of h. Its usual form, (√(1 + 4εu) - 1) / 2ε, would cancel digits."""
     u = jnp.abs(y) + 1 + 0.001
     return jnp.sign(y) * ((2 * u / (1 + jnp.sqrt(1 + 4 * 0.001 * u))) ** 2 - 1)
 
@@ -356,13 +360,15 @@ def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, 
 
 @jax.jit(static_argnames=("network", "args", "by_device"))
 def train(num_updates: int, states, sums, data, network, args, by_device):
-    """`num_updates` times update_seeds, with its middle arguments -> (states, sums + metrics)."""
-    keys, steps, starts, num_starts = data
+    """`num_updates` updates of every seed -> (states, sums + metrics).
+
+    data: (keys, steps, starts, num_starts); windows of a seed begin at the first num_starts of its
+    starts. by_device: how the devices share a batch.
+    """
 
     def body(_, carry):
         states, sums = carry
-        inputs = states, keys, steps, starts, num_starts
-        states, metrics = update_seeds(*inputs, network, args, by_device)
+        states, metrics = update_seeds(states, *data, network, args, by_device)
         return states, jax.tree.map(jnp.add, sums, metrics)
 
     return jax.lax.fori_loop(0, num_updates, body, (states, sums))

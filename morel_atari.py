@@ -68,7 +68,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
+if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
 
     def leave(*_):
@@ -187,6 +187,25 @@ class Args:
     eval_greedy: bool = False  # take the most probable action in evaluations during training
 
 
+# --- batch (identical in *_atari.py) ---
+class Batch(NamedTuple):
+    """Windows of T consecutive steps, and the three frames before each window."""
+
+    frames: Any  # uint8 [B, 3 + T, 84, 84]
+    history: Any  # uint8 [B, T], number of earlier frames of the step's own episode, 3 at most
+    action: Any  # int32 [B, T]
+    reward: Any  # float32 [B, T], unclipped; follows the action
+    is_last: Any  # bool [B, T]; the action and the reward of a last step mean nothing
+    is_terminal: Any  # bool [B, T]; a last step that is not terminal was cut off
+
+
+def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
+    """Observations [B, 84, 84, 4] at `time`, newest frame last, zeros before an episode's start."""
+    own = jnp.arange(3, -1, -1) <= history[:, time, None]  # [B, 4]
+    stack = jnp.where(own[:, :, None, None], frames[:, time : time + 4], 0)
+    return jnp.moveaxis(stack, 1, -1)
+
+
 # --- world model (identical in morel_atari.py and combo_atari.py) ---
 class State(NamedTuple):
     """What a member knows of the game: the state s = (h, z) of a recurrent state-space model."""
@@ -211,6 +230,19 @@ class Windows(NamedTuple):
     reward: jax.Array  # float32 [..., T], r_{t-1}; 0 there
     is_first: jax.Array  # bool [..., T]
     terminal: jax.Array  # bool [..., T], o_t is terminal
+
+
+def model_windows(batch: Batch, clip_rewards: bool) -> Windows:
+    """Windows of T from a batch of T + 1: an action and its reward go to the step after them."""
+    is_first = batch.history[:, 1:] == 0
+    reward = batch.reward[:, :-1] * ~is_first
+    return Windows(
+        frame=batch.frames[:, 4:],
+        action=batch.action[:, :-1] * ~is_first - is_first,  # -1 at a first frame
+        reward=reward.clip(-1, 1) if clip_rewards else reward,
+        is_first=is_first,
+        terminal=batch.is_terminal[:, 1:],
+    )
 
 
 def to_image(frame):
@@ -314,8 +346,8 @@ class Encoder(nn.Module):
 class Upsample(nn.Module):
     """Transposed convolution, kernel 6, stride 2: [..., n, n, C] -> [..., 2n + 4, 2n + 4, C'].
 
-    As a convolution that gives the pixels of 2 x 2 blocks: the same, and faster on a CPU, which
-    also takes a padded input better than a padded convolution, whose gradient is slow.
+    As a sub-pixel convolution, whose channels become 2 x 2 pixels: the same, and faster on a CPU,
+    which also takes a padded input better than a padded convolution, whose gradient is slow.
     """
 
     channels: int
@@ -339,7 +371,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, features):
         x = nn.Dense(32 * self.depth, dtype=self.dtype)(features)
-        x = nn.elu(nn.Dense(7 * 7 * 4 * self.depth, dtype=self.dtype)(x))  # kernel 7 from 1 x 1
+        x = nn.elu(nn.Dense(7 * 7 * 4 * self.depth, dtype=self.dtype)(x))  # 1 x 1 to 7 x 7
         x = x.reshape(*x.shape[:-1], 7, 7, 4 * self.depth)
         x = nn.elu(Upsample(2 * self.depth, self.dtype)(x))  # 18 x 18
         x = nn.elu(Upsample(self.depth, self.dtype)(x))  # 40 x 40
@@ -457,8 +489,8 @@ class ModelState(NamedTuple):
 
 
 def make_world_model(num_actions: int, args: Args) -> WorldModel:
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = auto if args.dtype == "auto" else args.dtype
     sizes = (args.deter, args.hidden, args.latents, args.classes, args.depth, args.head_units)
     return WorldModel(num_actions, *sizes, jnp.dtype(dtype))
 
@@ -474,7 +506,7 @@ def model_optimizer(args: Args) -> optax.GradientTransformation:
 def init_members(key, network: WorldModel, num_members: int) -> list:
     """Parameters of the members, each drawn on its own: as a vmap it would compile for minutes."""
     inputs = (empty_state(network), jnp.int32(0), jnp.zeros((84, 84), jnp.uint8))
-    # Runs a few times only, so that a program made in a hurry is the quickest.
+    # Runs once a member, so it is compiled without optimisation, which takes longer than the run.
     init = jax.jit(network.init, compiler_options={"xla_backend_optimization_level": 0})
     return [init(member_key, *inputs) for member_key in jax.random.split(key, num_members)]
 
@@ -520,7 +552,7 @@ def update_model(state: ModelState, windows: list[Windows], keys, network, args:
     updated = []
     for inputs in zip(state.members, windows, keys, strict=True):
         updated.append(update_member(*inputs, network, args))
-        jax.block_until_ready(updated[-2:-1])  # two wait at most: a CPU's devices hang if 32 do
+        jax.block_until_ready(updated[-2:-1])  # or programs queue up: a CPU's devices hang at 32
     members, metrics = zip(*updated, strict=True)
     return state._replace(members=list(members)), mean_of(metrics)
 
@@ -585,7 +617,7 @@ def evaluate_member(params, windows: Windows, key, network: WorldModel, args: Ar
 
 
 # --- torso (identical in *_atari.py) ---
-# Initial weights as in the authors' code: truncated normal, of standard deviation 0.88 / √fan_in.
+# The authors': no biases, weights from a truncated normal of standard deviation 0.88 / √fan_in.
 WEIGHTS = {
     "use_bias": False,
     "kernel_init": nn.initializers.variance_scaling(0.774, "fan_in", "truncated_normal"),
@@ -656,7 +688,7 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
-        # In float32: a scalar is the small difference of opposite bins' large terms.
+        # In float32: a value is a small sum of large terms of both signs.
         exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
         return exact(self.outputs, kernel_init=nn.initializers.zeros)(x)
 
@@ -680,7 +712,9 @@ class PolicyNetwork(nn.Module):
 
 
 def make_network(num_actions: int, args: Args) -> PolicyNetwork:
-    return PolicyNetwork(num_actions, args.channels, make_world_model(num_actions, args).dtype)
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = jnp.dtype(auto if args.dtype == "auto" else args.dtype)
+    return PolicyNetwork(num_actions, args.channels, dtype)
 
 
 class Imagined(NamedTuple):
@@ -762,8 +796,8 @@ def imagined_step(
 
     before = jax.tree.map(lambda x: x.swapaxes(0, 1), env.state)  # [E, B, ...]
     predicted, decoded = jax.lax.map(lambda x: predict(*x), (params, before))
-    state, said = jax.tree.map(lambda x: x.swapaxes(0, 1), (predicted, decoded))  # [B, E, ...]
-    own = pick(said, env.member)
+    state, by_row = jax.tree.map(lambda x: x.swapaxes(0, 1), (predicted, decoded))  # [B, E, ...]
+    own = pick(by_row, env.member)
     frame = to_frame(own.image)  # [B, 84, 84]
 
     def filtered(params, deter):
@@ -771,8 +805,8 @@ def imagined_step(
         return draw_latent(network.apply(params, deter, embedding, method="posterior"))
 
     latent = jax.lax.map(lambda x: filtered(*x), (params, predicted.deter)).swapaxes(0, 1)
-    decides = jnp.arange(args.members) == env.member[:, None]  # [B, E]
-    state = State(state.deter, jnp.where(decides[..., None, None], state.latent, latent))
+    is_own = jnp.arange(args.members) == env.member[:, None]  # [B, E]
+    state = State(state.deter, jnp.where(is_own[..., None, None], state.latent, latent))
 
     disc = discrepancy(decoded.image, decoded.reward, {"frame": 84, "block": 7}[args.discrepancy])
     halted = disc > threshold
@@ -813,7 +847,7 @@ def advantages(steps: Transitions, args: Args):
         advantage = delta + args.discount * args.gae_lambda * ~ended * advantage
         return advantage, advantage
 
-    last = jnp.zeros_like(delta[:, 0])
+    last = jnp.zeros_like(delta[:, 0])  # nothing is known past the update's last step
     return jax.lax.scan(step, last, (delta.T, steps.ended.T), reverse=True)[1].T
 
 
@@ -977,7 +1011,7 @@ def update(state: TrainState, windows: Windows, members, key, policy, network, a
     for index in order:
         state, part = learn(state, steps, advantage, index, policy, args)
         parts.append(part)
-        jax.block_until_ready(parts[-2:-1])  # two wait at most: a CPU's devices hang if 32 do
+        jax.block_until_ready(parts[-2:-1])  # or programs queue up: a CPU's devices hang at 32
     return state, metrics | mean_of(parts)
 
 
@@ -993,28 +1027,6 @@ def act(params, observation, key, greedy: bool, network: PolicyNetwork, args: Ar
     """Actions [E] for observations [E, ...]: samples of the policy, or its most probable action."""
     logits, _ = network.apply(params, observation)
     return jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(key, logits)
-
-
-# --- batch (identical in *_atari.py) ---
-class Batch(NamedTuple):
-    """Windows of T consecutive steps, and the three frames before each window."""
-
-    frames: Any  # uint8 [B, 3 + T, 84, 84]
-    history: Any  # uint8 [B, T], number of earlier frames of the step's own episode, 3 at most
-    action: Any  # int32 [B, T]
-    reward: Any  # float32 [B, T], unclipped; follows the action
-    is_last: Any  # bool [B, T]; the action and the reward of a last step mean nothing
-    is_terminal: Any  # bool [B, T]; a last step that is not terminal was cut off
-
-
-def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
-    """Observations [B, 84, 84, 4] at `time`, newest frame last, zeros before an episode's start."""
-    own = jnp.arange(3, -1, -1) <= history[:, time, None]  # [B, 4]
-    stack = jnp.where(own[:, :, None, None], frames[:, time : time + 4], 0)
-    return jnp.moveaxis(stack, 1, -1)
-
-
-# --- end batch ---
 
 
 @jax.jit(static_argnames=("policy", "args"), donate_argnames=("params", "opt_state"))
@@ -1185,19 +1197,6 @@ def split_store(store: Store, heldout_percent: float, seed: int) -> tuple[Store,
     inside = np.repeat(heldout, store.episodes["length"])  # of every step, whether it is held out
     training = store._replace(episodes=store.episodes[~heldout], index=store.index[~inside])
     return training, store._replace(episodes=store.episodes[heldout], index=store.index[inside])
-
-
-def model_windows(batch: Batch, clip_rewards: bool) -> Windows:
-    """Windows of T from a batch of T + 1: an action and its reward go to the step after them."""
-    is_first = batch.history[:, 1:] == 0
-    reward = batch.reward[:, :-1] * ~is_first
-    return Windows(
-        frame=batch.frames[:, 4:],
-        action=batch.action[:, :-1] * ~is_first - is_first,  # -1 at a first frame
-        reward=reward.clip(-1, 1) if clip_rewards else reward,
-        is_first=is_first,
-        terminal=batch.is_terminal[:, 1:],
-    )
 
 
 def sample_windows(

@@ -29,7 +29,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
 4. MZU-Q fills in the Q of actions that were not visited with the value of the state.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state, that of the state's own heads too
-   (authors' code; A.2: at the start of the dynamics function).
+   (A.2: at the start of the dynamics function); the reward's loss is a mean over K steps (A.2: over
+   K + 1). All authors' code.
 6. The network is D.2.1's; its heads, g's input, initial weights and LayerNorm's ε are the authors'.
 7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
    [0, 1] over a node and its children, as for targets (authors' code; --eval-dirichlet-fraction 0:
@@ -65,7 +66,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
+if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
 
     def leave(*_):
@@ -153,7 +154,7 @@ class Args:
 
 
 # --- torso (identical in *_atari.py) ---
-# Initial weights as in the authors' code: truncated normal, of standard deviation 0.88 / √fan_in.
+# The authors': no biases, weights from a truncated normal of standard deviation 0.88 / √fan_in.
 WEIGHTS = {
     "use_bias": False,
     "kernel_init": nn.initializers.variance_scaling(0.774, "fan_in", "truncated_normal"),
@@ -224,7 +225,7 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
-        # In float32: a scalar is the small difference of opposite bins' large terms.
+        # In float32: a value is a small sum of large terms of both signs.
         exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
         return exact(self.outputs, kernel_init=nn.initializers.zeros)(x)
 
@@ -300,7 +301,7 @@ def transform(x):
 
 
 def inverse_transform(y):
-    """The inverse of h, written without the difference of near numbers in its usual form."""
+    """The inverse of h. Its usual form, (√(1 + 4εu) - 1) / 2ε, would cancel digits."""
     u = jnp.abs(y) + 1 + 0.001
     return jnp.sign(y) * ((2 * u / (1 + jnp.sqrt(1 + 4 * 0.001 * u))) ** 2 - 1)
 
@@ -348,8 +349,8 @@ def window_positions(is_last, is_terminal):
       moving: a logged action leads on from here; absorbing: at or past a terminal state; known:
       everywhere but past a truncated end. All are bool [batch, time].
     """
-    ended = jnp.cumsum(is_last, axis=1)
-    inside = ended - is_last == 0
+    ended = jnp.cumsum(is_last, axis=1)  # last steps so far, this one included
+    inside = ended - is_last == 0  # in the first episode, its last step included
     absorbing = jnp.cumsum(inside & is_terminal, axis=1) > 0
     return ended == 0, absorbing, inside | absorbing
 
@@ -370,22 +371,6 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
 
 
 # --- improvement (identical in muzero_unplugged_*.py) ---
-def log_gamma(key, alpha: float, shape: tuple[int, ...]):
-    """log x of draws x ~ Gamma(α) [*shape], α < 1, all at once; a CPU runs jax.random's one by one.
-
-    x = d v U^(1/α), U uniform: d v ~ Gamma(α + 1) where v is accepted (Marsaglia and Tsang, 2000).
-    """
-    size, d = math.prod(shape), alpha + 2 / 3
-    proposed = (size + size // 10 + 100,)  # of 100 at most 5 are rejected
-    x_key, accept_key, u_key = jax.random.split(key, 3)
-    x = jax.random.normal(x_key, proposed)
-    log_v = 3 * jnp.log(jnp.maximum(1 + x / math.sqrt(9 * d), 1e-30))
-    bound = x**2 / 2 + d * (1 - jnp.exp(log_v) + log_v)
-    accepted = jnp.flatnonzero(-jax.random.exponential(accept_key, proposed) < bound, size=size)
-    log_u = -jax.random.exponential(u_key, shape)
-    return math.log(d) + log_v[accepted].reshape(shape) + log_u / alpha
-
-
 def search(params, state, prediction, key, fraction: float, network, args):
     """Searches the trees below latent states with N simulations each (Eq. 2).
 
@@ -399,6 +384,7 @@ def search(params, state, prediction, key, fraction: float, network, args):
     """
 
     def model(params, _, action, state):
+        """A simulated step: states [N, ...], actions [N] -> (what mctx needs, next states)."""
         state = network.apply(params, state, action, method="dynamics")
         prediction = network.apply(params, state, method="prediction")
         value = to_scalar(prediction.value_logits)
@@ -411,14 +397,14 @@ def search(params, state, prediction, key, fraction: float, network, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2 with Q scaled to [0, 1] over the node and its children, as in mctx."""
+        """Eq. 2, Q scaled to [0, 1] over node and children, without visits 0, as in mctx."""
         n, visits = tree.node_visits[node], tree.children_visits[node]  # n: 1 + Eq. 2's Σ_b n(s, b)
         q = mctx.qtransform_by_parent_and_siblings(tree, node)
         c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)  # MuZero's c1 = 1.25 and c2 = 19,652
         bonus = c * jnp.exp(tree.children_prior_logits[node]) * jnp.sqrt(n) / (1 + visits)
         return jnp.argmax(q + bonus + tree.extra_data)
 
-    *shape, num_actions = prediction.policy_logits.shape
+    *shape, num_actions = prediction.policy_logits.shape  # mctx has one leading axis
     log_prior = jax.nn.log_softmax(prediction.policy_logits).reshape(-1, num_actions)
     value = to_scalar(prediction.value_logits).ravel()
     state = state.reshape(-1, *state.shape[len(shape) :])
@@ -442,6 +428,22 @@ def search(params, state, prediction, key, fraction: float, network, args):
         q = jnp.where(summary.visit_counts > 0, summary.qvalues, value[:, None])
         policy = jax.nn.softmax(log_prior + q / args.mpo_temperature)
     return policy.reshape(*shape, -1), root_value.reshape(shape)
+
+
+def log_gamma(key, alpha: float, shape: tuple[int, ...]):
+    """log x of draws x ~ Gamma(α) [*shape], α < 1, all at once; a CPU runs jax.random's one by one.
+
+    x = d v U^(1/α), U uniform: d v ~ Gamma(α + 1) where v is accepted (Marsaglia and Tsang, 2000).
+    """
+    size, d = math.prod(shape), alpha + 2 / 3
+    proposed = (size + size // 10 + 100,)  # of 100 at most 5 are rejected
+    x_key, accept_key, u_key = jax.random.split(key, 3)
+    x = jax.random.normal(x_key, proposed)
+    log_v = 3 * jnp.log(jnp.maximum(1 + x / math.sqrt(9 * d), 1e-30))
+    bound = x**2 / 2 + d * (1 - jnp.exp(log_v) + log_v)
+    accepted = jnp.flatnonzero(-jax.random.exponential(accept_key, proposed) < bound, size=size)
+    log_u = -jax.random.exponential(u_key, shape)
+    return math.log(d) + log_v[accepted].reshape(shape) + log_u / alpha
 
 
 # --- end improvement ---
@@ -510,8 +512,8 @@ class TrainState(NamedTuple):
 
 
 def make_network(num_actions: int, args: Args) -> MuZeroNetwork:
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = auto if args.dtype == "auto" else args.dtype
     return MuZeroNetwork(num_actions, args.num_bins, args.channels, jnp.dtype(dtype))
 
 

@@ -27,7 +27,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
 4. MZU-Q fills in the Q of actions that were not visited with the value of the state.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state, that of the state's own heads too
-   (authors' code; A.2: at the start of the dynamics function).
+   (A.2: at the start of the dynamics function); the reward's loss is a mean over K steps (A.2: over
+   K + 1). All authors' code.
 6. Batch, K, dynamics and 20 bins are Table 4's (authors' code: 512, 3, [32, 32], 20). From the
    authors' code: bins that stand for h(x) = -9 to 10, targets clipped to ±9, the initial weights.
 7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
@@ -58,7 +59,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
+if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
 
     def leave(*_):
@@ -159,6 +160,12 @@ class MLP(nn.Module):
         return x
 
 
+def output_layer(outputs: int) -> nn.Dense:
+    """Zero at first; in float32, as a value is a small sum of large terms of both signs."""
+    exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
+    return exact(outputs, kernel_init=nn.initializers.zeros)
+
+
 # --- network (identical in rosmo_bsuite.py and muzero_unplugged_bsuite.py) ---
 class Prediction(NamedTuple):
     """What the prediction function f says of states [...]."""
@@ -171,8 +178,8 @@ class Prediction(NamedTuple):
 class MuZeroNetwork(nn.Module):
     """Representation h, dynamics g and prediction f (Table 4).
 
-    Inputs may have any leading axes. The reward, g's in the paper, is read from the state that g
-    returns (authors' code). The compiler drops the heads that a caller does not use.
+    Inputs may have any leading axes. The reward, g's in the paper, is read from f's layer, as are
+    policy and value (authors' code). The compiler drops the heads that a caller does not use.
     """
 
     num_actions: int
@@ -184,11 +191,9 @@ class MuZeroNetwork(nn.Module):
         self.h = MLP((64, 64, 32), self.dtype)
         self.g = MLP((32, self.dynamics_hidden, 32), self.dtype)
         self.f = MLP((32,), self.dtype)
-        exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
-        head = partial(exact, kernel_init=nn.initializers.zeros)
-        self.policy = head(self.num_actions)
-        self.value = head(self.num_bins)
-        self.reward = head(self.num_bins)
+        self.policy = output_layer(self.num_actions)
+        self.value = output_layer(self.num_bins)
+        self.reward = output_layer(self.num_bins)
 
     def representation(self, observation):
         """h: observations [..., rows, columns] -> states [..., 32]."""
@@ -215,7 +220,7 @@ def transform(x):
 
 
 def inverse_transform(y):
-    """The inverse of h, written without the difference of near numbers in its usual form."""
+    """The inverse of h. Its usual form, (√(1 + 4εu) - 1) / 2ε, would cancel digits."""
     u = jnp.abs(y) + 1 + 0.001
     return jnp.sign(y) * ((2 * u / (1 + jnp.sqrt(1 + 4 * 0.001 * u))) ** 2 - 1)
 
@@ -255,8 +260,8 @@ def window_positions(is_last, is_terminal):
       moving: a logged action leads on from here; absorbing: at or past a terminal state; known:
       everywhere but past a truncated end. All are bool [batch, time].
     """
-    ended = jnp.cumsum(is_last, axis=1)
-    inside = ended - is_last == 0
+    ended = jnp.cumsum(is_last, axis=1)  # last steps so far, this one included
+    inside = ended - is_last == 0  # in the first episode, its last step included
     absorbing = jnp.cumsum(inside & is_terminal, axis=1) > 0
     return ended == 0, absorbing, inside | absorbing
 
@@ -277,22 +282,6 @@ def value_target(reward, value, moving, absorbing, discount: float, td_steps: in
 
 
 # --- improvement (identical in muzero_unplugged_*.py) ---
-def log_gamma(key, alpha: float, shape: tuple[int, ...]):
-    """log x of draws x ~ Gamma(α) [*shape], α < 1, all at once; a CPU runs jax.random's one by one.
-
-    x = d v U^(1/α), U uniform: d v ~ Gamma(α + 1) where v is accepted (Marsaglia and Tsang, 2000).
-    """
-    size, d = math.prod(shape), alpha + 2 / 3
-    proposed = (size + size // 10 + 100,)  # of 100 at most 5 are rejected
-    x_key, accept_key, u_key = jax.random.split(key, 3)
-    x = jax.random.normal(x_key, proposed)
-    log_v = 3 * jnp.log(jnp.maximum(1 + x / math.sqrt(9 * d), 1e-30))
-    bound = x**2 / 2 + d * (1 - jnp.exp(log_v) + log_v)
-    accepted = jnp.flatnonzero(-jax.random.exponential(accept_key, proposed) < bound, size=size)
-    log_u = -jax.random.exponential(u_key, shape)
-    return math.log(d) + log_v[accepted].reshape(shape) + log_u / alpha
-
-
 def search(params, state, prediction, key, fraction: float, network, args):
     """Searches the trees below latent states with N simulations each (Eq. 2).
 
@@ -306,6 +295,7 @@ def search(params, state, prediction, key, fraction: float, network, args):
     """
 
     def model(params, _, action, state):
+        """A simulated step: states [N, ...], actions [N] -> (what mctx needs, next states)."""
         state = network.apply(params, state, action, method="dynamics")
         prediction = network.apply(params, state, method="prediction")
         value = to_scalar(prediction.value_logits)
@@ -318,14 +308,14 @@ def search(params, state, prediction, key, fraction: float, network, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2 with Q scaled to [0, 1] over the node and its children, as in mctx."""
+        """Eq. 2, Q scaled to [0, 1] over node and children, without visits 0, as in mctx."""
         n, visits = tree.node_visits[node], tree.children_visits[node]  # n: 1 + Eq. 2's Σ_b n(s, b)
         q = mctx.qtransform_by_parent_and_siblings(tree, node)
         c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)  # MuZero's c1 = 1.25 and c2 = 19,652
         bonus = c * jnp.exp(tree.children_prior_logits[node]) * jnp.sqrt(n) / (1 + visits)
         return jnp.argmax(q + bonus + tree.extra_data)
 
-    *shape, num_actions = prediction.policy_logits.shape
+    *shape, num_actions = prediction.policy_logits.shape  # mctx has one leading axis
     log_prior = jax.nn.log_softmax(prediction.policy_logits).reshape(-1, num_actions)
     value = to_scalar(prediction.value_logits).ravel()
     state = state.reshape(-1, *state.shape[len(shape) :])
@@ -349,6 +339,22 @@ def search(params, state, prediction, key, fraction: float, network, args):
         q = jnp.where(summary.visit_counts > 0, summary.qvalues, value[:, None])
         policy = jax.nn.softmax(log_prior + q / args.mpo_temperature)
     return policy.reshape(*shape, -1), root_value.reshape(shape)
+
+
+def log_gamma(key, alpha: float, shape: tuple[int, ...]):
+    """log x of draws x ~ Gamma(α) [*shape], α < 1, all at once; a CPU runs jax.random's one by one.
+
+    x = d v U^(1/α), U uniform: d v ~ Gamma(α + 1) where v is accepted (Marsaglia and Tsang, 2000).
+    """
+    size, d = math.prod(shape), alpha + 2 / 3
+    proposed = (size + size // 10 + 100,)  # of 100 at most 5 are rejected
+    x_key, accept_key, u_key = jax.random.split(key, 3)
+    x = jax.random.normal(x_key, proposed)
+    log_v = 3 * jnp.log(jnp.maximum(1 + x / math.sqrt(9 * d), 1e-30))
+    bound = x**2 / 2 + d * (1 - jnp.exp(log_v) + log_v)
+    accepted = jnp.flatnonzero(-jax.random.exponential(accept_key, proposed) < bound, size=size)
+    log_u = -jax.random.exponential(u_key, shape)
+    return math.log(d) + log_v[accepted].reshape(shape) + log_u / alpha
 
 
 # --- end improvement ---
@@ -485,13 +491,15 @@ def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, 
 
 @jax.jit(static_argnames=("network", "args", "by_device"))
 def train(num_updates: int, states, sums, data, network, args, by_device):
-    """`num_updates` times update_seeds, with its middle arguments -> (states, sums + metrics)."""
-    keys, steps, starts, num_starts = data
+    """`num_updates` updates of every seed -> (states, sums + metrics).
+
+    data: (keys, steps, starts, num_starts); windows of a seed begin at the first num_starts of its
+    starts. by_device: how the devices share a batch.
+    """
 
     def body(_, carry):
         states, sums = carry
-        inputs = states, keys, steps, starts, num_starts
-        states, metrics = update_seeds(*inputs, network, args, by_device)
+        states, metrics = update_seeds(states, *data, network, args, by_device)
         return states, jax.tree.map(jnp.add, sums, metrics)
 
     return jax.lax.fori_loop(0, num_updates, body, (states, sums))

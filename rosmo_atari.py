@@ -8,10 +8,11 @@
 # ///
 """ROSMO on Atari: Efficient Offline Policy Optimization with a Learned Model.
 
-ROSMO (Liu et al., 2023) learns a MuZero-style latent model from logged
-episodes. Instead of searching, it looks one step ahead with that model for
-every action, moves the prior policy towards actions with a positive advantage
-(Eq. 6), and imitates logged actions whose advantage is positive (Eq. 11).
+ROSMO (Liu et al., 2023), a regularised one-step model-based algorithm, learns
+a MuZero-style latent model from logged episodes. Instead of searching, it looks
+one step ahead with that model for every action, moves the prior policy towards
+actions with a positive advantage (Eq. 6), and imitates logged actions whose
+advantage is positive (Eq. 11).
 
     python rosmo_atari.py --env-id MsPacman  # the paper's setting
     python rosmo_atari.py --data-percent 1   # Fig. 4(a)
@@ -30,7 +31,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
 4. Eq. 6 is a softmax of log π + adv, as exp(adv) overflows; the weights of Eq. 9 stop at e^20.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state, that of the state's own heads too
-   (authors' code; A.2: at the start of the dynamics function).
+   (A.2: at the start of the dynamics function); the reward's loss is a mean over K steps (A.2: over
+   K + 1). All authors' code.
 6. The network is D.2.1's; its heads, g's input, initial weights and LayerNorm's ε are the authors'.
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
    final evaluation reports the greedy policy beside it.
@@ -64,7 +66,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
+if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
 
     def leave(*_):
@@ -149,7 +151,7 @@ class Args:
 
 
 # --- torso (identical in *_atari.py) ---
-# Initial weights as in the authors' code: truncated normal, of standard deviation 0.88 / √fan_in.
+# The authors': no biases, weights from a truncated normal of standard deviation 0.88 / √fan_in.
 WEIGHTS = {
     "use_bias": False,
     "kernel_init": nn.initializers.variance_scaling(0.774, "fan_in", "truncated_normal"),
@@ -220,7 +222,7 @@ class Head(nn.Module):
         for _ in range(2):
             x = nn.Dense(2 * self.channels, dtype=self.dtype, **WEIGHTS)(x)
             x = nn.relu(nn.LayerNorm(epsilon=1e-5, dtype=self.dtype)(x))
-        # In float32: a scalar is the small difference of opposite bins' large terms.
+        # In float32: a value is a small sum of large terms of both signs.
         exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
         return exact(self.outputs, kernel_init=nn.initializers.zeros)(x)
 
@@ -296,7 +298,7 @@ def transform(x):
 
 
 def inverse_transform(y):
-    """The inverse of h, written without the difference of near numbers in its usual form."""
+    """The inverse of h. Its usual form, (√(1 + 4εu) - 1) / 2ε, would cancel digits."""
     u = jnp.abs(y) + 1 + 0.001
     return jnp.sign(y) * ((2 * u / (1 + jnp.sqrt(1 + 4 * 0.001 * u))) ** 2 - 1)
 
@@ -344,8 +346,8 @@ def window_positions(is_last, is_terminal):
       moving: a logged action leads on from here; absorbing: at or past a terminal state; known:
       everywhere but past a truncated end. All are bool [batch, time].
     """
-    ended = jnp.cumsum(is_last, axis=1)
-    inside = ended - is_last == 0
+    ended = jnp.cumsum(is_last, axis=1)  # last steps so far, this one included
+    inside = ended - is_last == 0  # in the first episode, its last step included
     absorbing = jnp.cumsum(inside & is_terminal, axis=1) > 0
     return ended == 0, absorbing, inside | absorbing
 
@@ -490,8 +492,8 @@ class TrainState(NamedTuple):
 
 
 def make_network(num_actions: int, args: Args) -> MuZeroNetwork:
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = ("float32" if on_cpu else "bfloat16") if args.dtype == "auto" else args.dtype
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = auto if args.dtype == "auto" else args.dtype
     return MuZeroNetwork(num_actions, args.num_bins, args.channels, jnp.dtype(dtype))
 
 

@@ -7,10 +7,11 @@
 # ///
 """ROSMO on BSuite: Efficient Offline Policy Optimization with a Learned Model.
 
-ROSMO (Liu et al., 2023) learns a MuZero-style latent model from logged
-episodes. Instead of searching, it looks one step ahead with that model for
-every action, moves the prior policy towards actions with a positive advantage
-(Eq. 6), and imitates logged actions whose advantage is positive (Eq. 11).
+ROSMO (Liu et al., 2023), a regularised one-step model-based algorithm, learns
+a MuZero-style latent model from logged episodes. Instead of searching, it looks
+one step ahead with that model for every action, moves the prior policy towards
+actions with a positive advantage (Eq. 6), and imitates logged actions whose
+advantage is positive (Eq. 11).
 
     python rosmo_bsuite.py --env-id catch     # the paper's setting, five seeds
     python rosmo_bsuite.py --behavior-coef 0  # OneStep, as in Fig. 4(d)
@@ -29,7 +30,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
 4. Eq. 6 is a softmax of log π + adv, as exp(adv) overflows; the weights of Eq. 9 stop at e^20.
 5. The learning rate warms up for 1,000 updates, then falls tenfold every 100,000; AdamW decays
    weights only; the gradient is halved at every unrolled state, that of the state's own heads too
-   (authors' code; A.2: at the start of the dynamics function).
+   (A.2: at the start of the dynamics function); the reward's loss is a mean over K steps (A.2: over
+   K + 1). All authors' code.
 6. Batch, K, dynamics and 20 bins are Table 4's (authors' code: 512, 3, [32, 32], 20). From the
    authors' code: bins that stand for h(x) = -9 to 10, targets clipped to ±9, the initial weights.
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
@@ -57,7 +59,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run takes over; where a stream is closed, nothing is said
+if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
 
     def leave(*_):
@@ -155,6 +157,12 @@ class MLP(nn.Module):
         return x
 
 
+def output_layer(outputs: int) -> nn.Dense:
+    """Zero at first; in float32, as a value is a small sum of large terms of both signs."""
+    exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
+    return exact(outputs, kernel_init=nn.initializers.zeros)
+
+
 # --- network (identical in rosmo_bsuite.py and muzero_unplugged_bsuite.py) ---
 class Prediction(NamedTuple):
     """What the prediction function f says of states [...]."""
@@ -167,8 +175,8 @@ class Prediction(NamedTuple):
 class MuZeroNetwork(nn.Module):
     """Representation h, dynamics g and prediction f (Table 4).
 
-    Inputs may have any leading axes. The reward, g's in the paper, is read from the state that g
-    returns (authors' code). The compiler drops the heads that a caller does not use.
+    Inputs may have any leading axes. The reward, g's in the paper, is read from f's layer, as are
+    policy and value (authors' code). The compiler drops the heads that a caller does not use.
     """
 
     num_actions: int
@@ -180,11 +188,9 @@ class MuZeroNetwork(nn.Module):
         self.h = MLP((64, 64, 32), self.dtype)
         self.g = MLP((32, self.dynamics_hidden, 32), self.dtype)
         self.f = MLP((32,), self.dtype)
-        exact = partial(nn.Dense, dtype=jnp.float32, precision="highest")
-        head = partial(exact, kernel_init=nn.initializers.zeros)
-        self.policy = head(self.num_actions)
-        self.value = head(self.num_bins)
-        self.reward = head(self.num_bins)
+        self.policy = output_layer(self.num_actions)
+        self.value = output_layer(self.num_bins)
+        self.reward = output_layer(self.num_bins)
 
     def representation(self, observation):
         """h: observations [..., rows, columns] -> states [..., 32]."""
@@ -211,7 +217,7 @@ def transform(x):
 
 
 def inverse_transform(y):
-    """The inverse of h, written without the difference of near numbers in its usual form."""
+    """The inverse of h. Its usual form, (√(1 + 4εu) - 1) / 2ε, would cancel digits."""
     u = jnp.abs(y) + 1 + 0.001
     return jnp.sign(y) * ((2 * u / (1 + jnp.sqrt(1 + 4 * 0.001 * u))) ** 2 - 1)
 
@@ -251,8 +257,8 @@ def window_positions(is_last, is_terminal):
       moving: a logged action leads on from here; absorbing: at or past a terminal state; known:
       everywhere but past a truncated end. All are bool [batch, time].
     """
-    ended = jnp.cumsum(is_last, axis=1)
-    inside = ended - is_last == 0
+    ended = jnp.cumsum(is_last, axis=1)  # last steps so far, this one included
+    inside = ended - is_last == 0  # in the first episode, its last step included
     absorbing = jnp.cumsum(inside & is_terminal, axis=1) > 0
     return ended == 0, absorbing, inside | absorbing
 
@@ -465,13 +471,15 @@ def update_seeds(states, keys, steps: Steps, starts, num_starts, network, args, 
 
 @jax.jit(static_argnames=("network", "args", "by_device"))
 def train(num_updates: int, states, sums, data, network, args, by_device):
-    """`num_updates` times update_seeds, with its middle arguments -> (states, sums + metrics)."""
-    keys, steps, starts, num_starts = data
+    """`num_updates` updates of every seed -> (states, sums + metrics).
+
+    data: (keys, steps, starts, num_starts); windows of a seed begin at the first num_starts of its
+    starts. by_device: how the devices share a batch.
+    """
 
     def body(_, carry):
         states, sums = carry
-        inputs = states, keys, steps, starts, num_starts
-        states, metrics = update_seeds(*inputs, network, args, by_device)
+        states, metrics = update_seeds(states, *data, network, args, by_device)
         return states, jax.tree.map(jnp.add, sums, metrics)
 
     return jax.lax.fori_loop(0, num_updates, body, (states, sums))

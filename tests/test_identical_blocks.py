@@ -27,7 +27,7 @@ MANIFEST = {
     "value transform": files(*MUZERO, "crr", "cql", "combo"),
     "windows": files(*MUZERO),
     "improvement": {"rosmo": files("rosmo"), "muzero": files("muzero_unplugged")},
-    "conservative penalty": files("cql", "combo"),
+    "penalty and policy": files("cql", "combo"),
     "optimizer": files(*MUZERO, "crr", "cql", "bc", "combo"),
     "batch": files("", among=ATARI),
     "steps": files("", among=BSUITE),
