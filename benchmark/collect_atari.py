@@ -428,11 +428,11 @@ def main(args: Args) -> None:
         raise SystemExit("--format rlu needs the package tensorflow.")
     path = Path(args.out or f"{args.data_dir}/atari/{args.env_id}-dqn-{args.num_steps // 1000}k")
     path = Path(os.path.expanduser(path))
-    if fault := path.exists() and find_fault(path, args.env_id, "dqn", 100):
-        raise SystemExit(f"{path} {fault}.")
     shards = path.with_name(f"{path.name}-rlu") / "atari_episodes_ordered" / args.env_id
     recorded = path.with_name(f".{path.name}.collecting")
     if path.exists():
+        if fault := find_fault(path, args.env_id, "dqn", 100):
+            raise SystemExit(f"{path} {fault}.")
         before = json.loads((path / "meta.json").read_text()).get("collector", {})
         compared = before.keys() & vars(args).keys() - NOT_COMPARED
         changed = [k for k in vars(args) if k in compared and before[k] != getattr(args, k)]

@@ -24,7 +24,7 @@ docs/bsuite_data.md, and prints its rows of Tables 5 and 6 beside the paper's.
 The same seed and versions give the same data on x86 processors with AVX2
 under Linux: docs/bsuite_data.md has the checksums.
 
-    python benchmark/collect_bsuite.py --from-rlds FOLDER --out FILE.npz
+    python benchmark/collect_bsuite.py --env-id catch --from-rlds FOLDER --out FILE.npz
 
 converts a TFDS/RLDS folder instead, such as the authors'. This needs
 tensorflow-datasets and tensorflow.
@@ -495,9 +495,6 @@ def open_path(args: Args) -> Path | None:
         return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"Cannot make the folder {path.parent}: {error.strerror}.")
-    try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         sys.exit(f"Cannot write to the folder {path.parent}: {error.strerror}.")

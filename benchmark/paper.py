@@ -136,7 +136,7 @@ class Item(NamedTuple):
     # By (method, value, task): the paper's number, and what stands behind ± there.
     numbers: dict[tuple, tuple[float, float]] = {}  # noqa: RUF012, which is not changed
     level: tuple[float, dict[str, float]] | None = None
-    """of a curve: how long it takes to reach it, and the paper's hours by method"""
+    """the score of which a page says when a curve reaches it, and the paper's hours by method"""
     of: str | None = None  # the item whose runs these are
     total_updates: int = 200_000
     needs: dict[str, tuple[str, str]] = {}  # noqa: RUF012

@@ -83,7 +83,7 @@ class Args:
     rlu_prefix: str = "gs://rl_unplugged"  # bucket or folder with RL Unplugged's raw shards
     tfds_dir: Path | None = None  # TFDS folder with RL Unplugged; None: TFDS's own, if there
     dqn_replay: Path | None = None  # folder of the DQN Replay dataset, {env_id}/{run}/replay_logs
-    workers: int | None = None  # processes; None: one a core; an import's memory grows with it
+    workers: int | None = None  # processes, each of about 0.9 GB; None: one for each core
 
 
 # --- environment (identical in *_atari.py and benchmark/prepare_atari.py) ---
@@ -286,6 +286,9 @@ def write_store(path: Path, meta: dict, episodes: Iterable[dict]) -> None:
     """
     check_meta(meta)
     with building(Path(path)) as folder:
+        if any(folder.glob("part-?????")):
+            message = f"{folder} holds parts of an import: choose another path"
+            raise SystemExit(f"{message}, or delete that folder.")
         try:
             writer = StoreWriter(folder / "store", meta["num_actions"])
             for episode in episodes:
@@ -437,14 +440,14 @@ def read_dqn_replay(logs: Path, shard: str) -> Iterator[dict]:
             return np.load(file)
 
     action, reward, terminal = (load(f"$store$_{k}") for k in ("action", "reward", "terminal"))
-    count = int(load("add_count")) % len(action) or len(action)
-    ends = np.flatnonzero(terminal[:count]) + 1
+    num_rows = int(load("add_count")) % len(action) or len(action)
+    ends = np.flatnonzero(terminal[:num_rows]) + 1
     with gzip.open(logs / f"$store$_observation_{shard}") as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         if shape != (len(action), 84, 84) or dtype != np.uint8:
             raise ValueError(f"observation is {dtype} {list(shape)}, action {list(action.shape)}")
-        bounds = np.unique([0, *ends, count])
+        bounds = np.unique([0, *ends, num_rows])
         for id, (start, end) in enumerate(pairwise(bounds.tolist())):
             data = file.read((end - start) * 84 * 84)
             if len(data) < (end - start) * 84 * 84:
@@ -632,6 +635,9 @@ def find_source(args: Args) -> tuple[Callable, list[str]] | None:
         pattern = r"\$store\$_observation_ckpt\.(\d+)\.gz"
         numbers = sorted(int(m[1]) for m in match_names(logs, pattern))
         check_complete(logs, numbers, range(numbers[-1] + 1), "$store$_observation_ckpt.{}.gz")
+        if len(numbers) < min(SHARDS):
+            whole = f"a whole run has {min(SHARDS)} or more"
+            print(f"{logs} has {len(numbers)} checkpoints; {whole}.", file=sys.stderr)
         return partial(read_dqn_replay, logs), [f"ckpt.{number}.gz" for number in numbers]
     tfds_dir = args.tfds_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     prepared = Path(os.path.expanduser(tfds_dir)) / "rlu_atari_checkpoints_ordered"

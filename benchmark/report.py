@@ -1,7 +1,7 @@
 """Draws the paper's tables and figures from finished runs.
 
-    python benchmark/report.py table1 figure9
-    python benchmark/report.py figure2a --total-updates 50000
+    python benchmark/report.py table1 figure9 --total-updates 50000
+    python benchmark/report.py figure2a --total-updates 50000 --mix
     python benchmark/report.py compare mine=runs/a/seed0 theirs=runs/b/seed0
     python benchmark/report.py curves benchmark/results
 
@@ -121,10 +121,10 @@ def describe(data: dict | str) -> str:
     """What a run learned from, in words; old runs on BSuite kept the words themselves."""
     if isinstance(data, str):
         return data
-    facts = {"source": "", "mean": None} | run.data_facts(data)
+    facts = {"source": "", "mean return": None} | run.data_facts(data)
     unit = "transitions" if "transitions" in data else "steps"
     text = f"{facts['episodes']:,} episodes, {facts['steps']:,} {unit}"
-    text += f", mean return {facts['mean']}" if facts["mean"] else ""
+    text += f", mean return {facts['mean return']:.2f}" if facts["mean return"] is not None else ""
     return f"{facts['source']}, {text}" if facts["source"] else text
 
 
@@ -148,14 +148,10 @@ def conflicts(item: Item, cells: dict[tuple, Result | None]) -> list[str]:
     for (task, *_), members in groups.items():
         pairs = itertools.combinations(members, 2)  # old runs do not tell everything
         for (name, facts, text), (other, other_facts, other_text) in pairs:
-            keys = [k for k in facts if k in other_facts and facts[k] != other_facts[k]]
-            if keys:
-                what = ", ".join(
-                    {"crc32": "content", "mean": "mean return"}.get(k, k) for k in keys
-                )
+            if names := run.differing(facts, other_facts):
                 found.append(
-                    f"the data of {task} differ in {what}: behind {name} are {text}; behind "
-                    f"{other} are {other_text}"
+                    f"the data of {task} differ in {', '.join(names)}: behind {name} are {text}; "
+                    f"behind {other} are {other_text}"
                 )
                 break
     sources.pop("?", None)
@@ -167,7 +163,7 @@ def conflicts(item: Item, cells: dict[tuple, Result | None]) -> list[str]:
 
 
 def left_out(seeds: tuple[int, ...], cells: dict, runs: list, wanted: dict) -> list[str]:
-    """Finished runs of seeds that a cell lacks, other in evaluation or data alone, and in what."""
+    """Finished runs with a cell's missing seeds but other data or evaluation, and what differs."""
     lines = []
     for key, result in cells.items():
         lacking = {*seeds} - {*(result.seeds if result else ())}
@@ -219,11 +215,10 @@ def score_matrices(item: Item, cells: dict, tasks: tuple[str, ...]) -> dict[tupl
     return scores
 
 
-def aggregates(item: Item, cells: dict, tasks: tuple[str, ...]) -> dict[tuple, np.ndarray]:
-    """IQM, mean, median and optimality gap with intervals, [3, 4], by (method, value)."""
-    scores = score_matrices(item, cells, tasks)
+def aggregates(scores: dict[tuple, np.ndarray]) -> dict[tuple, np.ndarray]:
+    """IQM, mean, median and optimality gap with intervals, [3, 4], by key."""
     every = lambda x: np.array([aggregate(x) for aggregate in AGGREGATES.values()])  # noqa: E731
-    return intervals(scores, every) if scores else {}
+    return intervals(scores, every)
 
 
 def improvement_probability(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -310,8 +305,11 @@ def color(item: Item, method: str) -> str:
 
 def references(task: str, runs: list[run.Run], normalized: bool) -> list[tuple[str, float]]:
     """Mean returns, or scores, of random play, the online DQN and the runs' data, where known."""
-    means = {run.data_facts(x.config["data"]).get("mean") for x in runs} - {None}
-    found = [("data", float(mean)) for mean in sorted(means)]
+    facts = [run.data_facts(x.config["data"]) for x in runs]
+    # The published data have rewards of -1 to 1, which are no points of the game.
+    points = [x for x in facts if not re.fullmatch(r"(run|replay)\d", x.get("source", ""))]
+    means = {round(x["mean return"], 2) for x in points if "mean return" in x}
+    found = [("data", mean) for mean in sorted(means)]
     if task in REFERENCE_RETURNS:
         found += zip(("random play", "online DQN"), REFERENCE_RETURNS[task], strict=True)
     found.sort(key=lambda x: -x[1])
@@ -681,8 +679,9 @@ def time_table(item: Item, cells: dict) -> list[str]:
                 label = swept(item, item.label(value))
                 label += [", ".join({x.config["args"]["env_id"]: 0 for x in runs})] * several
                 devices = dict.fromkeys(s["device"] for x in runs for s in x.config["starts"])
+                label.append(" or ".join(map(str, sorted({len(x.seeds) for x in runs}))))
                 rows.append([method, *label, *(f"{x:.3f}" for x in mean), ", ".join(devices)])
-    head = ["hours of a run", *swept(item, item.axis), *["mean over"] * several]
+    head = ["hours of a run", *swept(item, item.axis), *["mean over"] * several, "seeds at once"]
     head += ["compilation", "data wait", "update", "evaluation", "device"]
     return ["## Time", "", *table(head, rows)] if rows else []
 
@@ -691,7 +690,7 @@ def halting_table(cells: dict) -> list[str]:
     """Of MOReL: the threshold, which replays it halts, and the imagined episodes of PPO.
 
     A line of metrics.jsonl has means over its updates, and lacks those over episodes if none ended.
-    Without the penalties one pays on average its return less the penalty times the halts' share.
+    Its mean return without penalties is `charts/episode_return` - `charts/halt_rate` · penalty.
     """
     rows = []
     for (method, _, task), result in cells.items():
@@ -717,7 +716,7 @@ def halting_table(cells: dict) -> list[str]:
                     row.append(text)
                 rows.append(row)
     head = ["", "task", "seed", "threshold", "logged replays that halt", "random ones"]
-    head += ["imagined episodes that halt", "without penalties one pays, lowest to highest line"]
+    head += ["imagined episodes that halt", "mean imagined return without penalties, by line"]
     head += ["return of the evaluations", "final", "greedy"]
     note = "Returns in the game ± standard error over all episodes of a column."
     return ["## Imagined episodes", "", *table(head, rows), note, ""] if rows else []
@@ -822,12 +821,11 @@ def write_page(
     name: str, item: Item, cells: dict, tasks: tuple, notes: list, words: list[str], out: Path
 ) -> None:
     """{name}.md, {name}.csv and the figures of an item; `words` are the command's."""
-    for path in out.glob(f"{name}*.png"):
-        if re.fullmatch(rf"{re.escape(name)}(-time|-profiles)?\.png", path.name):
-            path.unlink()  # of a page that is drawn anew
+    for suffix in ("", "-time", "-profiles"):
+        (out / f"{name}{suffix}.png").unlink(missing_ok=True)  # of a page that is drawn anew
     found = [result for result in cells.values() if result]
-    estimates = aggregates(item, cells, tasks)
     scores = score_matrices(item, cells, tasks)
+    estimates = aggregates(scores)
     devices = {s["device"] for r in found for x in r.runs for s in x.config["starts"]}
     told = all(any(x.seconds.values()) for r in found for x in r.runs)  # what evaluation took
     sizes = {len(x.seeds) for r in found for x in r.runs}  # trained side by side
@@ -978,7 +976,8 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
     wanted = {tuple(cell[:3]): a for cell, a in run.cell_args(item, args, further)}
     seeds = args.seeds or item.seeds
     if args.greedy:
-        untold = sum(not x.greedy_returns.size for x in runs)
+        ungreedy = [x for x in runs if not x.greedy_returns.size]
+        untold = sum(any(run.find_runs([x], a, seeds) for a in wanted.values()) for x in ungreedy)
         greedy = [(x, x.greedy_returns) for x in runs if x.greedy_returns.size]
         runs = [x._replace(final=y.mean(axis=1), final_returns=y) for x, y in greedy]
     cells = {key: put_together(run.find_runs(runs, a, seeds), seeds) for key, a in wanted.items()}

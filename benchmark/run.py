@@ -39,6 +39,7 @@ if __name__ == "__main__":  # until the packages are imported
     signal.signal(signal.SIGINT, leave)
 
 import cloudpickle
+import jax
 import numpy as np
 import submitit
 import tyro
@@ -59,13 +60,14 @@ class Args:
 
     # cells
     methods: tuple[str, ...] | None = None  # some of the methods, as reports name them
-    seeds: tuple[int, ...] | None = None  # seeds of every cell; None: the paper's
-    env_ids: tuple[str, ...] | None = None  # tasks or games, also others; None: the paper's
-    total_updates: int | None = None  # updates of every run; None: the paper's
+    seeds: tuple[int, ...] | None = None  # seeds of every cell; None: the item's
+    env_ids: tuple[str, ...] | None = None  # tasks or games, also others; None: the item's
+    total_updates: int | None = None  # updates of every run; None: the item's
     runs: tuple[Path, ...] = (Path("runs"), Path("benchmark/results"))
     """folders with runs; of two of a cell that share a seed, the one with more seeds counts"""
     mix: bool = False
-    """run and draw runs of different data together (`compare`: of different evaluations, too)"""
+    """run and draw together what learned from different data; with `compare`, also what was
+    evaluated differently"""
 
     # how they are run
     dry_run: bool = False  # print the commands, and run nothing
@@ -218,15 +220,22 @@ def data_facts(data: dict | str) -> dict:
         match = re.match(r"(\d+) episodes, (\d+) transitions, mean return (\S+)", data)
         if not match:
             return {}
-        return {"episodes": int(match[1]), "steps": int(match[2]), "mean": match[3]}
+        return {"episodes": int(match[1]), "steps": int(match[2]), "mean return": float(match[3])}
     facts = {"source": data.get("source")}
     facts["episodes"] = data.get("episodes", data.get("num_episodes"))
     facts["steps"] = data.get("transitions", data.get("steps", data.get("num_steps")))
     facts["rom"] = data.get("rom", data.get("rom_sha256"))
     if "mean_return" in data:
-        facts |= {"mean": f"{data['mean_return']:.2f}", "crc32": data.get("crc32")}
-        facts["frames"] = data.get("frames_crc32")
+        facts |= {"mean return": data["mean_return"], "checksum": data.get("crc32")}
+        facts["checksum of frames"] = data.get("frames_crc32")
     return {k: v for k, v in facts.items() if v is not None}
+
+
+def differing(facts: dict, others: dict) -> list[str]:
+    """Names of the facts that cannot be of the same data; old runs rounded the mean return."""
+    close = facts.get("mean return", 0) - others.get("mean return", 0)
+    known = [k for k in facts.keys() & others.keys() if facts[k] != others[k]]
+    return sorted(k for k in known if k != "mean return" or abs(close) > 0.015)
 
 
 def is_fall_back(config: dict) -> bool:
@@ -368,6 +377,7 @@ def data_here(args: Any) -> dict:
     if not hasattr(script, "find_store"):
         return data_facts(script.describe(script.load_dataset(args)))
     if args.dataset or script.find_store(args):
+        jax.config.update("jax_platforms", "cpu")  # opening starts JAX; the runs need the GPU
         return data_facts(script.open_store(args).facts)
     return {}
 
@@ -389,10 +399,9 @@ def refuse_other_data(item: Item, runs: list[Run], args: Args, further: list[str
         for run in found if group in lacking else []:
             ours = here[group] if group in here else here.setdefault(group, data_here(script_args))
             theirs = data_facts(run.config["data"])
-            differing = sorted(k for k in ours.keys() & theirs.keys() if ours[k] != theirs[k])
-            if differing:
+            if names := differing(ours, theirs):
                 message = f"{run.folder} learned from other data than those here: their "
-                message += f"{', '.join(differing)} differ, and the report would refuse to mix them"
+                message += f"{', '.join(names)} differ, and the report would refuse to mix them"
                 raise SystemExit(f"{message}. Name other folders with --runs, or give --mix.")
 
 
@@ -451,9 +460,8 @@ def missing_jobs(
         variant = [f"{k.replace('_', '-')}={v}" for k, v in changed.items()]
         name, script = slug(data, *variant, *length), type(arguments).__module__
         folder = Path("runs", script, name, f"seed{seed}")
-        with contextlib.suppress(
-            OSError, ValueError, KeyError, TypeError
-        ):  # it is still to be made, or is damaged
+        # It is still to be made, or is damaged.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             config = json.loads((folder / "config.json").read_text())
             if is_fall_back(config) and importlib.import_module(script).find_store(arguments):
                 return folder.with_name(f"seed{seed}-rlu")  # local data keep theirs

@@ -60,7 +60,7 @@ class Args:
     channels: int | None = None  # channels of the network (Atari); None: the script's
     dtype: Literal["float32", "bfloat16"] | None = None  # of the network; None: the script's
     store: Path | None = None  # store to load batches from (Atari)
-    loader_threads: int = 4  # threads that decode its batches; 4 or as many are there at a start
+    loader_threads: int = 4  # threads that decode its batches; as many, at least 4, are made ahead
     num_seeds: int = 1  # seeds trained side by side (BSuite)
     num_steps: int = 300_000  # steps of the made-up dataset (BSuite)
     updates: int = 20  # updates in a window
@@ -333,10 +333,11 @@ def main(args: Args) -> None:
         write_section(args.out, f"## {title}", text)
 
 
-if __name__ == "__main__":
+def start(main: Callable, args: type, text: str) -> None:
+    """main on the arguments of the command line; what a user can put right ends in a sentence."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main(tyro.cli(Args, description=(__doc__ or "").replace("\n", "\n ")))
+        main(tyro.cli(args, description=text.replace("\n", "\n ")))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:
@@ -345,3 +346,7 @@ if __name__ == "__main__":
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise SystemExit("The memory is not enough: give a smaller --batch-size.") from None
+
+
+if __name__ == "__main__":
+    start(main, Args, __doc__ or "")

@@ -27,14 +27,14 @@ if __name__ == "__main__":  # until the packages are imported
         os._exit(130)
 
     signal.signal(signal.SIGINT, leave)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the loader needs no accelerator
 
 import cv2
 import numpy as np
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rosmo_atari as script
-from throughput import open_store
+from throughput import open_store, start
 
 
 @dataclass
@@ -120,14 +120,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        main(tyro.cli(Args, description=(__doc__ or "").replace("\n", "\n ")))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except OSError as error:
-        raise SystemExit(f"{error}.") from None
-    except Exception as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise SystemExit("The memory is not enough: give a smaller --batch-size.") from None
+    start(main, Args, __doc__ or "")

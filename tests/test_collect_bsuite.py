@@ -400,7 +400,8 @@ def test_error_goes_to_stderr_without_traceback(script, tmp_path):
     result = script("benchmark/collect_bsuite.py", "--data-dir", tmp_path / "file")
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr == f"Cannot make the folder {tmp_path / 'file/bsuite'}: Not a directory.\n"
+    folder = tmp_path / "file/bsuite"
+    assert result.stderr == f"Cannot write to the folder {folder}: Not a directory.\n"
 
 
 def test_folder_that_cannot_be_written_is_refused_before_work(monkeypatch, tmp_path):

@@ -486,6 +486,16 @@ def test_a_broken_import_is_kept_from_one_with_other_arguments(tmp_path):
 
 
 @pytest.mark.usefixtures("in_process")
+def test_another_build_leaves_the_parts_of_an_import(tmp_path):
+    with ends_with("damaged"):
+        import_two(tmp_path / "a", Flaky(EOFError(), 9))
+    with ends_with("holds parts of an import: choose another path, or delete that folder"):
+        write(tmp_path / "a")
+    import_two(tmp_path / "a", flaky := Flaky(EOFError(), 0))
+    assert flaky.calls == ["1"]
+
+
+@pytest.mark.usefixtures("in_process")
 def test_an_import_without_a_finished_part_gives_way_to_one_with_other_arguments(tmp_path):
     (tmp_path / ".a.building" / "part-00000.unfinished").mkdir(parents=True)
     (tmp_path / ".a.building" / "plan.json").write_text("of other arguments")
@@ -703,7 +713,7 @@ def as_replayed(e: dict, checkpoint: int, id: int) -> dict:
 
 
 @pytest.mark.parametrize("padding", [3, 0])
-def test_dqn_replay(make, tmp_path, monkeypatch, padding):
+def test_dqn_replay(make, tmp_path, monkeypatch, capsys, padding):
     logs = tmp_path / "dqn/Pong/1/replay_logs"
     rows = replay_rows(EPISODES[:5], padding)
     # The first file ends in the third episode, and its last row is of another time.
@@ -712,7 +722,9 @@ def test_dqn_replay(make, tmp_path, monkeypatch, padding):
     write_replay(logs, 0, [*rows[:cut], stale], cut)
     write_replay(logs, 1, rows[cut:], 2 * (len(rows) - cut))
     monkeypatch.setattr(prepare_atari, "MAX_STEPS", 39)  # the fourth episode was cut off there
+    monkeypatch.setattr(prepare_atari, "SHARDS", (49, 50))
     store = make(dqn_replay=tmp_path / "dqn", workers=1) / "Pong-replay1-100pct"
+    assert "has 2 checkpoints; a whole run has 49 or more." in capsys.readouterr().err
     a, b, c, d, e = EPISODES[:5]
     first = {k: c[k][:7] for k in ("frames", "action", "reward")}
     first["action"], first["reward"] = (np.append(first[k][:6], 0) for k in ("action", "reward"))

@@ -320,7 +320,7 @@ STORE = {"source": "rlu", "episodes": 99, "steps": 60984, "mean_return": 512.5, 
     [
         (BSUITE_DATA, OTHER_DATA, "differ in mean return: behind ROSMO noise ε = 0 are"),
         (BSUITE_DATA, BSUITE_DATA | {"transitions": 17_000}, "differ in steps"),
-        (BSUITE_DATA, BSUITE_DATA | {"crc32": 4321}, "differ in content"),
+        (BSUITE_DATA, BSUITE_DATA | {"crc32": 4321}, "differ in checksum"),
         ("2000 episodes, 18000 transitions, mean return 0.72", OTHER_DATA, "differ in mean return"),
     ],
 )
@@ -382,6 +382,7 @@ def test_greedy_actions_have_a_report_of_their_own(tmp_path):
     folder = tmp_path / "runs" / "a"
     write_run(folder, "rosmo_bsuite", [1.0, 1.0])
     write_run(tmp_path / "runs" / "b", "muzero_unplugged_bsuite", [0.5])  # which did not tell them
+    write_run(tmp_path / "runs" / "c", "bc_bsuite", [0.5])  # nor did this, of another item
     greedy = {"final/returns_greedy": [-1.0, 0.0]}
     change_lines(folder, lambda line: greedy if "final/returns" in line else {})
     page = (make(tmp_path, "table1", greedy=True) / "table1.md").read_text()
@@ -981,8 +982,25 @@ def test_old_runs_do_not_hide_that_new_ones_differ(tmp_path):
     old = "2000 episodes, 18000 transitions, mean return 0.72"
     for name, data in (("rosmo", old), ("bc", BSUITE_DATA), ("crr", BSUITE_DATA | {"crc32": 2})):
         write_run(tmp_path / "runs" / name, f"{name}_bsuite", [1.0], data=data)
-    with pytest.raises(SystemExit, match="differ in content: behind BC are"):
+    with pytest.raises(SystemExit, match="differ in checksum: behind BC are"):
         make(tmp_path, "table2")
+
+
+def test_old_runs_rounded_the_mean_return(tmp_path):
+    old, new = "2000 episodes, 18000 transitions, mean return 635.14", 635.14501953125
+    write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0], data=old)
+    data = BSUITE_DATA | {"mean_return": new}
+    write_run(tmp_path / "runs" / "b", "bc_bsuite", [1.0], data=data)
+    assert "Mixed runs" not in (make(tmp_path, "table2") / "table2.md").read_text()
+
+
+def test_clipped_rewards_of_the_published_data_are_no_points_of_the_game(tmp_path):
+    data = {"source": "run1", "episodes": 9, "steps": 99, "mean_return": 12.34}
+    write_run(tmp_path / "runs" / "a", "rosmo_atari", [1.0], env_id="Pong", data=data)
+    (one,) = run.read_runs((tmp_path / "runs",))
+    assert [name for name, _ in report.references("Pong", [one], False)] == [
+        "online DQN", "random play"
+    ]  # fmt: skip
 
 
 def test_moving_averages_stand_at_their_last_evaluation(tmp_path, figures):
@@ -1037,8 +1055,8 @@ def test_curves_against_hours_have_hours(tmp_path, figures):
     axes, against = (shown(figures[f"figure9{x}.png"])[0].lines[0] for x in ("", "-time"))
     assert axes.get_xdata().tolist() == [1000, 2000]
     assert against.get_xdata() == pytest.approx([1.0, 2.0])
-    hours = rows(page, "hours of a run")["ROSMO"][1:5]
-    assert hours == ["0.000", "0.000", "1.500", "0.000"]
+    hours = rows(page, "hours of a run")["ROSMO"][1:6]
+    assert hours == ["1", "0.000", "0.000", "1.500", "0.000"]
 
 
 @pytest.mark.usefixtures("hurry")
