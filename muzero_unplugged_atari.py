@@ -35,7 +35,6 @@ Where the paper is silent, or differs from the authors' code, this file does the
 7. Actions are sampled from the policy of a search with Dirichlet noise at the root and Q scaled to
    [0, 1] over a node and its children, as for targets (authors' code; --eval-dirichlet-fraction 0:
    no noise); the final evaluation reports the greedy policy (of equal visits the first) beside it.
-   Ties in the tree are broken at random, in one order for each tree (mctx: anew at every step).
 8. Rewards are not clipped (authors' code). --data-percent counts steps (authors' code: episodes).
    An evaluation's episodes end after 108,000 frames (authors' code: 20,000 actions).
 """
@@ -420,7 +419,7 @@ def search(params, state, prediction, key, fraction: float, network, args):
         interior_action_selection_fn=select,
         num_simulations=args.num_simulations,
         max_depth=args.max_depth,
-        extra_data=1e-6 * jax.random.uniform(tie_key, noisy.shape),  # breaks ties (mctx: 1e-7)
+        extra_data=1e-6 * jax.random.uniform(tie_key, noisy.shape),  # one order of ties per tree
     ).summary()
     policy = summary.visit_probs
     root_value = jnp.sum(policy * summary.qvalues, axis=-1)

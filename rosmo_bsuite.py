@@ -8,10 +8,9 @@
 """ROSMO on BSuite: Efficient Offline Policy Optimization with a Learned Model.
 
 ROSMO (Liu et al., 2023), a regularised one-step model-based algorithm, learns
-a MuZero-style latent model from logged episodes. Instead of searching, it looks
-one step ahead with that model for every action, moves the prior policy towards
-actions with a positive advantage (Eq. 6), and imitates logged actions whose
-advantage is positive (Eq. 11).
+MuZero's latent model from logged episodes. It looks one step ahead with it for
+every action, moves the prior policy towards actions with a positive advantage
+(Eq. 6), and imitates logged actions whose advantage is positive (Eq. 11).
 
     python rosmo_bsuite.py --env-id catch     # the paper's setting, five seeds
     python rosmo_bsuite.py --behavior-coef 0  # OneStep, as in Fig. 4(d)
@@ -299,13 +298,13 @@ def improve(params, state, prediction, logged_action, key, network, args):
     """Improves the policy at latent states by looking one step ahead with the model.
 
     Args:
-      state, prediction: latent states [batch, time, ...], and the network's prediction for them.
-      logged_action: [batch, time].
+      state, prediction: latent states with any leading axes [...], and the network's prediction.
+      logged_action: [...].
       key: draws the actions of the sampled target.
 
     Returns:
-      The policy target [batch, time, actions], the advantages adv_g from which it is made
-      [batch, time, actions or samples], and the one of the logged action [batch, time].
+      The policy target [..., actions], the advantages adv_g [..., actions or samples] from which
+      it is made, and the one of the logged action [...].
     """
     prior_logits, value = prediction.policy_logits, to_scalar(prediction.value_logits)[..., None]
     if args.num_samples is None:
@@ -864,8 +863,9 @@ class Run:
 TINY = 1e-30
 RANGES = {"seed": (0, 2**31), "data_percent": (TINY, 100), "num_bins": (3, 10**6)}
 RANGES |= {"learning_rate": (TINY, 1), "max_grad_norm": (TINY, 1e9), "discount": (0, 1)}
-RANGES |= {"learning_rate_decay": (TINY, 1), "noise": (0, 1), "num_samples": (1, 10_000)}
+RANGES |= {"learning_rate_decay": (TINY, 1), "noise": (0, 1)}
 RANGES |= {"eval_episodes": (0, 10**6), "final_eval_episodes": (0, 10**6), "num_seeds": (1, 10_000)}
+RANGES |= {"num_samples": (1, 10_000)}
 
 
 # --- checks (identical in *_atari.py and *_bsuite.py) ---

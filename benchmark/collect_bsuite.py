@@ -24,7 +24,7 @@ docs/bsuite_data.md, and prints its rows of Tables 5 and 6 beside the paper's.
 The same seed and versions give the same data on x86 processors with AVX2
 under Linux: docs/bsuite_data.md has the checksums.
 
-    python benchmark/collect_bsuite.py --env-id catch --from-rlds FOLDER --out FILE.npz
+    python benchmark/collect_bsuite.py --env-id catch --from-rlds IN --out OUT
 
 converts a TFDS/RLDS folder instead, such as the authors'. This needs
 tensorflow-datasets and tensorflow.
