@@ -303,12 +303,16 @@ def color(item: Item, method: str) -> str:
     return COLORS.get(method) or free[others.index(method) % len(free)]
 
 
+def is_published(one: run.Run) -> bool:
+    """Whether a run learned from RL Unplugged or DQN Replay, whose rewards may be clipped."""
+    source = run.data_facts(one.config["data"]).get("source", "")
+    return re.fullmatch(r"(run|replay)\d", source) is not None
+
+
 def references(task: str, runs: list[run.Run], normalized: bool) -> list[tuple[str, float]]:
     """Mean returns, or scores, of random play, the online DQN and the runs' data, where known."""
-    facts = [run.data_facts(x.config["data"]) for x in runs]
-    # The published data have rewards of -1 to 1, which are no points of the game.
-    points = [x for x in facts if not re.fullmatch(r"(run|replay)\d", x.get("source", ""))]
-    means = {round(x["mean return"], 2) for x in points if "mean return" in x}
+    facts = [run.data_facts(x.config["data"]) for x in runs if not is_published(x)]
+    means = {round(x["mean return"], 2) for x in facts if "mean return" in x}
     found = [("data", mean) for mean in sorted(means)]
     if task in REFERENCE_RETURNS:
         found += zip(("random play", "online DQN"), REFERENCE_RETURNS[task], strict=True)
@@ -592,6 +596,8 @@ def reference_table(cells: dict) -> list[str]:
         rows.append([name, *known, " or ".join(here) or "-", theirs])
     head = ["mean return", "random play", "online DQN", "data here", "data in the paper"]
     source = "Random play and the online DQN: Table 6 on BSuite, RL Unplugged's returns on Atari."
+    if any(is_published(x) for r in cells.values() if r for x in r.runs):
+        source += " The published data are left out: their rewards may be clipped to -1..1."
     return [*table(head, rows), source, ""]
 
 
