@@ -110,7 +110,7 @@ class Args:
     run_dir: Path | None = None  # folder of the run; None: runs/{script}/{game}[-changes]/seed{n}
     overwrite: bool = False
     """start again in a folder that holds a run, and delete that run and its world model"""
-    track: bool = False  # mirror the policy's metrics to Weights & Biases
+    track: bool = False  # mirror the metrics to Weights & Biases
 
     # data
     rlu_run: int = 1  # run of RL Unplugged, 1 to 5
@@ -141,21 +141,22 @@ class Args:
     model_weight_decay: float = 0.01  # world model: AdamW's weight decay, on kernels only
     model_max_grad_norm: float = 200.0  # world model: largest global norm of a member's gradient
     kl_coef: float = 0.1  # β, weight of the KL divergence in the loss of the world model
-    kl_balance: float = 0.8  # share of the KL gradient that moves the prior to the posterior
+    kl_balance: float = 0.8  # world model: share of the KL's gradient that moves the prior
     model_eval_every: int = 1_000  # world model: updates between evaluations, which save, too
     model_eval_batches: int = 8  # world model: batches of held-out windows in an evaluation
     model_patience: int = 10_000
     """world model: updates without enough improvement of the held-out loss before training ends"""
-    model_min_improvement: float = 0.005  # least relative fall of the held-out loss that counts
+    model_min_improvement: float = 0.005  # world model: least relative improvement that counts
 
     # policy: pessimistic MDP
-    discrepancy: Literal["frame", "block"] = "frame"  # of whole frames, or of the worst 7 x 7 block
+    discrepancy: Literal["frame", "block"] = "frame"
+    """imagined episodes: discrepancy of whole frames, or of the worst block of 7 x 7 pixels"""
     halt_quantile: float = 0.999  # part of the steps of replayed logged episodes that do not halt
     halt_batches: int = 16  # batches of replayed logged episodes from which the threshold is taken
-    halt_penalty: float = -10.0  # reward of a step that halts
-    horizon: int = 50  # steps after which an imagined episode is cut off
-    warm_up: int = 16  # logged frames that the members filter, up to that of an episode's start
-    starts: int = 4  # starts for each row of episodes in an update; used again if more are needed
+    halt_penalty: float = -10.0  # imagined episodes: reward of a step that halts
+    horizon: int = 50  # imagined episodes: steps after which one is cut off
+    warm_up: int = 16  # imagined episodes: logged frames that the members filter, up to the start
+    starts: int = 4  # imagined episodes: starts for each row in an update; used again if too few
 
     # policy: network (D.2.1)
     channels: int = 64  # channels of the policy's blocks; the rest of its network scales with it
@@ -173,7 +174,7 @@ class Args:
     learning_rate: float = 2.5e-4  # PPO: Adam's learning rate at first
     anneal_updates: int = 1_250  # PPO: updates over which the learning rate falls to zero
     max_grad_norm: float = 0.5  # PPO: largest global norm of the gradient
-    discount: float = 0.99  # discount factor γ
+    discount: float = 0.99  # policy: discount factor γ
     gae_lambda: float = 0.95  # λ of PPO's generalised advantage
     clip_ratio: float = 0.1  # PPO: ε, the probability ratio is clipped to [1 - ε, 1 + ε]
     entropy_coef: float = 0.01  # PPO: weight of the entropy
@@ -1398,6 +1399,7 @@ class Run:
 
             options = {"id": f"{self.config['starts'][0]['time']:.6f}", "resume": "allow"}
             options["project"] = os.environ.get("WANDB_PROJECT", "rosmo-suite")
+            options["reinit"] = "create_new"  # beside a run of the same process
             try:
                 self.wandb = wandb.init(dir=self.dir, config=self.config, **options)
             except (wandb.Error, ValueError) as error:
@@ -1727,7 +1729,7 @@ def train_world_model(
     run: Run, folder: Path, store: Store, network: WorldModel, put, replicated, args: Args
 ) -> bytes:
     """Trains the ensemble in a run of its own -> its parameters, as `load_world_model`."""
-    changed = {"run_dir": folder, "total_updates": args.model_updates, "track": False}
+    changed = {"run_dir": folder, "total_updates": args.model_updates}
     changed |= dict.fromkeys(("eval_every", "checkpoint_every"), args.model_eval_every)
     model_run = ModelRun(run, dataclasses.replace(args, **changed))
     if len({*all_processes(model_run.saved)}) > 1:
@@ -1766,6 +1768,8 @@ def train_world_model(
     content = serialization.to_bytes(jax.device_get(state.best))
     if model_run.writes:  # it is finished
         model_run.write("members.msgpack", zlib.crc32(content).to_bytes(4, "little") + content)
+        if args.track:
+            model_run.wandb.finish()
     model_run.bar.close()
     return content
 
@@ -1904,10 +1908,11 @@ def device_mesh() -> Mesh:
 
 def tell_if_slow(run, done: int) -> None:
     """Says after the second update of a run if all of them may take more than a week."""
-    days = run.seconds["seconds/update"] * run.args.total_updates / 86_400
+    seconds = run.seconds["seconds/update"]
+    days = seconds * run.args.total_updates / 86_400
     if run.writes and done == 2 and days > 7:
-        small = "the README has small settings ('Atari on a laptop')"
-        print(f"The updates of {run.dir} take up to {days:,.0f} days here; {small}.", flush=True)
+        long = f"An update of {run.dir} takes {seconds:.3g} s here, all take up to {days:,.0f} days"
+        print(f"{long}; the README has small settings ('Atari on a laptop').", flush=True)
 
 
 # --- end processes ---
@@ -1947,6 +1952,8 @@ def measure_halting(run: Run, store: Store, members, network: WorldModel, put, a
         draw_discrepancies(replays, threshold, run.dir / "discrepancy.png")
         halted = ", ".join(f"{rate:.1%} of those with {x} actions" for x, rate in rates.items())
         print(f"Replays in which a discrepancy exceeds {threshold:.4f}: {halted}.", flush=True)
+        if rates["random"] < 2 * rates["logged"]:
+            print("So the members hardly tell unknown actions from logged ones.", flush=True)
     return threshold
 
 
@@ -2054,7 +2061,7 @@ if __name__ == "__main__":
     except Exception as error:
         status, reason = traceback.format_exc(), str(error).partition("\n")[0]
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            advice = "give smaller batches or a smaller network, or end what else uses it"
+            advice = "give a smaller --batch-size or --channels, or end what else uses it"
             status = f"The memory is not enough: {advice}. {reason}".strip()
     except SystemExit as end:
         status = end.code

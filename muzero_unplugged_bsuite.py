@@ -35,7 +35,7 @@ Where the paper is silent, or differs from the authors' code, this file does the
    [0, 1] over a node and its children, as for targets (authors' code; --eval-dirichlet-fraction 0:
    no noise); the final evaluation reports the greedy policy (of equal visits the first) beside it.
    Evaluations are without the data's noise (with it: --eval-noise).
-8. --data-percent draws whole episodes by the seed.
+8. --data-percent draws whole episodes by the seed. Evaluations have 2 episodes, the final one 100.
 """
 
 import dataclasses
@@ -732,6 +732,7 @@ class Run:
 
             options = {"id": f"{self.config['starts'][0]['time']:.6f}", "resume": "allow"}
             options["project"] = os.environ.get("WANDB_PROJECT", "rosmo-suite")
+            options["reinit"] = "create_new"  # beside a run of the same process
             try:
                 self.wandb = wandb.init(dir=self.dir, config=self.config, **options)
             except (wandb.Error, ValueError) as error:

@@ -35,7 +35,7 @@ Where the paper is silent, or differs from the authors' code, this file does the
    authors' code: bins that stand for h(x) = -9 to 10, targets clipped to ±9, the initial weights.
 7. Actions are sampled from the improved policy, or from π with --num-samples (authors' code); the
    final evaluation reports the greedy policy beside it. Evaluations are without the data's noise.
-8. --data-percent draws whole episodes by the seed.
+8. --data-percent draws whole episodes by the seed. Evaluations have 2 episodes, the final one 100.
 """
 
 import dataclasses
@@ -712,6 +712,7 @@ class Run:
 
             options = {"id": f"{self.config['starts'][0]['time']:.6f}", "resume": "allow"}
             options["project"] = os.environ.get("WANDB_PROJECT", "rosmo-suite")
+            options["reinit"] = "create_new"  # beside a run of the same process
             try:
                 self.wandb = wandb.init(dir=self.dir, config=self.config, **options)
             except (wandb.Error, ValueError) as error:

@@ -3,7 +3,7 @@
 #   bash benchmark/figure4b.sh [--workers 8]
 # Finished runs are skipped and stopped ones go on. Arguments: those of run.py and of the scripts.
 # Cost: 9 runs of one seed, 200,000 updates. Disk: 10 GB of data, 1 GB of runs.
-# Not measured; docs/gpu.md has the hours of a run on an H200, without evaluations.
+# Extrapolated: at most 25 hours of an H200, without evaluations (docs/gpu.md).
 set -euo pipefail
 CDPATH="" cd "$(dirname "$0")/.."
 python benchmark/run.py figure4b "$@"

@@ -553,16 +553,21 @@ def test_replays_go_through_the_steps_of_the_pessimistic_mdp(members, toy_store)
         alive &= ~np.asarray(outcome.terminated)
 
 
-def test_the_threshold_is_the_quantile_of_running_steps(monkeypatch, toy_store):
+def test_the_threshold_is_the_quantile_of_running_steps(monkeypatch, toy_store, tmp_path, capsys):
     logged, lines = np.arange(20.0).reshape(4, 5), []
     logged[3, 2:] = np.nan  # 17 to 19
-    replays = iter((logged, logged + 10))
+    replays = iter((logged, logged + 10, logged, logged))
     monkeypatch.setattr(morel, "replay", lambda *_: next(replays))
-    run = SimpleNamespace(stopping=False, writes=False, log=lambda *line: lines.append(line))
+    log = lambda *line: lines.append(line)  # noqa: E731
+    run = SimpleNamespace(stopping=False, writes=True, log=log, dir=tmp_path)
     args = dataclasses.replace(ARGS, batch_size=4, halt_batches=1, halt_quantile=0.75)
     threshold = morel.measure_halting(run, toy_store, None, None, lambda tree: tree, args)
     assert threshold == np.quantile(np.arange(17), 0.75) == 12
     assert lines == [(0, 0, dict(zip(HALTING, (12, 0.5, 1), strict=True)))]
+    hint = "the members hardly tell unknown actions from logged ones"
+    assert hint not in capsys.readouterr().out
+    morel.measure_halting(run, toy_store, None, None, lambda tree: tree, args)
+    assert hint in capsys.readouterr().out
 
 
 def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(

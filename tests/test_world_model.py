@@ -675,11 +675,18 @@ def test_the_time_of_a_policy_begins_after_its_world_model(trained, train):
     assert time.monotonic() - runs[0].started < 5_000
 
 
-def test_a_world_model_is_not_mirrored(train, tmp_path, monkeypatch):
-    """Weights & Biases shows the policy's run."""
-    inits = []
-    fake = SimpleNamespace(init=lambda **options: inits.append(options["dir"]), Error=OSError)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    with pytest.raises(SystemExit):
-        train(tmp_path / "run", track=True, between=lambda run: setattr(run, "stopping", True))
-    assert inits == [tmp_path / "run"]
+def test_a_world_model_is_a_run_of_its_own_on_weights_and_biases(train, tmp_path, monkeypatch):
+    said = []
+
+    def init(**options):
+        name = options["dir"].name
+        log = lambda values, step: said.append((name, step, values))  # noqa: E731
+        return SimpleNamespace(log=log, finish=lambda: said.append((name, "finish")))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=OSError))
+    train(tmp_path / "run", track=True)
+    lines = metrics(tmp_path / "run-world-model")
+    expected = [{k: v for k, v in x.items() if k not in ("update", "seed")} for x in lines]
+    model = [x for x in said if x[0] == "run-world-model"]
+    assert [x[2] for x in model[:-1]] == expected
+    assert model[-1] == ("run-world-model", "finish")
