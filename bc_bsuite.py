@@ -488,7 +488,8 @@ class Run:
 
             options = {"id": f"{self.config['starts'][0]['time']:.6f}", "resume": "allow"}
             options["project"] = os.environ.get("WANDB_PROJECT", "rosmo-suite")
-            options["reinit"] = "create_new"  # beside a run of the same process
+            options["reinit"] = "create_new"  # beside another run of this process
+            options["settings"] = {"finish_timeout": 600}  # it would wait for ever without network
             try:
                 self.wandb = wandb.init(dir=self.dir, config=self.config, **options)
             except (wandb.Error, ValueError) as error:

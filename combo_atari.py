@@ -149,12 +149,13 @@ class Args:
     channels: int = 64  # channels of Q's residual blocks; the rest of its network scales with it
     num_bins: int = 601  # bins of the categorical Q
 
-    # Q: optimisation (ROSMO's, Table 3)
+    # Q: optimisation (ROSMO's, Table 3), and CQL's target network
     batch_size: int = 512  # transitions in a batch of Q, over all devices
     learning_rate: float = 7e-4  # Q: AdamW's learning rate after warm-up
     learning_rate_decay: float = 0.1  # Q: factor on the learning rate every 100,000 updates
     weight_decay: float = 1e-4  # Q: AdamW's weight decay, on kernels only
     max_grad_norm: float = 5.0  # Q: largest global norm of the gradient
+    target_update_every: int = 2_000  # updates of Q between two copies to its target network
 
     # Q: rollouts of the world model
     rollout_every: int = 400  # updates of Q between two generations of rollouts
@@ -166,7 +167,6 @@ class Args:
 
     # Q: algorithm
     discount: float = 0.99  # Q: discount factor γ
-    target_update_every: int = 2_000  # updates of Q between two copies to its target network
     cql_alpha: float = 1.0  # α, weight of the conservative penalty
     model_share: float = 0.5  # part of a batch that comes from rollouts
     push_up: Literal["mix", "real"] = "mix"  # actions on which Q is pushed up: all, or logged only
@@ -1281,7 +1281,8 @@ class Run:
 
             options = {"id": f"{self.config['starts'][0]['time']:.6f}", "resume": "allow"}
             options["project"] = os.environ.get("WANDB_PROJECT", "rosmo-suite")
-            options["reinit"] = "create_new"  # beside a run of the same process
+            options["reinit"] = "create_new"  # beside another run of this process
+            options["settings"] = {"finish_timeout": 600}  # it would wait for ever without network
             try:
                 self.wandb = wandb.init(dir=self.dir, config=self.config, **options)
             except (wandb.Error, ValueError) as error:
@@ -1648,11 +1649,11 @@ def train_world_model(
     final = {"final/updates": done, "final/best_update": int(state.best_update)}
     model_run.log(done, args.seed, final | {"final/heldout_total": float(state.best_loss)})
     content = serialization.to_bytes(jax.device_get(state.best))
+    model_run.bar.close()
     if model_run.writes:  # it is finished
         model_run.write("members.msgpack", zlib.crc32(content).to_bytes(4, "little") + content)
         if args.track:
             model_run.wandb.finish()
-    model_run.bar.close()
     return content
 
 
@@ -1792,8 +1793,8 @@ def tell_if_slow(run, done: int) -> None:
     seconds = run.seconds["seconds/update"]
     days = seconds * run.args.total_updates / 86_400
     if run.writes and done == 2 and days > 7:
-        long = f"An update of {run.dir} takes {seconds:.3g} s here, all take up to {days:,.0f} days"
-        print(f"{long}; the README has small settings ('Atari on a laptop').", flush=True)
+        took = f"An update of {run.dir} takes {seconds:,.1f} s here, all up to {days:,.0f} days"
+        print(f"{took}; the README has small settings ('Atari on a laptop').", flush=True)
 
 
 # --- end processes ---
@@ -1909,7 +1910,7 @@ if __name__ == "__main__":
     except Exception as error:
         status, reason = traceback.format_exc(), str(error).partition("\n")[0]
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            advice = "give a smaller --batch-size or --channels, or end what else uses it"
+            advice = "give smaller batches or a smaller network (--help), or end what else uses it"
             status = f"The memory is not enough: {advice}. {reason}".strip()
     except SystemExit as end:
         status = end.code

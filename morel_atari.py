@@ -1399,7 +1399,8 @@ class Run:
 
             options = {"id": f"{self.config['starts'][0]['time']:.6f}", "resume": "allow"}
             options["project"] = os.environ.get("WANDB_PROJECT", "rosmo-suite")
-            options["reinit"] = "create_new"  # beside a run of the same process
+            options["reinit"] = "create_new"  # beside another run of this process
+            options["settings"] = {"finish_timeout": 600}  # it would wait for ever without network
             try:
                 self.wandb = wandb.init(dir=self.dir, config=self.config, **options)
             except (wandb.Error, ValueError) as error:
@@ -1766,11 +1767,11 @@ def train_world_model(
     final = {"final/updates": done, "final/best_update": int(state.best_update)}
     model_run.log(done, args.seed, final | {"final/heldout_total": float(state.best_loss)})
     content = serialization.to_bytes(jax.device_get(state.best))
+    model_run.bar.close()
     if model_run.writes:  # it is finished
         model_run.write("members.msgpack", zlib.crc32(content).to_bytes(4, "little") + content)
         if args.track:
             model_run.wandb.finish()
-    model_run.bar.close()
     return content
 
 
@@ -1911,8 +1912,8 @@ def tell_if_slow(run, done: int) -> None:
     seconds = run.seconds["seconds/update"]
     days = seconds * run.args.total_updates / 86_400
     if run.writes and done == 2 and days > 7:
-        long = f"An update of {run.dir} takes {seconds:.3g} s here, all take up to {days:,.0f} days"
-        print(f"{long}; the README has small settings ('Atari on a laptop').", flush=True)
+        took = f"An update of {run.dir} takes {seconds:,.1f} s here, all up to {days:,.0f} days"
+        print(f"{took}; the README has small settings ('Atari on a laptop').", flush=True)
 
 
 # --- end processes ---
@@ -1952,7 +1953,7 @@ def measure_halting(run: Run, store: Store, members, network: WorldModel, put, a
         draw_discrepancies(replays, threshold, run.dir / "discrepancy.png")
         halted = ", ".join(f"{rate:.1%} of those with {x} actions" for x, rate in rates.items())
         print(f"Replays in which a discrepancy exceeds {threshold:.4f}: {halted}.", flush=True)
-        if rates["random"] < 2 * rates["logged"]:
+        if rates["random"] < min(2 * rates["logged"], (1 + rates["logged"]) / 2):
             print("So the members hardly tell unknown actions from logged ones.", flush=True)
     return threshold
 
@@ -2061,7 +2062,7 @@ if __name__ == "__main__":
     except Exception as error:
         status, reason = traceback.format_exc(), str(error).partition("\n")[0]
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            advice = "give a smaller --batch-size or --channels, or end what else uses it"
+            advice = "give smaller batches or a smaller network (--help), or end what else uses it"
             status = f"The memory is not enough: {advice}. {reason}".strip()
     except SystemExit as end:
         status = end.code

@@ -36,8 +36,8 @@ Where the paper is silent, or differs from the authors' code, this file does the
    [0, 1] over a node and its children, as for targets (authors' code; --eval-dirichlet-fraction 0:
    no noise); the final evaluation reports the greedy policy (of equal visits the first) beside it.
 8. Rewards are not clipped (authors' code). --data-percent counts steps (authors' code: episodes).
-   Evaluations have 2 episodes, the final one 100; these end after 108,000 frames (authors' code:
-   20,000 actions).
+   Evaluations have 2 episodes, the final one 100; an episode ends after 108,000 frames (authors'
+   code: 20,000 actions).
 """
 
 import dataclasses
@@ -866,7 +866,8 @@ class Run:
 
             options = {"id": f"{self.config['starts'][0]['time']:.6f}", "resume": "allow"}
             options["project"] = os.environ.get("WANDB_PROJECT", "rosmo-suite")
-            options["reinit"] = "create_new"  # beside a run of the same process
+            options["reinit"] = "create_new"  # beside another run of this process
+            options["settings"] = {"finish_timeout": 600}  # it would wait for ever without network
             try:
                 self.wandb = wandb.init(dir=self.dir, config=self.config, **options)
             except (wandb.Error, ValueError) as error:
@@ -1104,8 +1105,8 @@ def tell_if_slow(run, done: int) -> None:
     seconds = run.seconds["seconds/update"]
     days = seconds * run.args.total_updates / 86_400
     if run.writes and done == 2 and days > 7:
-        long = f"An update of {run.dir} takes {seconds:.3g} s here, all take up to {days:,.0f} days"
-        print(f"{long}; the README has small settings ('Atari on a laptop').", flush=True)
+        took = f"An update of {run.dir} takes {seconds:,.1f} s here, all up to {days:,.0f} days"
+        print(f"{took}; the README has small settings ('Atari on a laptop').", flush=True)
 
 
 # --- main (identical in rosmo_atari.py, muzero_*_atari.py, bc_atari.py and c[rq]*_atari.py) ---
@@ -1204,7 +1205,7 @@ if __name__ == "__main__":
     except Exception as error:
         status, reason = traceback.format_exc(), str(error).partition("\n")[0]
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            advice = "give a smaller --batch-size or --channels, or end what else uses it"
+            advice = "give smaller batches or a smaller network (--help), or end what else uses it"
             status = f"The memory is not enough: {advice}. {reason}".strip()
     except SystemExit as end:
         status = end.code

@@ -312,8 +312,9 @@ def is_published(one: run.Run) -> bool:
 def references(task: str, runs: list[run.Run], normalized: bool) -> list[tuple[str, float]]:
     """Mean returns, or scores, of random play, the online DQN and the runs' data, where known."""
     facts = [run.data_facts(x.config["data"]) for x in runs if not is_published(x)]
-    means = {round(x["mean return"], 2) for x in facts if "mean return" in x}
-    found = [("data", mean) for mean in sorted(means)]
+    means = sorted({x["mean return"] for x in facts if "mean return" in x})
+    apart = [y for x, y in itertools.pairwise([-np.inf, *means]) if y - x > run.ROUNDING]
+    found = [("data", round(mean, 2)) for mean in apart]
     if task in REFERENCE_RETURNS:
         found += zip(("random play", "online DQN"), REFERENCE_RETURNS[task], strict=True)
     found.sort(key=lambda x: -x[1])
@@ -882,8 +883,8 @@ def write_page(
         known = "scores of random play and of the online DQN"
         if has_curves and item.form != "pooled curves":
             known = "mean returns" if item.unit == "return" else "scores"
-            known += " of random play, of the online DQN and, where runs tell it, of "
-            known += "the data (on BSuite of the whole dataset)"
+            known += " of random play, of the online DQN and, where runs tell it and the data are "
+            known += "not the published ones, of the data (on BSuite of the whole dataset)"
         lines += [f"{note} Lines: {known}; those beyond a panel are named at its edge.", ""]
     if has_curves and with_time:
         lines += ["Hours are those of training, without evaluation.", ""]

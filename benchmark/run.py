@@ -231,11 +231,14 @@ def data_facts(data: dict | str) -> dict:
     return {k: v for k, v in facts.items() if v is not None}
 
 
+ROUNDING = 0.006  # old runs wrote the data's mean return with two digits
+
+
 def differing(facts: dict, others: dict) -> list[str]:
-    """Names of the facts that cannot be of the same data; old runs rounded the mean return."""
-    close = facts.get("mean return", 0) - others.get("mean return", 0)
+    """Names of the facts that cannot be of the same data."""
+    distance = abs(facts.get("mean return", 0) - others.get("mean return", 0))
     known = [k for k in facts.keys() & others.keys() if facts[k] != others[k]]
-    return sorted(k for k in known if k != "mean return" or abs(close) > 0.015)
+    return sorted(k for k in known if k != "mean return" or distance > ROUNDING)
 
 
 def is_fall_back(config: dict) -> bool:

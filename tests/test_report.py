@@ -991,7 +991,12 @@ def test_old_runs_rounded_the_mean_return(tmp_path):
     write_run(tmp_path / "runs" / "a", "rosmo_bsuite", [1.0], data=old)
     data = BSUITE_DATA | {"mean_return": new}
     write_run(tmp_path / "runs" / "b", "bc_bsuite", [1.0], data=data)
-    assert "Mixed runs" not in (make(tmp_path, "table2") / "table2.md").read_text()
+    page = (make(tmp_path, "table2") / "table2.md").read_text()
+    assert "Mixed runs" not in page
+    assert " or 635" not in page
+    write_run(tmp_path / "runs" / "c", "crr_bsuite", [1.0], data=old.replace("14", "16"))
+    with pytest.raises(SystemExit, match="the data of catch differ in mean return"):
+        make(tmp_path, "table2")
 
 
 def test_clipped_rewards_of_the_published_data_are_no_points_of_the_game(tmp_path):

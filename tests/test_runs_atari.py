@@ -297,7 +297,7 @@ def test_updates_that_would_take_weeks_say_so_once(in_process, monkeypatch, name
     monkeypatch.setattr(module, "time", clock)
     output = in_process(name, folder="slow").stdout
     runs = 2 if name == "combo_atari" else 1  # the world model's is one, too
-    slow = r"An update of .* takes \S+ s here, all take up to [\d,]+ days"
+    slow = r"An update of .* takes \S+ s here, all up to [\d,]+ days"
     assert len(re.findall(slow, output)) == runs
 
 
@@ -308,7 +308,7 @@ def test_what_is_slow(seconds, done, told, capsys):
     args = rosmo_atari.Args(total_updates=200_000)
     took = {"seconds/update": seconds}
     rosmo_atari.tell_if_slow(SimpleNamespace(seconds=took, args=args, writes=True, dir="a"), done)
-    expected = "An update of a takes 20 s here, all take up to 46 days; the README has small"
+    expected = "An update of a takes 20.0 s here, all up to 46 days; the README has small"
     assert capsys.readouterr().out.startswith(expected) == told
 
 

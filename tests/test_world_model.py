@@ -676,9 +676,11 @@ def test_the_time_of_a_policy_begins_after_its_world_model(trained, train):
 
 
 def test_a_world_model_is_a_run_of_its_own_on_weights_and_biases(train, tmp_path, monkeypatch):
-    said = []
+    said, ids = [], []
 
     def init(**options):
+        assert options["reinit"] == "create_new"  # or the second would be the first
+        ids.append(options["id"])
         name = options["dir"].name
         log = lambda values, step: said.append((name, step, values))  # noqa: E731
         return SimpleNamespace(log=log, finish=lambda: said.append((name, "finish")))
@@ -690,3 +692,4 @@ def test_a_world_model_is_a_run_of_its_own_on_weights_and_biases(train, tmp_path
     model = [x for x in said if x[0] == "run-world-model"]
     assert [x[2] for x in model[:-1]] == expected
     assert model[-1] == ("run-world-model", "finish")
+    assert len({*ids}) == 2
