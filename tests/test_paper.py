@@ -153,13 +153,14 @@ case "$*" in *wrong*) exit 1;; *--help*) echo usage;; *finished*) ;; *--dry-run*
         assert calls == [f"benchmark/{tool}.py" for tool in tools.split()]
 
 
-PAGES = {name: ROOT / "benchmark" / "results" / f"{name}.md" for name in paper.ITEMS}
+RESULTS = ROOT / "benchmark" / "results"
+PAGES = [x for x in sorted(RESULTS.rglob("*.md")) if x.stem in paper.ITEMS]
 
 
-@pytest.mark.parametrize("name", [x for x in PAGES if paper.ITEMS[x].claim and PAGES[x].exists()])
-def test_pages_of_results_have_the_claims_of_today(name):
-    claim = f"The paper's claim: {paper.ITEMS[name].claim}"
-    assert claim in PAGES[name].read_text().splitlines()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(RESULTS)))
+def test_pages_of_results_have_the_claims_of_today(page):
+    claim = paper.ITEMS[page.stem].claim
+    assert not claim or f"The paper's claim: {claim}" in page.read_text().splitlines()
 
 
 def test_no_number_of_table_8_has_changed():
