@@ -837,7 +837,8 @@ class Run:
         found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
         start = {"commit": (found or "").strip() or None, "time": time.time()}
         start["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        start |= {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+        packages = ("jax", "jaxlib", "flax", "optax", "numpy", "mctx", "ale_py", "bsuite")
+        start |= {name: version(name) for name in packages if name in sys.modules}
         self.config["starts"].append(start)
         self.write("config.json", json.dumps(self.config, indent=2).encode())
         print(f"Run: {self.dir}, on {start['device']}.", flush=True)

@@ -354,6 +354,7 @@ def assert_same_losses(one, other, devices: int):
     """Of two runs, of which only one may have been evaluated."""
     config = json.loads((other / "config.json").read_text())
     assert config["starts"][0]["device"].startswith(f"{devices} x")
+    assert "ale_py" in config["starts"][0]
     losses = [[x for x in metrics(folder) if "losses/total" in x] for folder in (one, other)]
     assert losses[0]
     helpers.assert_close(*losses)
