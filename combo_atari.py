@@ -339,8 +339,9 @@ class Encoder(nn.Module):
 class Upsample(nn.Module):
     """Transposed convolution, kernel 6, stride 2: [..., n, n, C] -> [..., 2n + 4, 2n + 4, C'].
 
-    As a sub-pixel convolution, whose channels become 2 x 2 pixels: the same, and faster on a CPU,
-    which also takes a padded input better than a padded convolution, whose gradient is slow.
+    As a sub-pixel convolution, whose channels become 2 x 2 pixels: the same but for a bias of each
+    of the four, and faster on a CPU, which also takes a padded input better than a padded
+    convolution, whose gradient is slow.
     """
 
     channels: int
@@ -785,7 +786,7 @@ def combo_loss(params, target_params, batch: Batch, network: CQLNetwork, args: A
     is_real = jnp.arange(args.batch_size) < args.batch_size - model_rows(args)  # [B]
     weight = jnp.sum(moving) / jnp.maximum(1, jnp.sum(moving & is_real))
     push_up = is_real * weight if args.push_up == "real" else 1.0
-    penalty = jax.nn.logsumexp(q, axis=-1) - push_up * q_taken
+    penalty = gap + (1 - push_up) * q_taken  # log Σ exp Q(s, ·) - push_up Q(s, a)
 
     losses = {
         "losses/td": jnp.mean(td_loss * moving),
@@ -939,7 +940,7 @@ def update(state: TrainState, key, batch: Batch, network: CQLNetwork, args: Args
 
 @jax.jit(static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: CQLNetwork, args: Args):
-    """Actions [E] for observations [E, ...], ε-greedy in Q or, if greedy, with the highest Q."""
+    """Actions [N] for observations [N, ...], ε-greedy in Q or, if greedy, with the highest Q."""
     q = to_scalar(network.apply(params, observation))
     return epsilon_greedy(q, key, 0.0 if greedy else args.eval_epsilon)
 
@@ -1489,7 +1490,7 @@ def whole(x):
 
 
 def mean_metrics(sums: dict, updates: int) -> dict:
-    return {name: np.mean(x) / updates for name, x in sums.items()}  # older sums: of each member
+    return {name: x / updates for name, x in sums.items()}
 
 
 def process_rows(count: int) -> slice:
@@ -1590,8 +1591,8 @@ def load_world_model(folder: Path, args: Args, data: dict) -> bytes:
     except (OSError, ValueError, KeyError, TypeError):
         raise SystemExit(f"There is no trained world model in {folder}.") from None
     ours, other = vars(args), "--world-model"
-    # Other arguments of its training have no effect: a value that somebody gives must be its own,
-    # but for the batch size, which the devices of this run have to share.
+    # Other arguments of its training have no effect: a value that is not the default must be its
+    # own, but for the batch size, which the devices of this run have to share.
     training = {x for x in ours if x.startswith(("model_", "kl_", "heldout_"))}
     training -= {"model_share", "model_batch_size"}
     names = MODEL_ARGS + [name for name in sorted(training) if ours[name] != getattr(Args, name)]
@@ -1834,11 +1835,11 @@ def main(args: Args) -> None:
         raise SystemExit(f"The processes see different files in {run.dir}: all must share it.")
     run.bar.set_description("Q")
     num_actions = store.meta["num_actions"]
-    world_model, network = make_world_model(num_actions, args), make_network(num_actions, args)
+    model, network = make_world_model(num_actions, args), make_network(num_actions, args)
     mesh = device_mesh()
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     put = partial(jax.make_array_from_process_local_data, by_device)  # from this process's part
-    members, crc32 = get_world_model(run, store, world_model, put, replicated, args)
+    members, crc32 = get_world_model(run, store, model, put, replicated, args)
 
     init_key, key = jax.random.split(jax.random.key(args.seed))  # Q starts as in cql_atari.py
     rollout_key, mix_key = jax.random.split(key)
@@ -1862,14 +1863,11 @@ def main(args: Args) -> None:
         """The logged part of a batch, and the starts of the generation that begins with it."""
         batch = sample_batch(store, args.seed, step, logged, 2, process_rows(logged))
         generation, later = divmod(step, args.rollout_every)
-        return put(batch), None if later else starts(generation)
-
-    def starts(generation: int) -> Batch:
-        return put(load_starts(store, generation, args))
+        return put(batch), None if later else put(load_starts(store, generation, args))
 
     def predict(state: TrainState, generation: int, starts: Batch, replay: bool) -> TrainState:
         inputs = (state.rollouts, starts, generation, replay, state.params, members, rollout_key)
-        return state._replace(rollouts=add_rollouts(*inputs, network, world_model, args))
+        return state._replace(rollouts=add_rollouts(*inputs, network, model, args))
 
     def learner(state: TrainState, loaded: tuple[Batch, Batch | None], step: int):
         (batch, new), generation = loaded, step // args.rollout_every
@@ -1883,9 +1881,11 @@ def main(args: Args) -> None:
     def evaluate(done: int, state: TrainState):
         return state, evaluate_agent(run, done, state.params, network, args), False
 
-    generations = -(-done // args.rollout_every)  # that were made before
+    # What was predicted before, unless only the final evaluation is left.
+    generations = -(-done // args.rollout_every) if done < args.total_updates else 0
     for generation in range(max(0, generations - args.rollout_generations), generations):
-        state = jax.block_until_ready(predict(state, generation, starts(generation), replay=True))
+        starts = put(load_starts(store, generation, args))
+        state = jax.block_until_ready(predict(state, generation, starts, replay=True))
         if any(all_processes(run.stopping)):
             run.exit()
     done, state = train(run, done, state, sums, learner, load, evaluate, mean_metrics, saved)

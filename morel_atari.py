@@ -347,8 +347,9 @@ class Encoder(nn.Module):
 class Upsample(nn.Module):
     """Transposed convolution, kernel 6, stride 2: [..., n, n, C] -> [..., 2n + 4, 2n + 4, C'].
 
-    As a sub-pixel convolution, whose channels become 2 x 2 pixels: the same, and faster on a CPU,
-    which also takes a padded input better than a padded convolution, whose gradient is slow.
+    As a sub-pixel convolution, whose channels become 2 x 2 pixels: the same but for a bias of each
+    of the four, and faster on a CPU, which also takes a padded input better than a padded
+    convolution, whose gradient is slow.
     """
 
     channels: int
@@ -770,10 +771,10 @@ def discrepancy(image, reward, block: int):
     return jnp.sqrt(jnp.max(squares, axis=(0, -2, -1)))
 
 
-def start_episodes(network: WorldModel, params, windows: Windows, member) -> Imagined:
+def start_episodes(model: WorldModel, members, windows: Windows, member) -> Imagined:
     """Episodes in the worlds of `member` [B] from the last frames of windows [B, warm_up]."""
     # One member after the other: a vmap makes grouped convolutions, which devices do not share.
-    states = jax.lax.map(lambda p: observe(network, p, windows)[0], params)  # [E, B, warm_up, ...]
+    states = jax.lax.map(lambda p: observe(model, p, windows)[0], members)  # [E, B, warm_up, ...]
     newest_first = windows.is_first[:, ::-1]
     history = jnp.where(newest_first.any(axis=1), jnp.argmax(newest_first, axis=1), 3)
     frames = stack_frames(windows.frame[:, -4:], history[:, None], 0)
@@ -783,29 +784,29 @@ def start_episodes(network: WorldModel, params, windows: Windows, member) -> Ima
 
 
 def imagined_step(
-    network: WorldModel, params, env: Imagined, action, threshold, args: Args
+    model: WorldModel, members, env: Imagined, action, threshold, args: Args
 ) -> tuple[Imagined, Outcome]:
-    """A step of the pessimistic MDP with actions int32 [B]; params [E, ...] are the members'.
+    """A step of the pessimistic MDP with actions int32 [B]; members [E, ...].
 
     All members predict. The episode's own supplies frame, reward and end, the others filter the
     frame. A discrepancy above the threshold halts.
     """
 
     def predict(params, state):
-        state = imagine(network, params, state, action)
-        return state, network.apply(params, state, method="decode")
+        state = imagine(model, params, state, action)
+        return state, model.apply(params, state, method="decode")
 
     before = jax.tree.map(lambda x: x.swapaxes(0, 1), env.state)  # [E, B, ...]
-    predicted, decoded = jax.lax.map(lambda x: predict(*x), (params, before))
+    predicted, decoded = jax.lax.map(lambda x: predict(*x), (members, before))
     state, by_row = jax.tree.map(lambda x: x.swapaxes(0, 1), (predicted, decoded))  # [B, E, ...]
     own = pick(by_row, env.member)
     frame = to_frame(own.image)  # [B, 84, 84]
 
     def filtered(params, deter):
-        embedding = network.apply(params, frame, method="encode")
-        return draw_latent(network.apply(params, deter, embedding, method="posterior"))
+        embedding = model.apply(params, frame, method="encode")
+        return draw_latent(model.apply(params, deter, embedding, method="posterior"))
 
-    latent = jax.lax.map(lambda x: filtered(*x), (params, predicted.deter)).swapaxes(0, 1)
+    latent = jax.lax.map(lambda x: filtered(*x), (members, predicted.deter)).swapaxes(0, 1)
     is_own = jnp.arange(args.members) == env.member[:, None]  # [B, E]
     state = State(state.deter, jnp.where(is_own[..., None, None], state.latent, latent))
 
@@ -819,19 +820,19 @@ def imagined_step(
     return env, Outcome(reward, halted, terminated, ended, disc)
 
 
-@jax.jit(static_argnames=("network", "args"))
-def replay(params, windows: Windows, action, network: WorldModel, args: Args):
+@jax.jit(static_argnames=("model", "args"))
+def replay(members, windows: Windows, action, model: WorldModel, args: Args):
     """Imagined episodes from windows [B, warm_up] with given actions [B, horizon]; nothing halts.
 
     Returns:
       The discrepancies [B, horizon]; nan after a predicted end, and where an action is -1.
     """
     member = jnp.arange(len(action)) % args.members
-    env = start_episodes(network, params, windows, member)
+    env = start_episodes(model, members, windows, member)
 
     def step(carry, action):
         env, running = carry
-        env, outcome = imagined_step(network, params, env, action, jnp.inf, args)
+        env, outcome = imagined_step(model, members, env, action, jnp.inf, args)
         disc = jnp.where(running & (action >= 0), outcome.discrepancy, jnp.nan)
         return (env, running & ~outcome.terminated), disc
 
@@ -879,7 +880,7 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     env: Imagined  # from which the next update goes on
-    threshold: Any  # of the discrepancy
+    threshold: Any  # of the discrepancy: a quantile along logged episodes, by measure_halting
     world_model_crc32: Any  # of the members in which it learns
     step: Any  # int32, updates done
 
@@ -890,12 +891,12 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), adam)
 
 
-def init_state(key, policy: PolicyNetwork, network: WorldModel, args: Args) -> TrainState:
+def init_state(key, policy: PolicyNetwork, model: WorldModel, args: Args) -> TrainState:
     """The state before the first update, which starts all imagined episodes."""
     params = policy.init(key, jnp.zeros((84, 84, 4), jnp.uint8))
     frames = jnp.zeros((args.batch_size, 84, 84, 4), jnp.uint8)
     zeros = jnp.zeros(args.batch_size, jnp.int32)
-    state = empty_state(network, args.batch_size, args.members)
+    state = empty_state(model, args.batch_size, args.members)
     env = Imagined(state, frames, member=zeros, steps=zeros, reward_sum=jnp.zeros(args.batch_size))
     opt_state = make_optimizer(args).init(params)
     return TrainState(params, opt_state, env, jnp.float32(0), jnp.uint32(0), jnp.int32(0))
@@ -950,8 +951,8 @@ def rollout(params, env: Imagined, starts: Imagined, key, step: Callable, policy
     return env, jax.tree.map(lambda x: x.swapaxes(0, 1), steps), metrics
 
 
-@jax.jit(static_argnames=("policy", "network", "args"), donate_argnames="state")
-def collect(state: TrainState, windows: Windows, members, key, policy, network, args: Args):
+@jax.jit(static_argnames=("policy", "model", "args"), donate_argnames="state")
+def collect(state: TrainState, windows: Windows, members, key, policy, model, args: Args):
     """The first half of an update: imagined steps in the members [E, ...].
 
     windows [B · starts, warm_up] end at the starts of the episodes that begin in this update. They
@@ -965,11 +966,11 @@ def collect(state: TrainState, windows: Windows, members, key, policy, network, 
     start_key, key = jax.random.split(jax.random.fold_in(key, state.step))
     rollout_key, order_key = jax.random.split(key)
     member = jax.random.randint(start_key, (len(windows.action),), 0, args.members)
-    starts = start_episodes(network, members, windows, member)
+    starts = start_episodes(model, members, windows, member)
     starts = jax.tree.map(lambda x: x.reshape(-1, args.starts, *x.shape[1:]), starts)
     begin = state.step == 0
     env = jax.tree.map(lambda new, old: jnp.where(begin, new[:, -1], old), starts, state.env)
-    step = partial(imagined_step, network, members, threshold=state.threshold, args=args)
+    step = partial(imagined_step, model, members, threshold=state.threshold, args=args)
     env, steps, metrics = rollout(state.params, env, starts, rollout_key, step, policy, args)
     advantage = advantages(steps, args)  # [B, T]
     unexplained = jnp.var(advantage) / jnp.maximum(jnp.var(steps.value + advantage), 1e-8)
@@ -1000,13 +1001,13 @@ def learn(state: TrainState, steps: Transitions, advantage, index, policy, args:
     return state._replace(params=params, opt_state=opt_state), metrics
 
 
-def update(state: TrainState, windows: Windows, members, key, policy, network, args: Args):
+def update(state: TrainState, windows: Windows, members, key, policy, model, args: Args):
     """One update of the policy, arguments as of `collect` -> (state, metrics).
 
     Its gradient steps are no `lax.scan`: there a CPU needs ten times as long for the gradient of a
     convolution.
     """
-    inputs = (state, windows, members, key, policy, network, args)
+    inputs = (state, windows, members, key, policy, model, args)
     state, steps, advantage, order, metrics = collect(*inputs)
     parts = []
     for index in order:
@@ -1025,7 +1026,7 @@ def mean_ppo_metrics(sums: dict, updates: int) -> dict:
 
 @jax.jit(static_argnames=("greedy", "network", "args"))
 def act(params, observation, key, greedy: bool, network: PolicyNetwork, args: Args):
-    """Actions [E] for observations [E, ...]: samples of the policy, or its most probable action."""
+    """Actions [N] for observations [N, ...]: samples of the policy, or its most probable action."""
     logits, _ = network.apply(params, observation)
     return jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(key, logits)
 
@@ -1607,7 +1608,7 @@ def whole(x):
 
 
 def mean_metrics(sums: dict, updates: int) -> dict:
-    return {name: np.mean(x) / updates for name, x in sums.items()}  # older sums: of each member
+    return {name: x / updates for name, x in sums.items()}
 
 
 def process_rows(count: int) -> slice:
@@ -1708,8 +1709,8 @@ def load_world_model(folder: Path, args: Args, data: dict) -> bytes:
     except (OSError, ValueError, KeyError, TypeError):
         raise SystemExit(f"There is no trained world model in {folder}.") from None
     ours, other = vars(args), "--world-model"
-    # Other arguments of its training have no effect: a value that somebody gives must be its own,
-    # but for the batch size, which the devices of this run have to share.
+    # Other arguments of its training have no effect: a value that is not the default must be its
+    # own, but for the batch size, which the devices of this run have to share.
     training = {x for x in ours if x.startswith(("model_", "kl_", "heldout_"))}
     training -= {"model_share", "model_batch_size"}
     names = MODEL_ARGS + [name for name in sorted(training) if ours[name] != getattr(Args, name)]
@@ -1930,7 +1931,7 @@ def check_policy_args(args: Args) -> None:
         raise SystemExit(f"{message} {args.minibatches}.")
 
 
-def measure_halting(run: Run, store: Store, members, network: WorldModel, put, args: Args):
+def measure_halting(run: Run, store: Store, members, model: WorldModel, put, args: Args):
     """The threshold of the discrepancy, from replays of logged episodes.
 
     Logs how many of these it would halt, and of those with random actions; draws discrepancy.png.
@@ -1941,7 +1942,7 @@ def measure_halting(run: Run, store: Store, members, network: WorldModel, put, a
         rng, shape = np.random.default_rng((args.seed, i, 2)), (args.batch_size, args.horizon)
         random = rng.integers(store.meta["num_actions"], size=shape, dtype=np.int32)[rows]
         for name, actions in (("logged", logged), ("random", random)):
-            disc = replay(members, *put((windows, actions)), network, args)
+            disc = replay(members, *put((windows, actions)), model, args)
             parts[name].append(multihost_utils.process_allgather(disc, tiled=True))
         if any(all_processes(run.stopping)):
             run.exit()
@@ -2011,21 +2012,21 @@ def main(args: Args) -> None:
         raise SystemExit(f"The processes see different files in {run.dir}: all must share it.")
     run.bar.set_description("policy")
     num_actions = store.meta["num_actions"]
-    network, policy = make_world_model(num_actions, args), make_network(num_actions, args)
+    model, policy = make_world_model(num_actions, args), make_network(num_actions, args)
     mesh = device_mesh()
     by_device, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     put = partial(jax.make_array_from_process_local_data, by_device)  # from this process's part
-    members, crc32 = get_world_model(run, store, network, put, replicated, args)
+    members, crc32 = get_world_model(run, store, model, put, replicated, args)
 
     init_key, key = jax.random.split(jax.random.key(args.seed))
     shardings = TrainState(*[replicated] * len(TrainState._fields))._replace(env=by_device)
     init = jax.jit(init_state, static_argnums=(1, 2, 3), out_shardings=shardings)
-    state = init(init_key, policy, network, args)._replace(world_model_crc32=crc32)
+    state = init(init_key, policy, model, args)._replace(world_model_crc32=crc32)
     done, state, sums = run.restore(state)
     state, sums = jax.device_put((state, sums), (shardings, replicated))
     if done == 0:
         with run.time("preparation"):
-            threshold = measure_halting(run, store, members, network, put, args)
+            threshold = measure_halting(run, store, members, model, put, args)
             params = clone_behavior(run, state.params, store, policy, put, args)
         state = state._replace(params=params, threshold=jax.device_put(threshold, replicated))
 
@@ -2035,7 +2036,7 @@ def main(args: Args) -> None:
         return put(windows)
 
     def learner(state: TrainState, windows: Windows, step: int):
-        return update(state, windows, members, key, policy, network, args)
+        return update(state, windows, members, key, policy, model, args)
 
     def evaluate(done: int, state: TrainState):
         return state, evaluate_agent(run, done, state.params, policy, args), False

@@ -280,7 +280,6 @@ def test_members_learn_from_their_own_windows_and_the_metrics_are_their_means(pa
         assert alone[0][name] != alone[1][name]
         assert value == pytest.approx((alone[0][name] + alone[1][name]) / 2)
     assert morel.mean_metrics({"x": np.float32(6)}, 3) == {"x": 2}
-    assert morel.mean_metrics({"x": np.array([4, 8], np.float32)}, 3) == {"x": 2}
 
 
 def test_the_best_parameters_are_kept_and_the_reference_tells_when_training_ends():
