@@ -526,7 +526,7 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
             raise ValueError(fault + f" (first in row {np.argmin(holds)})" * by_row)
 
     observation, action, reward, last, terminal = steps
-    demand([x.shape == (len(action),) for x in steps[1:]], "all but observation have one axis")
+    demand([x.shape == (len(action),) for x in steps[1:]], "all but observation are [N] with one N")
     demand(len(shape) == 2, "an observation must have two axes; give a vector the shape (1, n)")
     wanted = [len(action), *shape]
     demand([*observation.shape] == wanted, f"observation is {[*observation.shape]}, not {wanted}")
@@ -653,18 +653,19 @@ class Run:
             self.open()
         hide = not (self.writes and sys.stderr.isatty())
         self.bar = tqdm(initial=self.saved, total=args.total_updates, unit="update", disable=hide)
-        signal.signal(signal.SIGINT, self.interrupt)
-        signal.signal(signal.SIGTERM, self.interrupt)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.handlers = {number: signal.signal(number, self.interrupt) for number in numbers}
 
     def compare(self, defaults: dict) -> None:
         """Ends the program if the folder holds something else than this run."""
-        if not {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}:
+        files = {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}
+        if not files and not self.checkpoints():
             return
         try:
             now, before = self.config, json.loads((self.dir / "config.json").read_text())
             # A longer run begins as the shorter one. An argument that an older version of the
             # script did not have counts as its default. Of the data what both say is compared.
-            theirs = defaults | before["args"]
+            theirs = json.loads(json.dumps(defaults, default=str)) | before["args"]
             theirs |= {"script": before["script"], "data": now["data"] | before["data"]}
             ours = now["args"] | {"script": now["script"], "data": before["data"] | now["data"]}
             theirs["total_updates"] = max(theirs["total_updates"], ours["total_updates"])
@@ -817,9 +818,17 @@ class Run:
             raise KeyboardInterrupt
         self.stopping = True
 
-    def exit(self) -> None:
+    def close(self) -> None:
+        """Gives back the signals and the folder, for a program that goes on."""
         self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if self.writes:
+            self.lock.release()
+
+    def exit(self) -> None:
         self.plot()
+        self.close()
         but = " without --overwrite" if self.args.overwrite else ""
         print(f"Stopped at update {self.saved:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
@@ -836,6 +845,7 @@ class Run:
                 data = self.config["data"]["mean_return"]
                 print(f"Final return {mean:.2f}, greedy {mean_greedy:.2f} (data {data:.2f}).")
             self.log(done, seed, final)
+        self.close()
         print(f"See {self.dir}.")
 
     def plot(self) -> None:
@@ -983,7 +993,8 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
         head = (__doc__ or "").split("\n\nWhere")[0].replace("\n", "\n ")  # or tyro joins lines
         main(tyro.cli(Args, description=head))

@@ -52,6 +52,9 @@ from typing import Any
 
 if __name__ == "__main__":  # until the packages are imported
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
 
     def leave(*_):
         print("Stopped.", file=sys.stderr)
@@ -259,6 +262,9 @@ def check_meta(meta: dict) -> None:
         json.dumps(meta)
     except TypeError as error:
         raise ValueError(f"meta must be of Python's own types: {error}.") from None
+    for name in ("env_id", "source"):
+        if not isinstance(meta[name], str):
+            raise ValueError(f"{name} is {meta[name]!r}; it must be a text.")
     for name in ("num_actions", "percent", "steps_per_checkpoint"):
         if not isinstance(meta[name], (int, float)):
             raise ValueError(f"{name} is {meta[name]!r}; it must be a number.")
@@ -292,6 +298,8 @@ def write_store(path: Path, meta: dict, episodes: Iterable[dict]) -> None:
         try:
             writer = StoreWriter(folder / "store", meta["num_actions"])
             for episode in episodes:
+                if not isinstance(episode, dict):
+                    raise ValueError(f"an episode is a {type(episode).__name__}, not a dict.")
                 if not {*FIELDS[:4]} <= episode.keys() <= {*FIELDS}:
                     wanted = f"{', '.join(FIELDS[:4])}, and may have {' and '.join(FIELDS[4:])}"
                     raise ValueError(f"an episode has {', '.join(episode)}; it must have {wanted}.")
@@ -342,6 +350,8 @@ def why(error: OSError) -> str:
 
 def find_fault(path: Path, env_id: str, source: str, percent: float) -> str | None:
     """Why `path` does not serve `percent` of this data, or None if it does. Reads no frames."""
+    if not any((path / name).exists() for name in ("meta.json", "frames.bin")):
+        return "is no store; choose another path"
     try:
         meta = json.loads((path / "meta.json").read_text())
         if meta["version"] != STORE_VERSION:

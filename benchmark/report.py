@@ -29,12 +29,17 @@ import shlex
 import signal
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 if __name__ == "__main__":  # until the packages are imported
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
 
     def leave(*_):
         print("Stopped.", file=sys.stderr)
@@ -90,8 +95,11 @@ def settings(one: run.Run) -> dict:
     script = one.config["script"]
     if not (run.ROOT / script).exists():  # a copy with another name
         return one.config["args"]
-    module = importlib.import_module(script.removesuffix(".py"))
-    return run.plain(module.Args()) | one.config["args"]
+    try:
+        module = importlib.import_module(script.removesuffix(".py"))
+        return run.plain(module.Args()) | one.config["args"]
+    except Exception:  # a user's script, which may be of another kind or half written
+        return one.config["args"]
 
 
 def put_together(runs: list[run.Run], seeds: tuple[int, ...] | None = None) -> Result | None:
@@ -341,6 +349,17 @@ def draw_references(axes, known: list[tuple[str, float]]) -> None:
     axes.text(0.98, 0.03, "\n".join(below), ha="right", **style)
 
 
+@contextmanager
+def replacing(out: Path, *old: str) -> Iterator[Path]:
+    """A folder to write into. When all is written, its files replace those in `out` and `old`."""
+    with TemporaryDirectory(prefix=".", dir=out) as folder:
+        yield Path(folder)
+        for name in old:
+            (out / name).unlink(missing_ok=True)
+        for path in Path(folder).iterdir():
+            path.replace(out / path.name)
+
+
 def panels(count: int, width: float = 3.6) -> tuple[Figure, list]:
     """A figure of so many panels that can be read at a page's width, and their axes."""
     columns = 2 if count in (2, 4) else min(count, 3)
@@ -432,7 +451,8 @@ def draw_run(one: run.Run) -> None:
     axes.xaxis.set_major_formatter(thousands)
     axes.set(xlabel="updates", ylabel="return")
     note = f"Moving averages over {n} evaluations." if n > 1 else "Single evaluations."
-    finish(figure, drawn, note, one.folder / "learning_curve.png")
+    with replacing(one.folder) as new:
+        finish(figure, drawn, note, new / "learning_curve.png")
 
 
 def pooled_curves(item: Item, cells: dict, tasks: tuple[str, ...]) -> dict[str, tuple]:
@@ -824,12 +844,13 @@ def write_csv(item: Item, cells: dict, path: Path) -> None:
                 writer.writerows((method, value, task, *row) for row in rows)
 
 
+FIGURES = ("", "-time", "-profiles")  # that a page may have
+
+
 def write_page(
     name: str, item: Item, cells: dict, tasks: tuple, notes: list, words: list[str], out: Path
 ) -> None:
     """{name}.md, {name}.csv and the figures of an item; `words` are the command's."""
-    for suffix in ("", "-time", "-profiles"):
-        (out / f"{name}{suffix}.png").unlink(missing_ok=True)  # of a page that is drawn anew
     found = [result for result in cells.values() if result]
     scores = score_matrices(item, cells, tasks)
     estimates = aggregates(scores)
@@ -962,7 +983,9 @@ def write_html(out: Path) -> None:
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     page = f"<!doctype html><html lang=en><head>{head}<title>ROSMO suite: results</title>"
     page += f"<style>{STYLE}</style></head><body><nav>{''.join(links)}</nav>"
-    (out / "report.html").write_text(f"{page}{''.join(parts)}</body></html>\n", encoding="utf-8")
+    page += f"{''.join(parts)}</body></html>\n"
+    with replacing(out) as new:
+        (new / "report.html").write_text(page, encoding="utf-8")
 
 
 # Commands
@@ -1030,7 +1053,8 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
         words += ["--runs", *map(str, args.runs)]
     words += ["--mix"] * args.mix + further
     words += ["--greedy", "--out", str(args.out)] if args.greedy else []
-    write_page(name, item, cells, tasks, notes, words, args.out)
+    with replacing(args.out, *(f"{name}{suffix}.png" for suffix in FIGURES)) as out:
+        write_page(name, item, cells, tasks, notes, words, out)
     done = sum(result is not None for result in cells.values())
     print(f"{name}: {done} of {len(cells)} cells, see {args.out}/{name}.md.")
     return True
@@ -1046,6 +1070,8 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
         label, _, folder = pair.partition("=")
         if not label.isprintable() or "$" in label:
             raise SystemExit(f"{pair!a}: a label has printable characters, without $.")
+        if label in LINES:
+            raise SystemExit(f"{pair}: the line of {label} is called so; choose another label.")
         named = label and folder
         runs = run.read_runs((Path(os.path.expanduser(folder)),), unfinished) if named else []
         if not runs:
@@ -1082,7 +1108,8 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
     notes += [f"Arguments that differ: {'; '.join(lines)}."] if lines else []
     notes += [f"Left out, as not finished: {', '.join(unfinished)}."] if unfinished else []
     words = ["python", "benchmark/report.py", "compare", *pairs] + ["--mix"] * args.mix
-    write_page("compare", item, cells, tuple(tasks), notes, words, args.out)
+    with replacing(args.out, *(f"compare{suffix}.png" for suffix in FIGURES)) as out:
+        write_page("compare", item, cells, tuple(tasks), notes, words, out)
 
 
 def main(args: Args, further: list[str]) -> None:
@@ -1094,7 +1121,9 @@ def main(args: Args, further: list[str]) -> None:
     chosen = chosen or args.runs != Args.runs or (is_curves and args.out)
     if (is_compare or is_curves) and args.greedy:
         raise SystemExit(f"--greedy is not for {args.items[0]}.")
-    if (is_compare or is_curves) and (further or chosen):
+    if (is_compare or is_curves) and further:
+        raise SystemExit(f"{args.items[0]} has no option {further[0]}.")
+    if (is_compare or is_curves) and chosen:
         raise SystemExit(f"{args.items[0]} draws the folders that are named, whole.")
     if is_curves:
         folders = tuple(Path(os.path.expanduser(x)) for x in args.items[1:])
@@ -1140,6 +1169,6 @@ if __name__ == "__main__":
     try:
         main(*tyro.cli(Args, description=text, return_unknown_args=True))
     except OSError as error:  # a full disk, a folder that cannot be written
-        raise SystemExit(f"{error}.") from None
+        raise SystemExit(f"{error}: put that right, then give the same command again.") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -31,6 +31,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 if __name__ == "__main__":  # until the packages are imported
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
 
     def leave(*_):
         print("Stopped.", file=sys.stderr)

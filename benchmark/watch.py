@@ -27,6 +27,9 @@ from typing import Annotated
 
 if __name__ == "__main__":  # until the packages are imported
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
 
     def leave(*_):
         print("Stopped.", file=sys.stderr)
@@ -61,8 +64,9 @@ def load_agent(run: Path) -> tuple[ModuleType, str, Callable]:
     """
     try:
         config = json.loads((run / "config.json").read_text())
-        if not config["script"].endswith("_atari.py"):
-            raise SystemExit(f"{run} is a run of {config['script']}; only Atari has pictures.")
+        name = config["script"].removesuffix(".py")
+        if "num_seeds" in config["args"]:
+            raise SystemExit(f"{run} is a run of {name}.py on BSuite; only Atari has pictures.")
         paths = [x for x in run.glob("checkpoints/*.msgpack") if x.stem.isdecimal()]
         content, arguments = None, dict(config["args"])
         for path in sorted(paths, key=lambda path: int(path.stem)):  # the run may delete the first
@@ -73,10 +77,11 @@ def load_agent(run: Path) -> tuple[ModuleType, str, Callable]:
             raise ValueError("it has none" if not paths else "they are damaged")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{run} is no run with a whole checkpoint ({error}).") from None
-    name = config["script"].removesuffix(".py")
-    if importlib.util.find_spec(name) is None:
-        raise SystemExit(f"{run} is a run of {name}.py: put that script beside benchmark/.")
-    script = importlib.import_module(name)
+    try:
+        script = importlib.import_module(name)
+    except Exception as error:  # a user's script, which may be elsewhere or half written
+        message = f"{run} is a run of {name}.py: put that script beside benchmark/"
+        raise SystemExit(f"{message}, as it was ({error}).") from None
     script.prepare_jax()
     known = {field.name for field in fields(script.Args)} & set(arguments)
     args = script.Args(**{name: arguments[name] for name in known})
@@ -138,8 +143,8 @@ def main(args: Args) -> None:
     run = Path(os.path.expanduser(args.run))
     script, env_id, act = load_agent(run)
     path = Path(os.path.expanduser(args.out or run / "video.mp4"))
-    if path.is_dir():
-        raise SystemExit(f"{path} is a folder; --out must be a file.")
+    if path.is_dir() or path.suffix != ".mp4":
+        raise SystemExit(f"--out is {path}; it must be a file whose name ends in .mp4.")
     make_env = partial(script.make_env, max_num_frames_per_episode=args.max_frames)
     episode_return = record(act, make_env, env_id, args.seed, args.greedy, path)
     print(f"{path}: an episode of {env_id}, return {episode_return:g}.")

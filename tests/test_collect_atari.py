@@ -142,7 +142,7 @@ def test_finished_collection_is_not_overwritten(killed_and_resumed, tmp_path, ca
     with pytest.raises(SystemExit, match="not 100% of Qbert-dqn; choose another path"):
         collect_atari.main(collect_atari.Args(env_id="Qbert", out=str(killed_and_resumed)))
     (tmp_path / "mine").write_text("x")
-    with pytest.raises(SystemExit, match="is no whole store"):
+    with pytest.raises(SystemExit, match="is no store; choose another path"):
         collect_atari.main(collect_atari.Args(out=str(tmp_path)))
     assert (tmp_path / "mine").read_text() == "x"
 

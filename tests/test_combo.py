@@ -367,14 +367,13 @@ def run(path, cache_dir, tmp_path, monkeypatch):
     call Ctrl-C is pressed.
     """
     handlers = {}
-    no_lock = SimpleNamespace(acquire=lambda blocking: None)  # the runs come one by one
 
     def play(act, *_):
         action = act(np.zeros((1, 84, 84, 4), np.uint8), jax.random.key(0))
         return None if action is None else [float(action[0])]
 
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    monkeypatch.setattr(combo, "FileLock", lambda path: no_lock)
+    monkeypatch.setattr(combo, "FileLock", lambda path: helpers.NO_LOCK)
     monkeypatch.setattr(combo, "evaluate", play)
     monkeypatch.setattr(combo, "draw_predictions", lambda *_: None)  # slow; test_world_model.py
     monkeypatch.setattr(combo.Run, "plot", lambda *_: None)  # slow; test_runs_atari.py

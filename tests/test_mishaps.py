@@ -2,9 +2,13 @@
 
 import importlib
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +16,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
+import tyro
 import watch
 from flax import serialization
 
@@ -185,18 +190,19 @@ def test_watching_a_run(in_process, tmp_path, monkeypatch, capsys):
     path = run / "config.json"
     path.write_text(path.read_text().replace("bc_atari.py", "my_bc_atari.py"))
     newest.write_bytes(whole)
-    with pytest.raises(SystemExit, match=r"is a run of my_bc_atari.py: put that script beside"):
+    with pytest.raises(SystemExit, match=r"is a run of my_bc_atari\.py: put that .*No module"):
         watch.load_agent(run)
-    config = json.dumps({"script": "rosmo_bsuite.py", "args": {}})
+    config = json.dumps({"script": "idea.py", "args": {"num_seeds": 1}})
     (tmp_path / "other" / "config.json").write_text(config)
     with pytest.raises(SystemExit, match="only Atari has pictures"):
         watch.load_agent(tmp_path / "other")
 
 
-def test_a_folder_is_no_video(tmp_path, monkeypatch):
+def test_a_folder_or_a_file_of_another_kind_is_no_video(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "load_agent", lambda run: (bc_atari, "Asterix", None))
-    with pytest.raises(SystemExit, match="is a folder; --out must be a file"):
-        watch.main(watch.Args(tmp_path, out=tmp_path))
+    for out in (tmp_path, tmp_path / "video.gif"):
+        with pytest.raises(SystemExit, match=r"must be a file whose name ends in \.mp4"):
+            watch.main(watch.Args(tmp_path, out=out))
 
 
 def test_an_episode_is_played_with_the_seed_and_as_greedily_as_told(tmp_path):
@@ -239,6 +245,44 @@ def test_a_world_model_is_not_watched(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit, match="is a world model; give the folder of its policy"):
         watch.load_agent(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bc_bsuite", "bc_atari"])
+def test_a_program_that_calls_main_goes_on(
+    name, tmp_path, cache_dir, catch_dataset, asterix_store, monkeypatch
+):
+    """With its own signal handlers, and with the folder of a run that has ended."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
+    module, numbers = importlib.import_module(name), (signal.SIGINT, signal.SIGTERM)
+    dataset = catch_dataset if name == "bc_bsuite" else asterix_store
+    options = [*helpers.tiny(name), "--dataset", dataset, "--run-dir", tmp_path / "run"]
+    args = tyro.cli(module.Args, args=[str(option) for option in options])
+    before, evaluate = [signal.getsignal(number) for number in numbers], module.evaluate
+
+    def interrupt(*inputs):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*inputs)
+
+    for play, status in ((interrupt, 130), (evaluate, None), (evaluate, 0)):
+        monkeypatch.setattr(module, "evaluate", play)
+        with pytest.raises(SystemExit) if status is not None else nullcontext() as end:
+            module.main(args)
+        assert end is None or end.value.code == status
+        assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_notebook_runs_a_script(tmp_path, catch_dataset, cache_dir):
+    """Its streams are not those of a terminal."""
+    script = helpers.ROOT / "bc_bsuite.py"
+    arguments = [script, *helpers.tiny("bc_bsuite"), "--dataset", catch_dataset]
+    code = f"""import io, runpy, sys
+class Stream(io.TextIOBase):
+    write = lambda self, text: len(text)
+sys.stdout, sys.argv = Stream(), {[str(x) for x in arguments]}
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+    options = {"cwd": tmp_path, "env": os.environ | {"XDG_CACHE_HOME": str(cache_dir)}}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stderr
 
 
 TWICE = """import json, signal

@@ -588,9 +588,8 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
 
     helpers.without_blocks(monkeypatch, "morel_atari")
     helpers.save_world_model(model, parse(), members, data)
-    no_lock = SimpleNamespace(acquire=lambda blocking: None)  # the runs come one by one
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    monkeypatch.setattr(morel, "FileLock", lambda path: no_lock)
+    monkeypatch.setattr(morel, "FileLock", lambda path: helpers.NO_LOCK)
     monkeypatch.setattr(morel, "evaluate", play)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
 

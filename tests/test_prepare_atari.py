@@ -173,6 +173,10 @@ def test_other_refusals(tmp_path):
         write(store, num_actions=np.int64(3))
     with pytest.raises(ValueError, match="percent is '10'; it must be a number"):
         write(store, percent="10")
+    with pytest.raises(ValueError, match="source is 2023; it must be a text"):
+        write(store, source=2023)
+    with pytest.raises(ValueError, match="an episode is a tuple, not a dict"):
+        prepare_atari.write_store(store, META, [(1, 2)])
     for episode in ({k: v for k, v in GOOD.items() if k != "reward"}, GOOD | {"rewards": 0}):
         with pytest.raises(ValueError, match=r"an episode has frames, .*; it must have frames, "):
             prepare_atari.write_store(store, META, [episode])

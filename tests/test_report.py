@@ -921,6 +921,8 @@ def test_what_cannot_be_measured_ends_in_one_sentence(tool, options, message):
         (["curves", "runs"], {"env_ids": ("catch",)}, "curves draws the folders that are named"),
         (["curves", "runs"], {"out": Path("pages")}, "curves draws the folders that are named"),
         (["compare", "x=a"], {"runs": (Path("b"),)}, "compare draws the folders that are named"),
+        (["compare", "x=a", "--mixx"], {}, "compare has no option --mixx"),
+        (["compare", "data=a"], {}, "the line of data is called so; choose another label"),
         (["curves"], {}, "Give folders with finished runs"),
         (["curves", "nowhere"], {}, "There is no folder nowhere"),
         (["compare", "=runs"], {}, "is not LABEL=FOLDER"),
@@ -933,8 +935,43 @@ def test_what_cannot_be_measured_ends_in_one_sentence(tool, options, message):
 def test_words_that_own_runs_do_not_know(tmp_path, monkeypatch, words, options, message):
     write_run(tmp_path / "runs", "bc_bsuite", [1.0])
     monkeypatch.chdir(tmp_path)
+    further = [word for word in words if word.startswith("--")]
+    words = tuple(word for word in words if word not in further)
     with pytest.raises(SystemExit, match=message):
-        report.main(report.Args(tuple(words), **options), [])
+        report.main(report.Args(words, **options), further)
+
+
+def test_pages_and_figures_that_cannot_be_written_whole_leave_those_before(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_run(tmp_path / name, "bc_bsuite", [1.0, 2.0, 3.0], learning_rate=0.1 * ord(name))
+    compare = ("compare", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}")
+    commands = report.Args(compare, out=tmp_path / "out"), report.Args(("curves", str(tmp_path)))
+    for args in commands:
+        report.main(args, [])
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"compare.md", "compare.png", "learning_curve.png"} <= {path.name for path in files}
+
+    def fill_the_disk(figure, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.Figure, "savefig", fill_the_disk)
+    for args in commands:
+        with pytest.raises(OSError, match="No space"):
+            report.main(args, [])
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["my_bsuite", "bc_bsuite.v2"])
+def test_runs_of_a_script_that_is_half_written_are_compared(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{name}.py").write_text("def main(")
+    write_run(tmp_path / "a", "rosmo_bsuite", [1.0])
+    path = tmp_path / "a" / "config.json"
+    path.write_text(path.read_text().replace("rosmo_bsuite.py", f"{name}.py"))
+    report.main(report.Args(("compare", f"mine={tmp_path / 'a'}"), out=tmp_path), [])
+    assert "| task | mine |" in (tmp_path / "compare.md").read_text()
 
 
 def test_runs_of_a_renamed_script_are_compared(tmp_path):

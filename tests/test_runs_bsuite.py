@@ -4,6 +4,7 @@ The folder and the `main` of all five are the same to the byte, so that most tes
 quickest one, bc_bsuite.py.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -327,6 +328,14 @@ def test_an_argument_that_came_later_counts_as_its_default(short, in_process):
     assert "something else (batch_size 128 -> 16); give another --run-dir" in result.stderr
 
 
+def test_an_argument_of_a_copy_may_be_of_any_type(short, in_process, monkeypatch):
+    new = [("hidden", tuple[int, ...], (64, 32)), ("init", Path, Path("x"))]
+    bases = (bc_bsuite.Args,)
+    args = dataclasses.make_dataclass("Args", new, bases=bases, frozen=True)
+    monkeypatch.setattr(bc_bsuite, "Args", args)
+    assert "This run is finished" in in_process("bc_bsuite", *SHORT).stdout
+
+
 class Linear(nn.Module):
     """A network of one layer."""
 
@@ -436,6 +445,13 @@ def test_a_folder_with_something_else_is_never_deleted(in_process, tmp_path):
         assert result.returncode == 1
         assert "run holds something else" in result.stderr
         assert [path.name for path in folder.iterdir()] == ["chapter1.tex"]
+    (folder / "chapter1.tex").unlink()
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "500.msgpack").write_text("of another program")
+    for options in ([], ["--overwrite"]):
+        result = in_process("bc_bsuite", *SHORT, *options)
+        assert "run holds something else" in result.stderr
+        assert [path.name for path in folder.glob("*/*")] == ["500.msgpack"]
 
 
 def test_a_folder_whose_first_start_failed_is_used_again(in_process, tmp_path):

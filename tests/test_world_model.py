@@ -20,7 +20,7 @@ import pytest
 import tyro
 from conftest import Killed
 from flax import serialization
-from helpers import metrics
+from helpers import NO_LOCK, metrics
 from scipy.special import softmax
 
 import combo_atari
@@ -36,7 +36,6 @@ OBSERVE = jax.jit(partial(morel.observe, NETWORK))
 IMAGINE = jax.jit(partial(morel.imagine, NETWORK))
 DECODE = jax.jit(partial(NETWORK.apply, method="decode"))
 HANDLERS = {}  # of the signals
-NO_LOCK = SimpleNamespace(acquire=lambda blocking: None)  # the runs of a test come one by one
 
 
 @pytest.fixture(scope="module")
