@@ -543,13 +543,13 @@ class Run:
             self.open()
         hide = not (self.writes and sys.stderr.isatty())
         self.bar = tqdm(initial=self.saved, total=args.total_updates, unit="update", disable=hide)
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.handlers = {number: signal.signal(number, self.interrupt) for number in numbers}
+        signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGTERM, self.interrupt)
 
     def compare(self, defaults: dict) -> None:
         """Ends the program if the folder holds something else than this run."""
-        files = {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}
-        if not files and not self.checkpoints():
+        files = [*self.dir.glob("*"), *self.dir.glob("checkpoints/*")]
+        if not {path.name for path in files} - {"lock", "checkpoints", "tmp"}:
             return
         try:
             now, before = self.config, json.loads((self.dir / "config.json").read_text())
@@ -574,7 +574,7 @@ class Run:
     def keep(self) -> None:
         """Locks the folder for this process; ends the program if another process has it."""
         (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.dir / "lock")
+        self.lock = FileLock(self.dir.absolute() / "lock", is_singleton=True)
         try:
             self.lock.acquire(blocking=False)
         except Timeout:
@@ -708,17 +708,9 @@ class Run:
             raise KeyboardInterrupt
         self.stopping = True
 
-    def close(self) -> None:
-        """Gives back the signals and the folder, for a program that goes on."""
-        self.bar.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        if self.writes:
-            self.lock.release()
-
     def exit(self) -> None:
+        self.bar.close()
         self.plot()
-        self.close()
         but = " without --overwrite" if self.args.overwrite else ""
         print(f"Stopped at update {self.saved:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
@@ -735,7 +727,7 @@ class Run:
                 data = self.config["data"]["mean_return"]
                 print(f"Final return {mean:.2f}, greedy {mean_greedy:.2f} (data {data:.2f}).")
             self.log(done, seed, final)
-        self.close()
+        self.stopping = True  # from here on Ctrl-C does not wait
         print(f"See {self.dir}.")
 
     def plot(self) -> None:

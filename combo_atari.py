@@ -1223,13 +1223,13 @@ class Run:
             self.open()
         hide = not (self.writes and sys.stderr.isatty())
         self.bar = tqdm(initial=self.saved, total=args.total_updates, unit="update", disable=hide)
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.handlers = {number: signal.signal(number, self.interrupt) for number in numbers}
+        signal.signal(signal.SIGINT, self.interrupt)
+        signal.signal(signal.SIGTERM, self.interrupt)
 
     def compare(self, defaults: dict) -> None:
         """Ends the program if the folder holds something else than this run."""
-        files = {path.name for path in self.dir.glob("*")} - {"lock", "checkpoints"}
-        if not files and not self.checkpoints():
+        files = [*self.dir.glob("*"), *self.dir.glob("checkpoints/*")]
+        if not {path.name for path in files} - {"lock", "checkpoints", "tmp"}:
             return
         try:
             now, before = self.config, json.loads((self.dir / "config.json").read_text())
@@ -1254,7 +1254,7 @@ class Run:
     def keep(self) -> None:
         """Locks the folder for this process; ends the program if another process has it."""
         (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.dir / "lock")
+        self.lock = FileLock(self.dir.absolute() / "lock", is_singleton=True)
         try:
             self.lock.acquire(blocking=False)
         except Timeout:
@@ -1388,17 +1388,9 @@ class Run:
             raise KeyboardInterrupt
         self.stopping = True
 
-    def close(self) -> None:
-        """Gives back the signals and the folder, for a program that goes on."""
-        self.bar.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        if self.writes:
-            self.lock.release()
-
     def exit(self) -> None:
+        self.bar.close()
         self.plot()
-        self.close()
         but = " without --overwrite" if self.args.overwrite else ""
         print(f"Stopped at update {self.saved:,}; the same command{but} goes on.", file=sys.stderr)
         raise SystemExit(130)
@@ -1415,7 +1407,7 @@ class Run:
                 data = self.config["data"]["mean_return"]
                 print(f"Final return {mean:.2f}, greedy {mean_greedy:.2f} (data {data:.2f}).")
             self.log(done, seed, final)
-        self.close()
+        self.stopping = True  # from here on Ctrl-C does not wait
         print(f"See {self.dir}.")
 
     def plot(self) -> None:
@@ -1593,23 +1585,24 @@ def get_world_model(run: Run, store: Store, network: WorldModel, put, replicated
 
 def load_world_model(folder: Path, args: Args, data: dict) -> bytes:
     """The ensemble in the folder of a world model, serialized; ends the program if none fits."""
+    ours, defaults = json.loads(json.dumps([vars(args), vars(Args())], default=str))
     try:
         config = json.loads((folder / "config.json").read_text())
-        theirs = {**config["args"]}
+        theirs = defaults | config["args"]
         their_data = data | {"crc32": None} | config["data"]  # an old one has no frames_crc32
         content = (folder / "members.msgpack").read_bytes()
     except (OSError, ValueError, KeyError, TypeError):
         raise SystemExit(f"There is no trained world model in {folder}.") from None
-    ours, other = vars(args), "--world-model"
+    other = "--world-model"
     # Other arguments of its training have no effect: a value that is not the default must be its
     # own, but for the batch size, which the devices of this run have to share.
     training = {x for x in ours if x.startswith(("model_", "kl_", "heldout_"))}
     training -= {"model_share", "model_batch_size"}
-    names = MODEL_ARGS + [name for name in sorted(training) if ours[name] != getattr(Args, name)]
+    names = MODEL_ARGS + [name for name in sorted(training) if ours[name] != defaults[name]]
     if not args.world_model:  # the run's own, of an earlier start
         names = [x for x in ours if x not in NOT_COMPARED | {"total_updates", "eval_every"}]
         other = "--run-dir"
-    pairs = [(name, theirs.get(name, getattr(Args, name)), ours[name]) for name in names]
+    pairs = [(name, theirs[name], ours[name]) for name in names]
     pairs += [(f"data of {x}", their_data.get(x), data.get(x)) for x in ("crc32", "frames_crc32")]
     if changes := ", ".join(f"{name} {a}" for name, a, b in pairs if a != b):
         message = f"{folder} is a world model with {changes}"
@@ -1661,11 +1654,11 @@ def train_world_model(
     final = {"final/updates": done, "final/best_update": int(state.best_update)}
     model_run.log(done, args.seed, final | {"final/heldout_total": float(state.best_loss)})
     content = serialization.to_bytes(jax.device_get(state.best))
+    model_run.bar.close()
     if model_run.writes:  # it is finished
         model_run.write("members.msgpack", zlib.crc32(content).to_bytes(4, "little") + content)
         if args.track:
             model_run.wandb.finish()
-    model_run.close()
     return content
 
 

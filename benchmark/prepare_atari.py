@@ -42,7 +42,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -298,7 +298,7 @@ def write_store(path: Path, meta: dict, episodes: Iterable[dict]) -> None:
         try:
             writer = StoreWriter(folder / "store", meta["num_actions"])
             for episode in episodes:
-                if not isinstance(episode, dict):
+                if not isinstance(episode, Mapping):
                     raise ValueError(f"an episode is a {type(episode).__name__}, not a dict.")
                 if not {*FIELDS[:4]} <= episode.keys() <= {*FIELDS}:
                     wanted = f"{', '.join(FIELDS[:4])}, and may have {' and '.join(FIELDS[4:])}"

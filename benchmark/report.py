@@ -98,7 +98,7 @@ def settings(one: run.Run) -> dict:
     try:
         module = importlib.import_module(script.removesuffix(".py"))
         return run.plain(module.Args()) | one.config["args"]
-    except Exception:  # a user's script, which may be of another kind or half written
+    except (Exception, SystemExit):  # a user's script, of another kind or half written
         return one.config["args"]
 
 
@@ -351,13 +351,14 @@ def draw_references(axes, known: list[tuple[str, float]]) -> None:
 
 @contextmanager
 def replacing(out: Path, *old: str) -> Iterator[Path]:
-    """A folder to write into. When all is written, its files replace those in `out` and `old`."""
+    """A folder to write into. When all is written its files move to `out`; other `old` ones go."""
     with TemporaryDirectory(prefix=".", dir=out) as folder:
         yield Path(folder)
-        for name in old:
-            (out / name).unlink(missing_ok=True)
-        for path in Path(folder).iterdir():
+        new = list(Path(folder).iterdir())
+        for path in new:
             path.replace(out / path.name)
+        for name in {*old} - {path.name for path in new}:
+            (out / name).unlink(missing_ok=True)
 
 
 def panels(count: int, width: float = 3.6) -> tuple[Figure, list]:
@@ -443,7 +444,7 @@ def draw_run(one: run.Run) -> None:
     mean = draw_line(axes, x, curves.mean(axis=0)[None], "C0", False)
     drawn = {"mean of the seeds": mean, "a seed": seeds[0]} if several else {"one seed": mean}
     draw_references(axes, references(task, [one], False))
-    stem = one.config["script"].removesuffix(".py").rpartition("_")[0]
+    stem = one.config["script"].removesuffix("_atari.py").removesuffix("_bsuite.py")
     names = {v: k for k, v in ALGORITHMS.items()} | {"morel": "MOReL", "combo": "COMBO"}
     folder = textwrap.fill(str(one.folder), 80)
     name = names.get(stem, one.config["script"])
@@ -1165,6 +1166,7 @@ def main(args: Args, further: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     text = (__doc__ or "").replace("\n", "\n ")
     try:
         main(*tyro.cli(Args, description=text, return_unknown_args=True))

@@ -251,7 +251,9 @@ def write_section(path: Path, title: str, text: str) -> None:
     titles = [part.partition("\n")[0] for part in [*sections, title]]
     place = titles.index(title)
     sections[place : place + 1] = [f"{title}\n\n{text}"]
-    path.write_text("\n".join(part.rstrip() + "\n" for part in sections), encoding="utf-8")
+    part = path.with_name(f".{path.name}")  # a full disk leaves the page as it was
+    part.write_text("\n".join(x.rstrip() + "\n" for x in sections), encoding="utf-8")
+    part.replace(path)
 
 
 def main(args: Args) -> None:

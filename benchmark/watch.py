@@ -79,7 +79,9 @@ def load_agent(run: Path) -> tuple[ModuleType, str, Callable]:
         raise SystemExit(f"{run} is no run with a whole checkpoint ({error}).") from None
     try:
         script = importlib.import_module(name)
-    except Exception as error:  # a user's script, which may be elsewhere or half written
+        for needed in ("prepare_jax", "Args", "make_env", "make_network", "act"):
+            getattr(script, needed)
+    except (Exception, SystemExit) as error:  # a user's script, elsewhere or half written
         message = f"{run} is a run of {name}.py: put that script beside benchmark/"
         raise SystemExit(f"{message}, as it was ({error}).") from None
     script.prepare_jax()

@@ -9,7 +9,6 @@ import time
 import zlib
 from functools import lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,6 @@ LOSSES = {"rosmo": "rosmo_loss", "muzero_unplugged": "muzero_loss"}
 LOSSES |= {name: f"{name}_loss" for name in BASELINES}
 
 PATIENCE = 240  # seconds for what a busy machine does late; a hang ends after ten minutes
-# Instead of a run's lock, where runs come one by one and some are left in the middle.
-NO_LOCK = SimpleNamespace(acquire=lambda blocking: None, release=lambda: None)
 
 # Runs
 # ----

@@ -373,7 +373,6 @@ def run(path, cache_dir, tmp_path, monkeypatch):
         return None if action is None else [float(action[0])]
 
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    monkeypatch.setattr(combo, "FileLock", lambda path: helpers.NO_LOCK)
     monkeypatch.setattr(combo, "evaluate", play)
     monkeypatch.setattr(combo, "draw_predictions", lambda *_: None)  # slow; test_world_model.py
     monkeypatch.setattr(combo.Run, "plot", lambda *_: None)  # slow; test_runs_atari.py

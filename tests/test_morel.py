@@ -589,7 +589,6 @@ def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
     helpers.without_blocks(monkeypatch, "morel_atari")
     helpers.save_world_model(model, parse(), members, data)
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    monkeypatch.setattr(morel, "FileLock", lambda path: helpers.NO_LOCK)
     monkeypatch.setattr(morel, "evaluate", play)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_dir))
 

@@ -187,6 +187,17 @@ def test_other_refusals(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_episode_may_be_any_mapping_as_of_np_load(path, tmp_path):
+    def saved():
+        for i, episode in enumerate(EPISODES):
+            np.savez(tmp_path / f"{i}.npz", **episode)
+            with np.load(tmp_path / f"{i}.npz") as file:
+                yield file
+
+    prepare_atari.write_store(tmp_path / "Pong", META, saved())
+    assert contents(tmp_path / "Pong") == contents(path)
+
+
 def test_a_store_is_never_overwritten(path):
     before = contents(path)
     with ends_with("exists already"):

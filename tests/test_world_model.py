@@ -20,7 +20,7 @@ import pytest
 import tyro
 from conftest import Killed
 from flax import serialization
-from helpers import NO_LOCK, metrics
+from helpers import metrics
 from scipy.special import softmax
 
 import combo_atari
@@ -351,7 +351,6 @@ def train(toy_path, store, first_members):
         args = dataclasses.replace(args, **changes)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(signal, "signal", HANDLERS.__setitem__)
-            patch.setattr(morel, "FileLock", lambda path: NO_LOCK)
             patch.setattr(morel, "init_members", lambda *_: jax.tree.map(jnp.copy, first_members))
             if not draws:  # it takes longer than the training
                 patch.setattr(morel, "draw_predictions", lambda *_: None)
