@@ -119,13 +119,13 @@ def world_model_programs(module, args):
 def morel_programs(module, policy, args):
     """Returns the parameters of the policy."""
     member = yield from world_model_programs(module, args)
-    model, key, options = stacked(member), keys(), {"policy": policy, "args": args}
-    network = {"network": module.make_world_model(5, args)}
-    inputs = (model, windows(module, 4, 5), array(jnp.int32, 4, 3))
-    yield "replay", module.replay.trace(*inputs, args=args, **network), member
-    state = jax.eval_shape(partial(module.init_state, **network, **options), key)
-    inputs = (state, windows(module, 4 * args.starts, 5), model, key)
-    traced, params = module.collect.trace(*inputs, **network, **options), state.params
+    members, key, options = stacked(member), keys(), {"policy": policy, "args": args}
+    model = {"model": module.make_world_model(5, args)}
+    inputs = (members, windows(module, 4, 5), array(jnp.int32, 4, 3))
+    yield "replay", module.replay.trace(*inputs, args=args, **model), member
+    state = jax.eval_shape(partial(module.init_state, **model, **options), key)
+    inputs = (state, windows(module, 4 * args.starts, 5), members, key)
+    traced, params = module.collect.trace(*inputs, **model, **options), state.params
     yield "collect", traced, both(params, member)
     as_arrays = partial(jax.tree.map, lambda x: array(x.dtype, *x.shape))
     _, steps, advantage, order, _ = as_arrays(traced.out_info)
