@@ -807,6 +807,8 @@ class Run:
                 print(f"Final return {mean:.2f}, greedy {mean_greedy:.2f} (data {data:.2f}).")
             self.log(done, seed, final)
         self.stopping = True  # from here on Ctrl-C does not wait
+        if self.args.track:
+            self.wandb.finish()
         print(f"See {self.dir}.")
 
     def plot(self) -> None:

@@ -672,10 +672,11 @@ def test_the_seconds_of_the_parts_are_counted_once(whole):
 
 def test_weights_and_biases_get_every_number_but_the_times(in_process, monkeypatch, tmp_path):
     logged, log = [], lambda values, step: logged.append((step, values))
-    fake = SimpleNamespace(init=lambda **_: SimpleNamespace(log=log), Error=OSError)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run = SimpleNamespace(log=log, finish=lambda: logged.append("finish"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run, Error=OSError))
     assert in_process("bc_bsuite", *SHORT, "--track").returncode == 0
     names = ("update", "seed")
+    assert logged.pop() == "finish"
     assert logged == [
         (x["update"], {f"seed{x['seed']}/{k}": v for k, v in x.items() if k not in names})
         for x in metrics(tmp_path / "run")
