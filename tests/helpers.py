@@ -9,6 +9,7 @@ import time
 import zlib
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,12 @@ def random_batch(batch_size: int, length: int, seed: int = 0, num_actions: int =
     )
 
 
+def layer_norm(x, axes, scale=1.0, bias=0.0, epsilon=1e-5):
+    """Layer normalisation over `axes` in plain numbers."""
+    mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+    return (x - mean) / np.sqrt(variance + epsilon) * scale + bias
+
+
 def two_hot_cross_entropy(value: float, logits) -> float:
     """-Σ φ(h(value)) log softmax(logits), in plain numbers."""
     from scipy.special import log_softmax
@@ -409,6 +416,21 @@ def copy_without_blocks(name: str, folder: Path) -> Path:
         torso = blocks(text)["torso"]
         path.write_text(text.replace(torso, f"{torso}ResidualBlock = lambda *_: lambda x: x\n"))
     return path
+
+
+def noting(make_env, seen: list):
+    """make_env whose environments note the observations that they give."""
+
+    def make(*inputs, **options):
+        env = make_env(*inputs, **options)
+        note = lambda result: seen.append(result[0].copy()) or result  # noqa: E731
+        return SimpleNamespace(
+            reset=lambda **seeds: note(env.reset(**seeds)),
+            step=lambda actions: note(env.step(actions)),
+            single_action_space=env.single_action_space,
+        )
+
+    return make
 
 
 def train_seeds(module, steps, args, network, seeds: list[int], num_updates: int):

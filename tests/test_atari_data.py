@@ -461,6 +461,19 @@ def test_evaluate_counts_the_first_episode_of_each_environment(monkeypatch):
     assert before_last < max(lengths)
 
 
+def test_evaluate_shows_each_game_its_own_frames_and_draws_anew(monkeypatch):
+    seen, keys = [], []
+
+    def act(observations, key):
+        np.testing.assert_array_equal(np.moveaxis(observations, -1, 1), seen[-1])
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return np.array([0, 1, 2])
+
+    monkeypatch.setattr(script, "make_env", helpers.noting(script.make_env, seen))
+    script.evaluate(act, "MsPacman", 3, 0, max_frames=80)
+    assert len(set(keys)) == len(keys) == 20
+
+
 def test_evaluate_depends_on_the_seed_and_can_be_broken_off():
     runs = [script.evaluate(fire, "MsPacman", 3, seed, max_frames=800) for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]

@@ -102,3 +102,11 @@ def test_actions(name):
     scripts = [importlib.import_module(f"{name}_{domain}") for domain in ("atari", "bsuite")]
     ours, theirs = (inspect.getsource(script.act.__wrapped__) for script in scripts)
     assert ours == theirs
+
+
+def test_weights_of_crr_are_those_of_bsuite_also_beyond_the_cap():
+    scripts = [importlib.import_module(f"crr_{domain}") for domain in ("atari", "bsuite")]
+    advantage = jnp.linspace(-5, 50, 12)
+    for weight in ("exp", "binary"):
+        found = [x.regression_weight(advantage, x.Args(weight=weight, beta=0.5)) for x in scripts]
+        np.testing.assert_array_equal(*found)

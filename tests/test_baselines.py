@@ -279,3 +279,22 @@ def test_truncation_as_termination_makes_every_last_step_terminal(name):
         return jax.jit(function)(*inputs, batch, *key)[0]
 
     assert loss(batch, cut) == loss(ended, args) != loss(batch, args)
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("bc", 12), ("cql", 12), ("crr", 14)])
+def test_networks_on_atari_have_the_blocks_of_appendix_d21(name, blocks):
+    module = importlib.import_module(f"{name}_atari")
+    network = module.make_network(4, module.Args(channels=4))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((84, 84, 4), jnp.uint8))
+    kernels = [x for x in jax.tree.leaves(shapes) if x.shape[:2] == (3, 3)]
+    # Two in a block, two more in the representation, and one in CRR's critic.
+    assert len(kernels) == 2 * blocks + 2 + (name == "crr")
+
+
+def test_the_critic_of_crr_carries_states_on(monkeypatch):
+    crr_atari = importlib.import_module("crr_atari")
+    monkeypatch.setattr(crr_atari, "Head", lambda *_: lambda x: x)
+    critic, state = crr_atari.Critic(4, 21, jnp.float32), jnp.ones((2, 3, 6, 6, 4))
+    shapes = jax.eval_shape(critic.init, jax.random.key(0), state, jnp.eye(3))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
+    np.testing.assert_array_equal(critic.apply(nothing, state, jnp.eye(3)), state)

@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tyro
-from helpers import PATIENCE, contents, read_store, wait_until_gone
+from helpers import PATIENCE, contents, noting, read_store, wait_until_gone
 
 import collect_atari
 import prepare_atari
@@ -93,6 +94,34 @@ def test_saved_episodes_survive_the_kill(killed_and_resumed):
         recorded = collect_atari.Recorder.read(recorder, number)
         for name in ("frames", "action", "reward"):
             np.testing.assert_array_equal(recorded[name], episode[name])
+
+
+def test_a_goal_is_the_return_and_the_best_value_of_the_target():
+    network, tx, rng = collect_atari.QNetwork(3, 0.1), optax.sgd(1.0), np.random.default_rng(0)
+    stack, following = rng.integers(0, 256, (2, 1, 84, 84, 4), dtype=np.uint8)
+    params, target = (network.init(jax.random.key(i), stack) for i in range(2))
+    error = 0.3 + 0.5 * network.apply(target, following).max() - network.apply(params, stack)[0, 1]
+    batch = {"stack": stack, "next": following, "action": np.array([1])}
+    batch |= {"return": np.float32([0.3]), "discount": np.float32([0.5])}
+    learner = collect_atari.Learner(jax.tree.map(jnp.copy, params), target, tx.init(params))
+    before = params["params"]["Dense_1"]["bias"]
+    after = collect_atari.update(network, tx, learner, batch).params["params"]["Dense_1"]["bias"]
+    assert 0.01 < abs(error) < 1  # where Huber's loss is a square
+    np.testing.assert_allclose(after - before, [0, error, 0], atol=1e-5)
+
+
+def test_the_agent_sees_what_the_environments_show(tmp_path, monkeypatch):
+    seen = []
+
+    def greedy(network, params, stacks):
+        np.testing.assert_array_equal(np.moveaxis(stacks, -1, 1), seen[-1])
+        return np.array([2, 3])
+
+    monkeypatch.setattr(collect_atari, "make_env", noting(collect_atari.make_env, seen))
+    monkeypatch.setattr(collect_atari, "greedy", greedy)
+    args = collect_atari.Args(num_steps=20, num_envs=2, max_frames=40, width=0.1, replay_size=100)
+    collect_atari.collect(args, collect_atari.Recorder(tmp_path / "r", args))
+    assert len(seen) > 5
 
 
 def test_what_changes_no_number_may_change_before_a_collection_goes_on(tmp_path, monkeypatch):

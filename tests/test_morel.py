@@ -279,6 +279,20 @@ def test_a_rollout_goes_through_the_starts_and_bootstraps_with_the_true_next_fra
     assert set(none) == {"losses/total", "charts/episodes", "charts/discrepancy"}
 
 
+def test_every_imagined_step_draws_an_action_of_its_own():
+    def apply(params, frames):
+        return jnp.zeros((*frames.shape[:-3], 3)), jnp.zeros(frames.shape[:-3])
+
+    def step(env, action):
+        no = action < 0
+        return env, morel.Outcome(jnp.zeros(4), no, no, no, jnp.zeros(4))
+
+    args, policy = dataclasses.replace(ARGS, rollout_length=30), SimpleNamespace(apply=apply)
+    inputs = None, empty_episodes(4), empty_episodes(4, 2), jax.random.key(0)
+    _, steps, _ = morel.rollout(*inputs, step, policy, args)
+    assert [len(set(row)) for row in steps.action.tolist()] == [3] * 4
+
+
 def test_the_loss_of_ppo_against_a_naive_loop():
     steps, policy = random_steps(), Linear()
     rng = np.random.default_rng(1)

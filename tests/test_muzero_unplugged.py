@@ -358,3 +358,9 @@ def test_learns_a_known_problem_from_random_data():
     actions = muzero.act(params, observation[:2], jax.random.key(0), True, NETWORK, args)
     assert actions.tolist() == [1, 2]
     assert np.isfinite(metrics["losses/total"]).all()
+
+
+def test_the_prior_of_mpo_is_without_noise():
+    options = {"policy_target": "mpo", "mpo_temperature": 1e9}  # so that the prior is left alone
+    policy, _ = search(np.arange(20), noise=1.0, num_simulations=2, **options)
+    np.testing.assert_allclose(policy, jax.nn.softmax(Table().policy_logits[:20]), atol=1e-5)

@@ -931,3 +931,8 @@ def test_what_a_kill_left_beside_a_whole_store_goes(make, tmp_path):
     left.mkdir()
     make(percent=50, rlu_prefix="nowhere")
     assert not left.exists()
+
+
+def test_sizes_of_the_published_data():
+    """A million steps a checkpoint, and episodes of 27,000 steps at most."""
+    assert (prepare_atari.STEPS_PER_CHECKPOINT, prepare_atari.MAX_STEPS) == (1_000_000, 27_000)

@@ -102,6 +102,34 @@ def test_observations_are_scaled_states_carried_on_and_rewards_read_from_states(
     before, after = (apply_network(p, state, method="prediction") for p in (params, changed))
     np.testing.assert_array_equal(before.reward_logits, after.reward_logits)
     assert np.abs(before.value_logits - after.value_logits).max() > 1e-3
+    assert np.abs(before.policy_logits - after.policy_logits).max() > 1e-3
+
+
+def test_a_head_against_numpy():
+    x = np.random.default_rng(0).normal(size=(5, 6, 6, 2)).astype(np.float32)
+    head = rosmo.Head(2, 3, jnp.dtype("float32"))
+    params = helpers.with_noise(head.init(jax.random.key(0), x), 0)["params"]
+
+    def activated(y, i, axes):
+        return np.maximum(helpers.layer_norm(y, axes, **params[f"LayerNorm_{i}"]), 0)
+
+    y = activated(x, 0, (1, 2, 3)) @ params["Conv_0"]["kernel"][0, 0]
+    y = activated(y, 1, (1, 2, 3)).reshape(5, -1)
+    for i in range(2):
+        y = activated(y @ params[f"Dense_{i}"]["kernel"], i + 2, 1)
+    expected = y @ params["Dense_2"]["kernel"] + params["Dense_2"]["bias"]
+    np.testing.assert_allclose(head.apply({"params": params}, x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_dynamics_adds_the_state_to_what_it_makes_of_the_normalised_one(monkeypatch):
+    helpers.without_blocks(monkeypatch, "rosmo_atari")
+    state, action = np.random.default_rng(0).normal(size=(6, 6, 4)), jnp.eye(3)[0]
+    kernel = np.zeros((3, 3, 4 + 3, 4), np.float32)
+    kernel[1, 1, range(4), range(4)] = 1  # the convolution changes nothing
+    g = rosmo.Dynamics(4, jnp.dtype("float32"))
+    params = g.init(jax.random.key(0), state, action)["params"] | {"Conv_0": {"kernel": kernel}}
+    expected = state + np.maximum(helpers.layer_norm(state, (0, 1, 2)), 0)
+    np.testing.assert_allclose(g.apply({"params": params}, state, action), expected, atol=1e-4)
 
 
 def test_residual_block_is_pre_activation_with_layer_normalisation():

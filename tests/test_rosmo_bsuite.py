@@ -570,3 +570,15 @@ def test_a_seed_learns_the_same_alone_and_among_others(catch_dataset):
         np.testing.assert_allclose(a[0], b[0], atol=1e-5)
     kernels = both.params["params"]["Dense_0"]["kernel"]  # zero at first
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
+
+
+def test_starts_are_those_of_a_share_of_episodes_of_any_length():
+    is_last = np.isin(np.arange(30), [1, 4, 9, 29])
+    episode = np.cumsum(is_last) - is_last
+    starts, numbers = rosmo.window_starts(is_last, 50.0, [*range(6)])
+    for row, number in zip(starts, numbers, strict=True):
+        chosen = np.unique(episode[row[:number]])
+        assert len(chosen) == 2
+        assert row[:number].tolist() == np.flatnonzero(np.isin(episode, chosen)).tolist()
+    assert len(set(numbers.tolist())) > 1
+    assert rosmo.window_starts(np.ones(100, bool), 29.0, [0])[1] == [29]  # 28.999999999999996

@@ -188,3 +188,42 @@ def test_accelerators_have_bfloat16_unless_told(name, monkeypatch):
     for backend, given, dtype in (*cases, ("tpu", "float32", "float32")):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         assert module.make_network(4, module.Args(dtype=given)).dtype == jnp.dtype(dtype)
+
+
+def layers(params, x):
+    """An MLP in plain numbers, with relu between its layers."""
+    for i in range(len(params)):
+        x = np.maximum(x, 0) if i else x
+        x = x @ params[f"Dense_{i}"]["kernel"] + params[f"Dense_{i}"]["bias"]
+    return x
+
+
+def output(params, x):
+    return np.maximum(x, 0) @ params["kernel"] + params["bias"]
+
+
+@pytest.mark.parametrize("name", helpers.LOSSES)
+def test_networks_of_bsuite_against_numpy(name):
+    module = importlib.import_module(f"{name}_bsuite")
+    network = module.make_network(3, module.Args())
+    params = helpers.make_params(module, network, 0)["params"]
+    x = np.random.default_rng(0).normal(size=(5, 10, 5)).astype(np.float32)
+    action = jnp.full(5, 1)
+    # flax counts from the outside: MLP_1 is the representation.
+    h, f = [params[x] for x in (("MLP_1", "MLP_0") if "MLP_0" in params else ("h", "f"))]
+    state = layers(h, x.reshape(5, -1))
+    after = np.concatenate([state, np.eye(3)[action]], axis=-1)
+    if name in ("bc", "cql"):
+        found = [network.apply({"params": params}, x).reshape(5, -1)]
+        expected = [output(params["Dense_0"], layers(f, state))]
+    elif name == "crr":
+        policy, q = network.apply({"params": params}, x)
+        found = policy, q[:, 1]
+        expected = [output(params["policy"], layers(f, state))]
+        expected += [output(params["q"], layers(params["g"], after))]
+    else:
+        found = network.apply({"params": params}, x, action)
+        y = layers(f, layers(params["g"], after))
+        expected = [output(params[head], y) for head in ("policy", "value", "reward")]
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import flax.linen as nn
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,6 +213,68 @@ def test_filtering_starts_afresh_at_a_first_frame(params):
     assert np.abs(reset.deter[1, 2:] - whole.deter[1, 2:]).max() > 1e-3
 
 
+def test_every_filtered_step_draws_a_latent_of_its_own(params):
+    nothing = jax.tree.map(jnp.zeros_like, params)  # so that all latents are as probable
+    states, *_ = OBSERVE(nothing, random_windows(2, 6), jax.random.key(0))
+    drawn = np.argmax(states.latent, axis=-1)
+    assert (drawn[:, 1:] != drawn[:, :-1]).any(axis=-1).all()
+
+
+def test_the_layers_of_a_member_against_numpy(params):
+    p, rng = helpers.with_noise(params, 0)["params"], np.random.default_rng(0)
+
+    def elu(x):
+        return np.where(x > 0, x, np.expm1(np.minimum(x, 0)))
+
+    def dense(x, p):
+        return x @ p["kernel"] + p.get("bias", 0)
+
+    def normalised(x, p):
+        return elu(helpers.layer_norm(x, -1, **p, epsilon=1e-6)).astype(np.float32)
+
+    def layer(x, p):
+        return normalised(dense(x, p["Dense_0"]), p["LayerNorm_0"])
+
+    def convolution(x, p):
+        return nn.Conv(len(p["bias"]), (4, 4), 2, padding="VALID").apply({"params": p}, x)
+
+    deter, embedding = rng.normal(size=(2, 5, 16)).astype(np.float32)
+    latent, action = jnp.eye(4)[rng.integers(0, 4, (5, 4))], np.arange(5)
+    frame = rng.integers(0, 256, (5, 84, 84), dtype=np.uint8)
+    flat = latent.reshape(5, -1)
+    x = normalised(
+        dense(flat, p["latent_input"]) + p["action_input"]["kernel"][action], p["input_norm"]
+    )
+    after = nn.GRUCell(16).apply({"params": p["gru"]}, deter, x)[0]
+    prior = dense(layer(deter, p["prior_layer"]), p["prior_logits"])
+    z = normalised(dense(deter, p["deter_input"]) + embedding, p["posterior_norm"])
+    image = morel.to_image(frame)[..., None]
+    for i in range(4):
+        image = elu(convolution(image, p["encoder"][f"Conv_{i}"])).astype(np.float32)
+    features = y = np.concatenate([deter, flat], axis=-1)
+    for i in range(4):
+        y = layer(y, p["reward_head"][f"Layer_{i}"])
+    y = dense(y, p["reward_head"]["Dense_0"])[:, 0]
+    d = p["decoder"]
+    x = elu(dense(dense(features, d["Dense_0"]), d["Dense_1"])).reshape(5, 7, 7, 8)
+    for i, channels in enumerate((4, 2, 1)):
+        x = morel.Upsample(channels, None).apply({"params": d[f"Upsample_{i}"]}, x)
+        x = elu(x).astype(np.float32) if i < 2 else x
+    state = morel.State(deter, latent)
+    decoded = NETWORK.apply({"params": p}, state, method="decode")
+    for method, inputs, expected in (
+        ("advance", (state, action), after),
+        ("prior", (deter,), prior.reshape(5, 4, 4)),
+        ("posterior", (deter, embedding), dense(z, p["posterior_logits"]).reshape(5, 4, 4)),
+        ("encode", (frame,), dense(image.reshape(5, -1), p["embedding_input"])),
+    ):
+        found = NETWORK.apply({"params": p}, *inputs, method=method)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(decoded.reward, y, rtol=1e-3, atol=1e-4)
+    background = d["background"].reshape(84, 84)
+    np.testing.assert_allclose(decoded.image, x[..., 0] + background, rtol=1e-3, atol=1e-4)
+
+
 def test_the_loss_against_plain_numbers_and_its_gradient_reaches_every_parameter(params):
     windows, key = random_windows(), jax.random.key(1)
     loss = partial(morel.world_model_loss, windows=windows, key=key, network=NETWORK, args=ARGS)
@@ -263,6 +326,14 @@ def test_two_members_wait_for_a_device_at_most(monkeypatch):
     state = morel.ModelState(list(range(20)), *5 * [None])
     assert morel.update_model(state, range(20), range(20), NETWORK, ARGS) == (state, {})
     assert max(numbers) == 2
+
+
+def test_members_are_given_windows_of_their_own(store):
+    batch = morel.sample_batch(store, ARGS.seed, 3, 4, 7)
+    whole = morel.model_windows(batch, ARGS.clip_rewards)
+    for i, windows in enumerate(morel.sample_windows(store, 3, 6, 2, ARGS)):
+        expected = jax.tree.map(lambda x, i=i: x[i::2], whole)
+        jax.tree.map(np.testing.assert_array_equal, windows, expected)
 
 
 def test_members_learn_from_their_own_windows_and_the_metrics_are_their_means(params):
