@@ -183,6 +183,16 @@ CQL = {"discount": 0.99, "target_update_every": 2_000, "cql_alpha": 1.0, "eval_e
 PPO = {"batch_size": 64, "rollout_length": 128, "epochs": 4, "minibatches": 4, "gae_lambda": 0.95}
 PPO |= {"learning_rate": 2.5e-4, "clip_ratio": 0.1, "entropy_coef": 0.01, "value_coef": 0.5}
 PPO |= {"max_grad_norm": 0.5, "discount": 0.99}  # CleanRL's, but for the first
+WORLD_MODEL = {"model_updates": 200_000, "model_batch_size": 32, "model_length": 48}
+WORLD_MODEL |= {"model_learning_rate": 3e-4, "model_weight_decay": 0.01, "kl_coef": 0.1}
+WORLD_MODEL |= {"model_max_grad_norm": 200.0, "kl_balance": 0.8, "model_patience": 10_000}
+WORLD_MODEL |= {"model_min_improvement": 0.005, "heldout_percent": 5.0, "clip_rewards": True}
+MOREL = {"members": 4, "discrepancy": "frame", "halt_quantile": 0.999, "halt_batches": 16}
+MOREL |= {"halt_penalty": -10.0, "horizon": 50, "warm_up": 16, "starts": 4, "eval_every": 50}
+MOREL |= {"bc_updates": 0, "bc_learning_rate": 7e-4, "anneal_updates": 1_250}
+COMBO = {"rollout_every": 400, "rollout_starts": 2048, "rollout_length": 10, "push_up": "mix"}
+COMBO |= {"rollout_generations": 5, "rollout_warm_up": 16, "rollout_epsilon": 0.05}
+COMBO |= {"model_share": 0.5, "num_bins": 601}
 MZU = {"policy_target": "visits", "mpo_temperature": 0.1, "max_depth": None}
 MZU |= {"dirichlet_fraction": 0.25, "eval_dirichlet_fraction": 0.25}
 DEFAULTS = {
@@ -196,8 +206,8 @@ DEFAULTS = {
     "crr_bsuite": TABLE4 | CRR | {"num_bins": 20, "beta": 0.3},
     "cql_atari": TABLE3 | CQL | {"num_bins": 601, "clip_rewards": True},
     "cql_bsuite": TABLE4 | CQL | {"num_bins": 20},
-    "morel_atari": PPO | {"halt_quantile": 0.999, "halt_penalty": -10.0, "eval_every": 50},
-    "combo_atari": CQL | {"rollout_length": 10, "model_share": 0.5, "push_up": "mix"},
+    "morel_atari": PPO | WORLD_MODEL | MOREL,
+    "combo_atari": TABLE3 | CQL | WORLD_MODEL | COMBO,
 }
 PLAYED = {"eval_episodes": 2, "final_eval_episodes": 100, "eval_every": 1_000, "eval_greedy": False}
 ON_ATARI = {"channels": 64, "eval_max_frames": 108_000, "dtype": "auto"}

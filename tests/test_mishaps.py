@@ -1,6 +1,7 @@
 """Ordinary mishaps end in one sentence and a status that is not zero, never in a traceback."""
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -225,6 +226,40 @@ def test_an_episode_is_played_with_the_seed_and_as_greedily_as_told(tmp_path):
     assert resets == [0, 0, 3, 3]
     assert [greedy for _, greedy in calls] == [False, False, True, True]
     assert calls[0][0] != calls[2][0]
+
+
+def test_a_video_has_the_screen_at_every_step_and_the_return_is_the_sum(tmp_path, monkeypatch):
+    frame, pictures, keys = np.arange(4 * 84 * 84, dtype=np.uint8).reshape(1, 4, 84, 84), [], []
+    make_writer = watch.cv2.VideoWriter
+
+    def make_env(env_id, number, **options):
+        t = itertools.count(1)
+
+        def show(i):  # in colour redder and redder
+            red = np.broadcast_to(np.uint8([50 * i, 0, 0]), (1, 4, 210, 160, 3))
+            return red if "img_width" in options else frame
+
+        def step(actions):
+            i = next(t)
+            end = np.array([i == 3])
+            return show(i + 1), np.array([float(i)]), end, np.array([False]), {}
+
+        return SimpleNamespace(reset=lambda seed: (show(1), {}), step=step)
+
+    def act(observations, key, greedy):
+        np.testing.assert_array_equal(observations[0], np.moveaxis(frame[0], 0, -1))
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return np.zeros(1, np.int32)
+
+    def noting(*inputs):
+        video = make_writer(*inputs)
+        write = lambda x: pictures.append(x[0, 0].tolist()) or video.write(x)  # noqa: E731
+        return SimpleNamespace(isOpened=video.isOpened, release=video.release, write=write)
+
+    monkeypatch.setattr(watch.cv2, "VideoWriter", noting)
+    assert watch.record(act, make_env, "Pong", 0, False, tmp_path / "video.mp4") == 1 + 2 + 3
+    assert pictures == [[0, 0, 50], [0, 0, 100], [0, 0, 150]]  # blue, green, red
+    assert len(set(keys)) == 3
 
 
 @pytest.mark.parametrize(

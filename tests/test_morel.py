@@ -584,6 +584,25 @@ def test_the_threshold_is_the_quantile_of_running_steps(monkeypatch, toy_store, 
     assert hint in capsys.readouterr().out
 
 
+def test_half_of_the_replays_have_random_actions(monkeypatch, toy_store, tmp_path):
+    given = []
+
+    def replay(members, windows, actions, *_):
+        given.append(np.asarray(actions))
+        return np.ones((4, 5))
+
+    monkeypatch.setattr(morel, "replay", replay)
+    args = dataclasses.replace(ARGS, batch_size=4, halt_batches=2, horizon=5)
+    run = SimpleNamespace(stopping=False, writes=False, log=lambda *_: None, dir=tmp_path)
+    morel.measure_halting(run, toy_store, None, None, lambda tree: tree, args)
+    for i, (logged, random) in enumerate(zip(given[::2], given[1::2], strict=True)):
+        expected = morel.sample_starts(toy_store, (args.seed, i, 1), 4, args)[1]
+        np.testing.assert_array_equal(logged, expected)
+        assert set(random.ravel().tolist()) <= set(range(6))
+        assert (random != logged).mean() > 0.5
+    assert (given[1] != given[3]).any()
+
+
 def test_one_ctrl_c_stops_every_part_of_the_second_phase_which_goes_on_exactly(
     members, toy_path, toy_store, cache_dir, tmp_path, monkeypatch, capsys
 ):

@@ -54,7 +54,10 @@ def arguments(name: str) -> list[dict]:
 
 def test_settings_of_the_figures_are_the_paper_s():
     assert all(x["data_percent"] == 10 for x in arguments("figure2b"))
-    assert {x["dynamics_hidden"] for x in arguments("figure2b")} >= {1024}
+    assert paper.ITEMS["figure2a"].values == (1, 10, 30, 100)
+    assert paper.ITEMS["figure2b"].values == (32, 128, 256, 512, 1024)
+    assert paper.ITEMS["figure2c"].values == (2, 4, 16, 32)
+    assert {x.get("max_depth") for x in arguments("figure2c")} == {None, 1, 2}
     assert {x["noise"] for x in arguments("table1")} == {0.0, 0.1, 0.3, 0.5}
     assert [x["data_percent"] for x in arguments("figure4a")] == [10, 1, 10, 1]
     assert arguments("figure4b") == [

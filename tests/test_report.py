@@ -1054,6 +1054,48 @@ def test_moving_averages_stand_at_their_last_evaluation(tmp_path, figures):
     np.testing.assert_allclose(line.get_ydata(), np.arange(1, 49))
 
 
+def test_moving_averages_of_a_page_stand_at_their_last_evaluation(tmp_path, figures):
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), "rosmo_atari", [1.0], env_id="Pong", seed=seed)
+    one = report.put_together(run.read_runs((tmp_path,)))
+    x = np.arange(50)  # averages are over three
+    one = one._replace(updates=x, hours=10.0 * np.array([x, x]), returns=np.ones((2, 50, 4)) * 0.5)
+    one.returns[..., :3] = 0  # a run's mean return is 1/8
+    item = paper.ITEMS["figure6"]._replace(methods={"ROSMO": None}, tasks=("Pong",))
+    cells = {("ROSMO", None, "Pong"): one}
+    for against, scale in (("updates", 1), ("hours", 10)):
+        report.draw_curves(item, cells, tmp_path / f"{against}.png", against, "")
+        line = shown(figures[f"{against}.png"])[0].lines[0]
+        np.testing.assert_array_equal(line.get_xdata(), scale * np.arange(2, 50))
+    curves = report.pooled_curves(item, cells, ("Pong",))
+    updates, hours, iqm, _ = curves["ROSMO"]
+    np.testing.assert_array_equal([10 * updates, hours], [10 * np.arange(2, 50)] * 2)
+    np.testing.assert_allclose(iqm[0], report.normalized_score("Pong", 1 / 8))
+    report.draw_pooled(item, curves, tmp_path / "pooled.png", True, "")
+    ends = [axes.lines[0].get_xdata()[-1] for axes in shown(figures["pooled.png"])]
+    assert ends == [49, 490]
+
+
+def test_hours_of_a_page_are_means_over_runs(tmp_path):
+    for seed, scale in enumerate((1, 3)):
+        write_run(tmp_path / str(seed), "rosmo_atari", [1.0], env_id="Pong", seed=seed)
+        change_lines(
+            tmp_path / str(seed),
+            lambda x, scale=scale: x | ({"seconds/update": 1800.0 * scale} if len(x) > 4 else {}),
+        )
+    item = paper.ITEMS["figure6"]._replace(methods={"ROSMO": None}, tasks=("Pong",))
+    cells = {("ROSMO", None, "Pong"): report.put_together(run.read_runs((tmp_path,)))}
+    page = "\n".join(report.time_table(item, cells))
+    assert rows(page, "hours of a run")["ROSMO"] == [
+        "1",
+        "0.000",
+        "0.000",
+        "2.000",
+        "0.000",
+        "1 x cpu",
+    ]
+
+
 def test_no_report_is_made_before_the_runs(tmp_path, capsys):
     for options in ({"dry_run": True}, {"launcher": "slurm"}):
         make(tmp_path, "table1", **options)
@@ -1081,6 +1123,9 @@ def test_panels_and_profiles_show_the_scores(tmp_path, figures):
     expected += [np.sort(row)[1:3].mean() for row in scores]
     drawn = [axes.lines[0].get_ydata()[0] for axes in panels]
     assert drawn == pytest.approx(expected)
+    for axes, iqm in zip(panels, expected, strict=True):
+        (_, low), (_, high) = axes.collections[0].get_segments()[0]
+        assert low < iqm < high
     line = shown(figures["figure2a-profiles.png"])[0].lines[0]
     x, y = line.get_xdata(), line.get_ydata()
     assert y == pytest.approx([(scores > tau).mean() for tau in x])
@@ -1124,6 +1169,7 @@ def test_throughput_is_measured_on_atari(monkeypatch, asterix_store, capsys):
     (row,) = (x.split(" | ") for x in out.splitlines() if x.startswith("| bc_atari"))
     rate, (low, high) = float(row[1]), map(float, row[2].split(" to "))
     assert 0 < low == rate == high  # one window
+    assert float(row[7].rstrip("%")) == pytest.approx(100 * float(row[6]) * rate, rel=0.01, abs=0.6)
     assert out.count(" parameters, ") == 2  # compile_only's as well
 
 

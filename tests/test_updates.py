@@ -227,3 +227,20 @@ def test_networks_of_bsuite_against_numpy(name):
         expected = [output(params[head], y) for head in ("policy", "value", "reward")]
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [x for x in NAMES if x.startswith(("rosmo", "muzero"))])
+def test_random_actions_past_an_end_are_any_of_the_actions(name, monkeypatch):
+    sizes = {"channels": 4, "num_bins": 21, "unroll_steps": 2, "td_steps": 1, "num_simulations": 2}
+    module, args = helpers.script_and_args(name, **sizes)
+    network, bounds = module.make_network(4, args), []
+    atari = name.endswith("_atari")
+    observation = jnp.zeros((84, 84, 4), jnp.uint8) if atari else jnp.zeros((10, 5))
+    params = jax.eval_shape(network.init, jax.random.key(0), observation, jnp.int32(0))
+    make_batch = helpers.random_batch if atari else helpers.random_steps
+    randint = lambda key, shape, *x: bounds.append(x) or jnp.zeros(shape, jnp.int32)  # noqa: E731
+    monkeypatch.setattr(jax.random, "randint", randint)
+    loss = getattr(module, LOSSES[name.rsplit("_", 1)[0]])
+    inputs = make_batch(2, module.window_length(args)), jax.random.key(0)
+    jax.eval_shape(lambda p: loss(p, p, *inputs, network, args), params)
+    assert bounds == [(0, 4)]

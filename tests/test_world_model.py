@@ -658,33 +658,52 @@ def test_training_ends_when_the_heldout_loss_stays_and_keeps_the_best_members(
 ):
     """And learns from none of the episodes that are held out."""
     losses, seen, sample = iter((2.0, 3.0)), {1: set(), 2: set()}, morel.sample_windows
-    numbers = set()
+    numbers, given = {1: set(), 2: set()}, {1: set(), 2: set()}
+
+    def note(keys, i: int):
+        data = {tuple(jax.random.key_data(key).tolist()) for key in keys}
+        assert len(data) == 2  # each member has a key of its own
+        given[i] |= data
 
     def sample_windows(part, number, length, num_members, args):
-        numbers.update([number] * (num_members == 2))
+        numbers[num_members].add(number)
         seen[num_members] |= {*part.episodes["id"].tolist()}
         return sample(part, number, length, num_members, args)
 
-    def update_model(state, *_):
+    def update_model(state, windows, keys, *_):
+        note(keys, 1)
         add = lambda m: m._replace(params=jax.tree.map(lambda x: x + 1, m.params))  # noqa: E731
         return state._replace(members=[*map(add, state.members)]), {"losses/total": np.ones(())}
 
+    def evaluate_model(run, state, batches, keys, *_):
+        note(keys, 2)
+        return {"heldout/total": next(losses)}
+
     monkeypatch.setattr(morel, "sample_windows", sample_windows)
     monkeypatch.setattr(morel, "update_model", update_model)
-    monkeypatch.setattr(morel, "evaluate_model", lambda *_: {"heldout/total": next(losses)})
-    members = train(tmp_path / "run", model_patience=4)
+    monkeypatch.setattr(morel, "evaluate_model", evaluate_model)
+    members = train(tmp_path / "run", model_patience=4, model_eval_batches=3)
     final = metrics(tmp_path / "run-world-model")[-1]
     assert (final["final/updates"], final["final/best_update"]) == (8, 4)
     for i, first in enumerate(first_members):
         kernels = [x["params"]["encoder"]["Conv_0"]["kernel"] for x in (members, first)]
         np.testing.assert_allclose(kernels[0][i], kernels[1] + 4, rtol=1e-5)
     learned, heldout = morel.split_store(store, 30, ARGS.seed)
-    assert set(range(8)) <= numbers
+    assert set(range(8)) <= numbers[2]
+    assert numbers[1] == {0, 1, 2}
+    assert not given[1] & given[2]
     assert seen == {1: {*heldout.episodes["id"].tolist()}, 2: {*learned.episodes["id"].tolist()}}
     frames = morel.sample_batch(learned, ARGS.seed, 0, 512, 1).frames[:, 3]
     mean = np.asarray(morel.to_image(frames)).mean(axis=0).ravel()
     for background in members["params"]["decoder"]["background"]:
         np.testing.assert_allclose(background, mean + 4, atol=1e-5)
+
+
+def test_a_heldout_loss_that_is_not_finite_ends_training(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(morel, "update_model", lambda s, *_: (s, {"losses/total": np.ones(())}))
+    monkeypatch.setattr(morel, "evaluate_model", lambda *_: {"heldout/total": np.nan})
+    with pytest.raises(SystemExit, match="is not finite by update 4"):
+        train(tmp_path / "run")
 
 
 def test_prediction_errors_are_those_of_frames_after_the_context_in_one_episode(params):
@@ -761,3 +780,21 @@ def test_a_world_model_is_a_run_of_its_own_on_weights_and_biases(train, tmp_path
     assert [x[2] for x in model[:-1]] == expected
     assert model[-1] == ("run-world-model", "finish")
     assert len({*ids}) == 2
+
+
+def test_the_picture_has_real_frames_above_predicted_ones_of_one_episode_first(
+    tmp_path, monkeypatch
+):
+    drawn = []
+    save = lambda figure, *_, **__: drawn.append(figure.axes[0].images[0].get_array())  # noqa: E731
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+    steps = np.array([-1, 0, 1, 2, 3, 5, 7, 10, 12, 15])  # after the fifth frame
+    shade = np.arange(4)[:, None] * 60 + np.arange(20)
+    frame = np.broadcast_to(shade[..., None, None], (4, 20, 84, 84)).astype(np.uint8)
+    is_first = np.zeros((4, 20), bool)
+    is_first[0, 7] = True
+    windows = random_windows(4, 20)._replace(frame=frame, is_first=is_first)
+    morel.draw_predictions(windows, frame[:, 5:] + 30, tmp_path / "world_model.png")
+    tiles = np.asarray(drawn[0])[40::88, 40::88]  # a pixel of each
+    expected = [shade[i, 4 + steps] + 30 * (row * (steps > 0)) for i in (1, 2, 3) for row in (0, 1)]
+    np.testing.assert_array_equal(tiles, expected)
