@@ -65,6 +65,7 @@ from run import Args
 BOOTSTRAPS = 2000
 PERMUTATIONS = 10_000
 CURVE_BOOTSTRAPS = 200
+RESULTS = Path("benchmark/results")
 # Arguments that say how a run is evaluated; these, and those that say on what it learns.
 EVALUATION = {"eval_episodes", "final_eval_episodes", "eval_max_frames", "eval_greedy"}
 EVALUATION |= {"eval_noise", "eval_epsilon", "eval_dirichlet_fraction"}
@@ -1053,7 +1054,8 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
     if args.runs != run.Args.runs:
         words += ["--runs", *map(str, args.runs)]
     words += ["--mix"] * args.mix + further
-    words += ["--greedy", "--out", str(args.out)] if args.greedy else []
+    words += ["--greedy"] * args.greedy
+    words += ["--out", str(args.out)] if args.out != RESULTS else []
     with replacing(args.out, *(f"{name}{suffix}.png" for suffix in FIGURES)) as out:
         write_page(name, item, cells, tasks, notes, words, out)
     done = sum(result is not None for result in cells.values())
@@ -1140,7 +1142,7 @@ def main(args: Args, further: list[str]) -> None:
     if args.greedy and not args.out:
         raise SystemExit("--greedy would write over the pages of sampled actions: give an --out.")
     args = run.expand_paths(args)
-    out = args.out or Path("runs/report" if is_compare else "benchmark/results")
+    out = args.out or (Path("runs/report") if is_compare else RESULTS)
     args = dataclasses.replace(args, out=out)
     out.mkdir(parents=True, exist_ok=True)
     if is_compare:

@@ -335,7 +335,7 @@ def test_runs_with_other_data_are_refused(tmp_path, first, second, message):
     assert not list((tmp_path / "out").iterdir())
     page = (make(tmp_path, "table1", mix=True) / "table1.md").read_text()
     assert f"Mixed runs: the data of catch {message.removeprefix('the data of catch ')}" in page
-    assert f"table1 --total-updates 2000 --runs {tmp_path / 'runs'} --mix`." in page
+    assert f"table1 --total-updates 2000 --runs {tmp_path / 'runs'} --mix --out" in page
 
 
 def test_seeds_of_a_cell_with_other_data_are_refused(tmp_path):
@@ -393,6 +393,8 @@ def test_greedy_actions_have_a_report_of_their_own(tmp_path):
     with pytest.raises(SystemExit, match="--greedy is not for compare"):
         report.main(report.Args(("compare", f"a={folder}"), greedy=True), [])
     assert page.rstrip().endswith(f" --greedy --out {tmp_path / 'out'}`.")
+    page = (make(tmp_path, "table1") / "table1.md").read_text()
+    assert page.rstrip().endswith(f" --out {tmp_path / 'out'}`.")
     with pytest.raises(SystemExit, match="--greedy would write over the pages"):
         report.main(report.Args(("table1",), greedy=True), [])
 

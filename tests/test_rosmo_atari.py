@@ -85,7 +85,7 @@ def test_the_representation_pools_before_the_seventh_and_the_sixth_last_block():
     assert shapes == [(42, 42, 2)] + 2 * [(21, 21, 4)] + [(11, 11, 4)] + 6 * [(6, 6, 4)]
 
 
-def test_observations_are_scaled_states_carried_on_and_rewards_read_from_states(monkeypatch):
+def test_observations_are_scaled_states_carried_on_and_rewards_alone_read_from_states(monkeypatch):
     params, white = random_params(0), jnp.full((84, 84, 4), 255, jnp.uint8)
     h, options = params["params"]["h"], {"capture_intermediates": True}
     with monkeypatch.context() as patch:
