@@ -65,7 +65,7 @@ from run import Args
 BOOTSTRAPS = 2000
 PERMUTATIONS = 10_000
 CURVE_BOOTSTRAPS = 200
-RESULTS = Path("benchmark/results")
+RESULTS, OWN_RESULTS = Path("benchmark/results"), Path("runs/report")  # where pages go
 # Arguments that say how a run is evaluated; these, and those that say on what it learns.
 EVALUATION = {"eval_episodes", "final_eval_episodes", "eval_max_frames", "eval_greedy"}
 EVALUATION |= {"eval_noise", "eval_epsilon", "eval_dirichlet_fraction"}
@@ -1111,6 +1111,7 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
     notes += [f"Arguments that differ: {'; '.join(lines)}."] if lines else []
     notes += [f"Left out, as not finished: {', '.join(unfinished)}."] if unfinished else []
     words = ["python", "benchmark/report.py", "compare", *pairs] + ["--mix"] * args.mix
+    words += ["--out", str(args.out)] if args.out != OWN_RESULTS else []
     with replacing(args.out, *(f"compare{suffix}.png" for suffix in FIGURES)) as out:
         write_page("compare", item, cells, tuple(tasks), notes, words, out)
 
@@ -1142,7 +1143,7 @@ def main(args: Args, further: list[str]) -> None:
     if args.greedy and not args.out:
         raise SystemExit("--greedy would write over the pages of sampled actions: give an --out.")
     args = run.expand_paths(args)
-    out = args.out or (Path("runs/report") if is_compare else RESULTS)
+    out = args.out or (OWN_RESULTS if is_compare else RESULTS)
     args = dataclasses.replace(args, out=out)
     out.mkdir(parents=True, exist_ok=True)
     if is_compare:

@@ -986,7 +986,7 @@ def test_runs_of_a_renamed_script_are_compared(tmp_path):
     page = (tmp_path / "compare.md").read_text()
     assert "script: one | two" in page
     assert r"| task | one \| two | b |" in page
-    assert page.rstrip().endswith(" --mix`.")
+    assert page.rstrip().endswith(f" --mix --out {tmp_path}`.")
 
 
 def test_an_item_that_is_refused_does_not_stop_the_others(tmp_path, capsys):
