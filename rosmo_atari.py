@@ -849,10 +849,10 @@ class Run:
             options = {"id": f"{self.config['starts'][0]['time']:.6f}", "resume": "allow"}
             options["project"] = os.environ.get("WANDB_PROJECT", "rosmo-suite")
             options["reinit"] = "create_new"  # beside another run of this process
-            options["settings"] = {"finish_timeout": 600}  # it would wait for ever without network
+            options["settings"] = {"finish_timeout": 240}  # it would wait for ever without network
             try:
                 self.wandb = wandb.init(dir=self.dir, config=self.config, **options)
-            except (wandb.Error, ValueError) as error:
+            except Exception as error:  # of several kinds
                 advice = "log in with 'wandb login', or set WANDB_MODE=offline"
                 raise SystemExit(f"wandb: {' '.join(str(error).split())}; {advice}.") from None
 
@@ -957,6 +957,7 @@ class Run:
         self.plot()
         but = " without --overwrite" if self.args.overwrite else ""
         print(f"Stopped at update {self.saved:,}; the same command{but} goes on.", file=sys.stderr)
+        self.end_mirror(130)
         raise SystemExit(130)
 
     def finish(self, done: int, sampled, greedy) -> None:
@@ -972,9 +973,17 @@ class Run:
                 print(f"Final return {mean:.2f}, greedy {mean_greedy:.2f} (data {data:.2f}).")
             self.log(done, seed, final)
         self.stopping = True  # from here on Ctrl-C does not wait
-        if self.args.track:
-            self.wandb.finish()
         print(f"See {self.dir}.")
+        self.end_mirror(0)
+
+    def end_mirror(self, status: int) -> None:
+        """Sends what Weights & Biases has not got yet."""
+        if self.args.track and self.writes:
+            try:
+                self.wandb.finish(exit_code=status)
+            except (Exception, KeyboardInterrupt):
+                rest = f"wandb sync {self.dir}/wandb/*run-*"
+                print(f"Not all was sent: '{rest}' sends the rest.", file=sys.stderr)
 
     def plot(self) -> None:
         """Draws learning_curve.png: the evaluations' mean returns, each seed's and their mean."""

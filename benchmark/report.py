@@ -1055,7 +1055,7 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
         words += ["--runs", *map(str, args.runs)]
     words += ["--mix"] * args.mix + further
     words += ["--greedy"] * args.greedy
-    words += ["--out", str(args.out)] if args.out != RESULTS else []
+    words += ["--out", str(args.out)] if args.out.resolve() != RESULTS.resolve() else []
     with replacing(args.out, *(f"{name}{suffix}.png" for suffix in FIGURES)) as out:
         write_page(name, item, cells, tasks, notes, words, out)
     done = sum(result is not None for result in cells.values())
@@ -1111,7 +1111,7 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
     notes += [f"Arguments that differ: {'; '.join(lines)}."] if lines else []
     notes += [f"Left out, as not finished: {', '.join(unfinished)}."] if unfinished else []
     words = ["python", "benchmark/report.py", "compare", *pairs] + ["--mix"] * args.mix
-    words += ["--out", str(args.out)] if args.out != OWN_RESULTS else []
+    words += ["--out", str(args.out)] if args.out.resolve() != OWN_RESULTS.resolve() else []
     with replacing(args.out, *(f"compare{suffix}.png" for suffix in FIGURES)) as out:
         write_page("compare", item, cells, tuple(tasks), notes, words, out)
 

@@ -111,17 +111,18 @@ def test_a_goal_is_the_return_and_the_best_value_of_the_target():
 
 
 def test_the_agent_sees_what_the_environments_show(tmp_path, monkeypatch):
-    seen = []
+    seen, asked = [], []
 
     def greedy(network, params, stacks):
         np.testing.assert_array_equal(np.moveaxis(stacks, -1, 1), seen[-1])
+        asked.append(None)
         return np.array([2, 3])
 
     monkeypatch.setattr(collect_atari, "make_env", noting(collect_atari.make_env, seen))
     monkeypatch.setattr(collect_atari, "greedy", greedy)
     args = collect_atari.Args(num_steps=20, num_envs=2, max_frames=40, width=0.1, replay_size=100)
     collect_atari.collect(args, collect_atari.Recorder(tmp_path / "r", args))
-    assert len(seen) > 5
+    assert len(asked) == len(seen) - 1 > 5
 
 
 def test_what_changes_no_number_may_change_before_a_collection_goes_on(tmp_path, monkeypatch):

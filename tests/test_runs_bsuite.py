@@ -672,15 +672,31 @@ def test_the_seconds_of_the_parts_are_counted_once(whole):
 
 def test_weights_and_biases_get_every_number_but_the_times(in_process, monkeypatch, tmp_path):
     logged, log = [], lambda values, step: logged.append((step, values))
-    run = SimpleNamespace(log=log, finish=lambda: logged.append("finish"))
+    run = SimpleNamespace(log=log, finish=lambda exit_code: logged.append(exit_code))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run, Error=OSError))
     assert in_process("bc_bsuite", *SHORT, "--track").returncode == 0
     names = ("update", "seed")
-    assert logged.pop() == "finish"
+    assert logged.pop() == 0  # the mirror is ended
     assert logged == [
         (x["update"], {f"seed{x['seed']}/{k}": v for k, v in x.items() if k not in names})
         for x in metrics(tmp_path / "run")
     ]
+
+
+def test_weights_and_biases_are_told_of_a_stop_and_may_fail(in_process, monkeypatch):
+    def finish(exit_code):
+        print("status", exit_code)
+        raise OSError("no network")
+
+    stops = iter((True,))  # the first line of the log comes with a signal
+    log = lambda *_, **__: in_process.interrupt() if next(stops, False) else None  # noqa: E731
+    run = SimpleNamespace(log=log, finish=finish)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    for status in (130, 0):
+        result = in_process("bc_bsuite", *SHORT, "--track")
+        assert result.returncode == status
+        assert f"status {status}" in result.stdout
+        assert "Not all was sent: 'wandb sync run/wandb/*run-*' sends the rest." in result.stderr
 
 
 def test_a_number_that_is_not_finite_is_left_out(in_process, monkeypatch, tmp_path):

@@ -210,7 +210,7 @@ def test_networks_of_bsuite_against_numpy(name):
     x = np.random.default_rng(0).normal(size=(5, 10, 5)).astype(np.float32)
     action = jnp.full(5, 1)
     # flax counts from the outside: MLP_1 is the representation.
-    h, f = [params[x] for x in (("MLP_1", "MLP_0") if "MLP_0" in params else ("h", "f"))]
+    h, f = [params[k] for k in (("MLP_1", "MLP_0") if "MLP_0" in params else ("h", "f"))]
     state = layers(h, x.reshape(5, -1))
     after = np.concatenate([state, np.eye(3)[action]], axis=-1)
     if name in ("bc", "cql"):

@@ -217,10 +217,11 @@ def test_every_filtered_step_draws_a_latent_of_its_own(params):
     nothing = jax.tree.map(jnp.zeros_like, params)  # so that all latents are as probable
     states, *_ = OBSERVE(nothing, random_windows(2, 6), jax.random.key(0))
     drawn = np.argmax(states.latent, axis=-1)
-    assert (drawn[:, 1:] != drawn[:, :-1]).any(axis=-1).all()
+    assert (drawn[:, 1:] != drawn[:, :-1]).mean() > 0.5
 
 
-def test_the_layers_of_a_member_against_numpy(params):
+def test_the_layers_of_a_member_are_put_together_as_told(params):
+    """Against plain numbers, but for convolutions, GRU and `Upsample`, which has a test above."""
     p, rng = helpers.with_noise(params, 0)["params"], np.random.default_rng(0)
 
     def elu(x):
@@ -331,9 +332,9 @@ def test_two_members_wait_for_a_device_at_most(monkeypatch):
 def test_members_are_given_windows_of_their_own(store):
     batch = morel.sample_batch(store, ARGS.seed, 3, 4, 7)
     whole = morel.model_windows(batch, ARGS.clip_rewards)
-    for i, windows in enumerate(morel.sample_windows(store, 3, 6, 2, ARGS)):
-        expected = jax.tree.map(lambda x, i=i: x[i::2], whole)
-        jax.tree.map(np.testing.assert_array_equal, windows, expected)
+    first, second = morel.sample_windows(store, 3, 6, 2, ARGS)
+    jax.tree.map(np.testing.assert_array_equal, first, jax.tree.map(lambda x: x[0::2], whole))
+    jax.tree.map(np.testing.assert_array_equal, second, jax.tree.map(lambda x: x[1::2], whole))
 
 
 def test_members_learn_from_their_own_windows_and_the_metrics_are_their_means(params):
@@ -656,7 +657,7 @@ def test_the_optimizer_clips_each_gradient_and_decays_weights_alone(params):
 def test_training_ends_when_the_heldout_loss_stays_and_keeps_the_best_members(
     train, store, first_members, tmp_path, monkeypatch
 ):
-    """And learns from none of the episodes that are held out."""
+    """And learns from none of the episodes that are held out; members have keys of their own."""
     losses, seen, sample = iter((2.0, 3.0)), {1: set(), 2: set()}, morel.sample_windows
     numbers, given = {1: set(), 2: set()}, {1: set(), 2: set()}
 
@@ -770,7 +771,7 @@ def test_a_world_model_is_a_run_of_its_own_on_weights_and_biases(train, tmp_path
         ids.append(options["id"])
         name = options["dir"].name
         log = lambda values, step: said.append((name, step, values))  # noqa: E731
-        return SimpleNamespace(log=log, finish=lambda: said.append((name, "finish")))
+        return SimpleNamespace(log=log, finish=lambda exit_code: said.append((name, exit_code)))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=OSError))
     train(tmp_path / "run", track=True)
@@ -778,7 +779,7 @@ def test_a_world_model_is_a_run_of_its_own_on_weights_and_biases(train, tmp_path
     expected = [{k: v for k, v in x.items() if k not in ("update", "seed")} for x in lines]
     model = [x for x in said if x[0] == "run-world-model"]
     assert [x[2] for x in model[:-1]] == expected
-    assert model[-1] == ("run-world-model", "finish")
+    assert model[-1] == ("run-world-model", 0)
     assert len({*ids}) == 2
 
 
