@@ -793,7 +793,7 @@ class Run:
     def compare(self, defaults: dict) -> None:
         """Ends the program if the folder holds something else than this run."""
         files = [*self.dir.glob("*"), *self.dir.glob("checkpoints/*")]
-        if not {path.name for path in files} - {"lock", "checkpoints", "tmp"}:
+        if not {path.name for path in files} - {"lock", "checkpoints", "tmp", ".DS_Store"}:
             return
         try:
             now, before = self.config, json.loads((self.dir / "config.json").read_text())

@@ -334,12 +334,18 @@ def building(path: Path) -> Iterator[Path]:
                 folder.mkdir(exist_ok=True)
                 yield folder
             finally:
-                lock.unlink(missing_ok=True)
+                remove(lock)
     except filelock.Timeout:
         message = f"Another process is building {path}: run again when it is done."
         raise Busy(message, path, lock) from None
     except OSError as error:
         raise SystemExit(f"{path} was not built: {why(error)}") from None
+
+
+def remove(lock: Path) -> None:
+    """Of a lock that is held; Windows lets no one, and removes it when it is given back."""
+    with contextlib.suppress(PermissionError):
+        lock.unlink(missing_ok=True)
 
 
 def why(error: OSError) -> str:
@@ -700,11 +706,14 @@ def check_complete(folder: Path, found: Iterable[int], wanted: range, name: str)
 
 
 def can_reach_rlu() -> bool:
+    """False, and the reason on stderr, without a connection to the published data."""
+    url = "https://storage.googleapis.com/rl_unplugged"
     try:
-        urllib.request.urlopen("https://storage.googleapis.com/rl_unplugged", timeout=10)
+        urllib.request.urlopen(url, timeout=10)
     except urllib.error.HTTPError:  # an answer all the same
         return True
-    except OSError:
+    except OSError as error:
+        print(f"{url}: {getattr(error, 'reason', error)}", file=sys.stderr)
         return False
     return True
 
@@ -798,7 +807,7 @@ def run(main: Callable, args: Any) -> None:
                 print("Another process is building the store: waiting for it.", flush=True)
                 with filelock.FileLock(busy.lock):  # then it is there, or goes on from its parts
                     if busy.path.exists():  # and no one needs the lock any more
-                        busy.lock.unlink(missing_ok=True)
+                        remove(busy.lock)
         print(end="", flush=True)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

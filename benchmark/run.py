@@ -75,8 +75,8 @@ class Args:
     # how they are run
     dry_run: bool = False  # print the commands, and run nothing
     workers: int | None = None
-    """runs side by side, each with a GPU or its share of the cores where JAX has no GPU; None:
-    one for each GPU, or one; with SLURM, the most that run at a time"""
+    """runs side by side, each with a GPU or (on Linux) its share of the cores where JAX has no
+    GPU; None: one for each GPU, or one; with SLURM, the most that run at a time"""
     launcher: Literal["local", "slurm"] = "local"
     """here, or as a SLURM job array that is put into the queue again when it is preempted"""
     slurm: tuple[str, ...] = ()

@@ -54,7 +54,8 @@ class Args:
 
 def peak_mb() -> float:
     """The most memory that this process has held, with the parts of the store that are mapped."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def rate(batches: Iterable, seconds: float, warm_up: int) -> tuple[float, float]:

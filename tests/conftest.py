@@ -10,6 +10,10 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
+
+if os.name != "posix":
+    pytest.exit("The tests need Linux or macOS: signals, shells and links are tested.", 1)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")  # but where a test says more
 # XLA compiles with these in half the time; the programs are as quick.
@@ -27,7 +31,6 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 
 import helpers  # noqa: E402
 import numpy as np  # noqa: E402
-import pytest  # noqa: E402
 import tyro  # noqa: E402
 
 

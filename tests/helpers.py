@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import re
 import time
 import zlib
@@ -213,9 +214,12 @@ def read_store(path: Path) -> list[dict]:
 
 def is_gone(pid: int) -> bool:
     try:
+        os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
-    except FileNotFoundError:
+    except ProcessLookupError:
         return True
+    except FileNotFoundError:  # it has just gone, or this system has no /proc
+        return Path("/proc").exists()
 
 
 def wait_until_gone(pids) -> None:

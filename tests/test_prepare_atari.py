@@ -899,7 +899,7 @@ def test_copied_tool_without_collector(offline, monkeypatch, tmp_path):
         offline()
 
 
-def test_unreachable_bucket_is_told_from_an_answer(monkeypatch):
+def test_unreachable_bucket_is_told_from_an_answer(monkeypatch, capsys):
     def answer(error):
         def urlopen(url, timeout):
             raise error
@@ -908,8 +908,24 @@ def test_unreachable_bucket_is_told_from_an_answer(monkeypatch):
         return prepare_atari.can_reach_rlu()
 
     assert answer(prepare_atari.urllib.error.HTTPError("", 403, "", {}, None))
+    assert capsys.readouterr().err == ""
     assert not answer(prepare_atari.urllib.error.URLError("no route"))
-    assert not answer(TimeoutError())
+    assert not answer(TimeoutError("timed out"))
+    url = "https://storage.googleapis.com/rl_unplugged"
+    assert capsys.readouterr().err == f"{url}: no route\n{url}: timed out\n"
+
+
+def test_a_lock_that_cannot_be_removed_while_it_is_held(path, monkeypatch):
+    """As on Windows."""
+    unlink = Path.unlink
+
+    def refuse(self, missing_ok=False):
+        if self.suffix == ".lock":
+            raise PermissionError(13, "another process uses the file")
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert write(path).exists()
 
 
 def test_an_episode_of_a_single_state_is_left_out():

@@ -576,6 +576,10 @@ def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, cap
     assert log.read_text() == "it says something\n"
 
 
+waitid = pytest.mark.skipif(not hasattr(os, "waitid"), reason="for SLURM, which is not on macOS")
+
+
+@waitid
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_preempted_job_saves_and_goes_on(stand_in, slurm, tmp_path, number):
     """SIGUSR2 comes before the time limit, and the job asks to be queued again; at SIGTERM SLURM
@@ -596,6 +600,7 @@ def test_a_preempted_job_saves_and_goes_on(stand_in, slurm, tmp_path, number):
     assert first == second
 
 
+@waitid
 def test_a_job_that_is_preempted_while_it_starts_its_script_stops_it(
     stand_in, tmp_path, monkeypatch
 ):
@@ -695,6 +700,7 @@ def test_without_slurm_it_says_so(stand_in, monkeypatch, tmp_path, there):
         start("table2", "--launcher", "slurm")
 
 
+@waitid
 def test_a_job_whose_script_has_just_ended_can_be_preempted(tmp_path):
     job = run.Command(["true"], tmp_path / "log")
     before = signal.getsignal(signal.SIGTERM)

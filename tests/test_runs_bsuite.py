@@ -457,6 +457,7 @@ def test_a_folder_with_something_else_is_never_deleted(in_process, tmp_path):
 def test_a_folder_whose_first_start_failed_is_used_again(in_process, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "lock").touch()
+    (tmp_path / "run" / ".DS_Store").touch()  # macOS shows a folder
     (tmp_path / "run" / "checkpoints" / "tmp").write_text('{"args": ')  # no space was left
     assert in_process("bc_bsuite", "--total-updates", 20).returncode == 0
 
