@@ -915,7 +915,7 @@ def test_unreachable_bucket_is_told_from_an_answer(monkeypatch, capsys):
     assert capsys.readouterr().err == f"{url}: no route\n{url}: timed out\n"
 
 
-def test_a_lock_that_cannot_be_removed_while_it_is_held(path, monkeypatch):
+def test_a_lock_that_cannot_be_removed_while_it_is_held(tmp_path, monkeypatch):
     """As on Windows."""
     unlink = Path.unlink
 
@@ -925,7 +925,7 @@ def test_a_lock_that_cannot_be_removed_while_it_is_held(path, monkeypatch):
         unlink(self, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    assert write(path).exists()
+    assert write(tmp_path / "store").exists()
 
 
 def test_an_episode_of_a_single_state_is_left_out():
