@@ -93,7 +93,7 @@ class Args:
 
     # optimisation (ROSMO's, Table 4)
     batch_size: int = 128  # steps in a batch
-    learning_rate: float = 7e-4  # AdamW's learning rate after warm-up
+    learning_rate: float = 7e-4  # AdamW's learning rate after 1,000 updates of warm-up
     learning_rate_decay: float = 0.1  # factor on the learning rate every 100,000 updates
     weight_decay: float = 1e-4  # AdamW's weight decay, on weight matrices only
     max_grad_norm: float = 5.0  # largest global norm of the gradient
@@ -315,7 +315,7 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
     demand(~(last & np.roll(last, 1)), "it has an episode without a transition")
     largest = np.array([np.abs(observation).max(), np.abs(reward).max()], float)
     demand(largest < 1e38, "it has numbers that are not finite in float32")
-    advice = "an episode of T actions has T + 1 rows, the last without action and reward"
+    advice = "an episode of T states has T rows, the last without action and reward"
     demand(~last | ((reward == 0) & (action == 0)), f"last rows are not void: {advice}")
     dtypes = (np.float32, np.int32, np.float32, bool, bool)
     return Steps(*(x.astype(dtype) for x, dtype in zip(steps, dtypes, strict=True)))
@@ -475,8 +475,8 @@ class Run:
             old = [self.dir / name for name in ("metrics.jsonl", "learning_curve.png")]
             for path in [*old, *self.checkpoints()]:
                 path.unlink(missing_ok=True)
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
-        git += ["--dirty", "--abbrev=40", "--exclude=*"]
+        git = ["git", "-c", "safe.directory=*", "-C", str(Path(__file__).resolve().parent)]
+        git += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
         start = {"commit": (found or "").strip() or None, "time": time.time()}
         start["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -685,7 +685,7 @@ def prepare_jax() -> None:
         reason = str(error) or "install jax for it, or unset it."
         raise SystemExit(f"{message}: {reason}") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # On GPUs processes tune a program together: one with it in its cache would keep the others.
+    # On GPUs processes tune a program together; one that has it cached keeps the others waiting.
     keeps = jax.process_count() == 1 or jax.default_backend() != "gpu"
     if keeps and not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
@@ -709,7 +709,7 @@ def main(args: Args) -> None:
     done, states, sums = run.restore(init(init_keys, network, steps.observation[0], args))
     data = jax.device_put((train_keys, steps, starts, num_starts), replicated)
     _, metrics = jax.eval_shape(lambda x: update_seeds(x, *data, network, args, by_device), states)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), metrics)
     states, sums = jax.device_put((states, sums or zeros), replicated)
 
     @jax.jit(static_argnames="greedy")

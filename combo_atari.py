@@ -147,11 +147,11 @@ class Args:
 
     # Q: network (Table 3, D.2.1)
     channels: int = 64  # channels of Q's residual blocks; the rest of its network scales with it
-    num_bins: int = 601  # bins of the categorical Q
+    num_bins: int = 601  # bins of the categorical Q: 601 reach to ±58,000
 
     # Q: optimisation (ROSMO's, Table 3), and CQL's target network
     batch_size: int = 512  # transitions in a batch of Q, over all devices
-    learning_rate: float = 7e-4  # Q: AdamW's learning rate after warm-up
+    learning_rate: float = 7e-4  # Q: AdamW's learning rate after 1,000 updates of warm-up
     learning_rate_decay: float = 0.1  # Q: factor on the learning rate every 100,000 updates
     weight_decay: float = 1e-4  # Q: AdamW's weight decay, on kernels only
     max_grad_norm: float = 5.0  # Q: largest global norm of the gradient
@@ -185,18 +185,18 @@ class Batch(NamedTuple):
     """Windows of T consecutive steps, and the three frames before each window."""
 
     frames: Any  # uint8 [B, 3 + T, 84, 84]
-    history: Any  # uint8 [B, T], number of earlier frames of the step's own episode, 3 at most
+    history: Any  # uint8 [B, T], how many frames before the step's are of its episode, 3 at most
     action: Any  # int32 [B, T]
     reward: Any  # float32 [B, T], unclipped; follows the action
     is_last: Any  # bool [B, T]; the action and the reward of a last step mean nothing
     is_terminal: Any  # bool [B, T]; a last step that is not terminal was cut off
 
 
-def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
-    """Observations [B, 84, 84, 4] at `time`, newest frame last, zeros before an episode's start."""
-    own = jnp.arange(3, -1, -1) <= history[:, time, None]  # [B, 4]
-    stack = jnp.where(own[:, :, None, None], frames[:, time : time + 4], 0)
-    return jnp.moveaxis(stack, 1, -1)
+def stack_frames(frames: jax.Array, history: jax.Array) -> jax.Array:
+    """Observations [B, T, 84, 84, 4], newest frame last, zeros before an episode's start."""
+    own = jnp.arange(3, -1, -1) <= history[..., None]  # [B, T, 4]
+    stack = jnp.stack([frames[:, i : i + history.shape[1]] for i in range(4)], axis=-1)
+    return jnp.where(own[:, :, None, None], stack, 0)
 
 
 # --- world model (identical in morel_atari.py and combo_atari.py) ---
@@ -725,7 +725,7 @@ def inverse_transform(y):
 
 
 def two_hot(x, num_bins: int):
-    """φ(h(x)): [...] -> probabilities [..., bins] on the two around h(x); bin i is i - limit."""
+    """φ(h(x)): [...] -> probabilities [..., bins] on the two around h(x); bin i: i - limit."""
     limit = (num_bins - 1) // 2
     y = jnp.clip(transform(x), -limit, limit)
     return jnp.maximum(0, 1 - jnp.abs(y[..., None] - (jnp.arange(num_bins) - limit)))
@@ -769,7 +769,8 @@ def combo_loss(params, target_params, batch: Batch, network: CQLNetwork, args: A
     """
     action, moving = batch.action[:, 0], ~batch.is_last[:, 0]  # [B]
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
-    observation, next_observation = (stack_frames(batch.frames, batch.history, t) for t in (0, 1))
+    stacks = stack_frames(batch.frames, batch.history)  # [B, 2, 84, 84, 4]
+    observation, next_observation = jnp.moveaxis(stacks, 1, 0)
     reward = jnp.clip(batch.reward, -1, 1) if args.clip_rewards else batch.reward
     next_q = jnp.max(to_scalar(network.apply(target_params, next_observation)), axis=-1)
     bootstrap = jnp.where(is_terminal[:, 1], 0.0, next_q)
@@ -780,6 +781,7 @@ def combo_loss(params, target_params, batch: Batch, network: CQLNetwork, args: A
     td_loss = optax.softmax_cross_entropy(logits_taken, two_hot(y, args.num_bins))
     q = to_scalar(logits)  # [B, actions]
     gap = conservative_gap(q, action)
+    assert y.shape == gap.shape == moving.shape  # or they would broadcast
     q_taken = jnp.take_along_axis(q, action[:, None], axis=-1)[:, 0]
 
     # --push-up real: only logged actions count, weighted so that a mean over the mix is theirs.
@@ -844,7 +846,7 @@ def add_rollouts(
         """Rollouts [N] of one member; given [N, L]: the actions of a replay."""
         filter_key, key = jax.random.split(key)
         states, _, _ = observe(model, member, model_windows(starts, args.clip_rewards), filter_key)
-        stack = stack_frames(starts.frames, starts.history, args.rollout_warm_up)  # [N, 84, 84, 4]
+        stack = stack_frames(starts.frames, starts.history)[:, -1]  # [N, 84, 84, 4]
 
         def step(carry, inputs):
             state, stack, running = carry
@@ -955,7 +957,7 @@ class Store(NamedTuple):
     meta: dict
     blob: memoryview  # zstd chunks of CHUNK frames each, with a CRC-32 at their ends
     offsets: np.ndarray  # of the chunks in the blob
-    steps: np.ndarray  # action, reward, is_last, is_terminal and age of every frame
+    steps: np.ndarray  # action, reward, is_last, is_terminal of every frame, its age in its episode
     episodes: np.ndarray  # id, checkpoint, start, length and return of those selected
     index: np.ndarray  # rows of `steps` that belong to these episodes, in order
     facts: dict  # what a run writes down of them, and compares when it goes on
@@ -1051,7 +1053,7 @@ def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
             game = store.meta["env_id"]
             raise SystemExit(f"A chunk of frames.bin is damaged: make the store of {game} again.")
         data = np.frombuffer(decompressor.decompress(record[:-4]), np.uint8)
-        frames[first:end] = data.reshape(-1, 84, 84)[skip : skip + end - first]
+        frames[first:end] = data.reshape(CHUNK, 84, 84)[skip : skip + end - first]
     return frames
 
 
@@ -1269,8 +1271,8 @@ class Run:
             old = [self.dir / name for name in ("metrics.jsonl", "learning_curve.png")]
             for path in [*old, *self.checkpoints()]:
                 path.unlink(missing_ok=True)
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
-        git += ["--dirty", "--abbrev=40", "--exclude=*"]
+        git = ["git", "-c", "safe.directory=*", "-C", str(Path(__file__).resolve().parent)]
+        git += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
         start = {"commit": (found or "").strip() or None, "time": time.time()}
         start["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -1459,7 +1461,8 @@ def train(run: Run, done: int, state, sums, update, load, evaluate, means, saved
     """
     args = run.args
     run.show(done, "compiling")
-    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program; a CPU's devices hang if 32 wait
+    # One program for all metrics: a CPU's devices hang where 32 programs wait.
+    add = jax.jit(partial(jax.tree.map, lambda x, y: jnp.float32(x) + y))
     batches, metrics, shown = load_batches(load, done, args.loader_threads), None, ""
     while True:
         enough = done == args.total_updates
@@ -1516,7 +1519,7 @@ def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, 
     """Returns of episodes in the game, or None once a signal came."""
     if run.stopping:
         return None
-    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # no batch's
+    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # no batch has it
     params = jax.tree.map(lambda x: x.addressable_data(0), params)
 
     def policy(observation, key):
@@ -1755,7 +1758,7 @@ def prepare_jax() -> None:
         reason = str(error) or "install jax for it, or unset it."
         raise SystemExit(f"{message}: {reason}") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # On GPUs processes tune a program together: one with it in its cache would keep the others.
+    # On GPUs processes tune a program together; one that has it cached keeps the others waiting.
     keeps = jax.process_count() == 1 or jax.default_backend() != "gpu"
     if keeps and not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")

@@ -108,13 +108,13 @@ class Args:
 
     # model (Table 3, D.2.1)
     channels: int = 64  # channels of the residual blocks; the rest of the network scales with it
-    num_bins: int = 601  # bins of the categorical Q
+    num_bins: int = 601  # bins of the categorical Q: 601 reach to ±58,000
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """arithmetic of the network (auto: bfloat16 on accelerators); the rest is always float32"""
 
     # optimisation (ROSMO's, Table 3)
     batch_size: int = 512  # transitions in a batch, over all devices
-    learning_rate: float = 7e-4  # AdamW's learning rate after warm-up
+    learning_rate: float = 7e-4  # AdamW's learning rate after 1,000 updates of warm-up
     learning_rate_decay: float = 0.1  # factor on the learning rate every 100,000 updates
     weight_decay: float = 1e-4  # AdamW's weight decay, on kernels only (dense and convolutional)
     max_grad_norm: float = 5.0  # largest global norm of the gradient
@@ -282,7 +282,7 @@ def inverse_transform(y):
 
 
 def two_hot(x, num_bins: int):
-    """φ(h(x)): [...] -> probabilities [..., bins] on the two around h(x); bin i is i - limit."""
+    """φ(h(x)): [...] -> probabilities [..., bins] on the two around h(x); bin i: i - limit."""
     limit = (num_bins - 1) // 2
     y = jnp.clip(transform(x), -limit, limit)
     return jnp.maximum(0, 1 - jnp.abs(y[..., None] - (jnp.arange(num_bins) - limit)))
@@ -302,18 +302,18 @@ class Batch(NamedTuple):
     """Windows of T consecutive steps, and the three frames before each window."""
 
     frames: Any  # uint8 [B, 3 + T, 84, 84]
-    history: Any  # uint8 [B, T], number of earlier frames of the step's own episode, 3 at most
+    history: Any  # uint8 [B, T], how many frames before the step's are of its episode, 3 at most
     action: Any  # int32 [B, T]
     reward: Any  # float32 [B, T], unclipped; follows the action
     is_last: Any  # bool [B, T]; the action and the reward of a last step mean nothing
     is_terminal: Any  # bool [B, T]; a last step that is not terminal was cut off
 
 
-def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
-    """Observations [B, 84, 84, 4] at `time`, newest frame last, zeros before an episode's start."""
-    own = jnp.arange(3, -1, -1) <= history[:, time, None]  # [B, 4]
-    stack = jnp.where(own[:, :, None, None], frames[:, time : time + 4], 0)
-    return jnp.moveaxis(stack, 1, -1)
+def stack_frames(frames: jax.Array, history: jax.Array) -> jax.Array:
+    """Observations [B, T, 84, 84, 4], newest frame last, zeros before an episode's start."""
+    own = jnp.arange(3, -1, -1) <= history[..., None]  # [B, T, 4]
+    stack = jnp.stack([frames[:, i : i + history.shape[1]] for i in range(4)], axis=-1)
+    return jnp.where(own[:, :, None, None], stack, 0)
 
 
 # --- end batch ---
@@ -330,7 +330,8 @@ def crr_loss(params, target_params, batch: Batch, key, network: CRRNetwork, args
     """Sum of the critic's and the policy's loss on windows of two steps -> (loss, metrics)."""
     action, moving = batch.action[:, 0], ~batch.is_last[:, 0]  # [B]
     is_terminal = batch.is_last if args.truncation_as_termination else batch.is_terminal
-    observation, next_observation = (stack_frames(batch.frames, batch.history, t) for t in (0, 1))
+    stacks = stack_frames(batch.frames, batch.history)  # [B, 2, 84, 84, 4]
+    observation, next_observation = jnp.moveaxis(stacks, 1, 0)
     reward = jnp.clip(batch.reward, -1, 1) if args.clip_rewards else batch.reward
     logged = action[:, None]
 
@@ -359,6 +360,7 @@ def crr_loss(params, target_params, batch: Batch, key, network: CRRNetwork, args
     advantage = jax.lax.stop_gradient(q_logged - value)
     weight = regression_weight(advantage, args)  # [B]
     log_prob = jnp.take_along_axis(log_policy, logged, axis=-1)[:, 0]
+    assert weight.shape == log_prob.shape == y.shape == moving.shape  # or they would broadcast
 
     losses = {
         "losses/critic": jnp.mean(critic_loss * moving),
@@ -445,7 +447,7 @@ class Store(NamedTuple):
     meta: dict
     blob: memoryview  # zstd chunks of CHUNK frames each, with a CRC-32 at their ends
     offsets: np.ndarray  # of the chunks in the blob
-    steps: np.ndarray  # action, reward, is_last, is_terminal and age of every frame
+    steps: np.ndarray  # action, reward, is_last, is_terminal of every frame, its age in its episode
     episodes: np.ndarray  # id, checkpoint, start, length and return of those selected
     index: np.ndarray  # rows of `steps` that belong to these episodes, in order
     facts: dict  # what a run writes down of them, and compares when it goes on
@@ -541,7 +543,7 @@ def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
             game = store.meta["env_id"]
             raise SystemExit(f"A chunk of frames.bin is damaged: make the store of {game} again.")
         data = np.frombuffer(decompressor.decompress(record[:-4]), np.uint8)
-        frames[first:end] = data.reshape(-1, 84, 84)[skip : skip + end - first]
+        frames[first:end] = data.reshape(CHUNK, 84, 84)[skip : skip + end - first]
     return frames
 
 
@@ -723,8 +725,8 @@ class Run:
             old = [self.dir / name for name in ("metrics.jsonl", "learning_curve.png")]
             for path in [*old, *self.checkpoints()]:
                 path.unlink(missing_ok=True)
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
-        git += ["--dirty", "--abbrev=40", "--exclude=*"]
+        git = ["git", "-c", "safe.directory=*", "-C", str(Path(__file__).resolve().parent)]
+        git += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
         start = {"commit": (found or "").strip() or None, "time": time.time()}
         start["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -934,7 +936,7 @@ def prepare_jax() -> None:
         reason = str(error) or "install jax for it, or unset it."
         raise SystemExit(f"{message}: {reason}") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # On GPUs processes tune a program together: one with it in its cache would keep the others.
+    # On GPUs processes tune a program together; one that has it cached keeps the others waiting.
     keeps = jax.process_count() == 1 or jax.default_backend() != "gpu"
     if keeps and not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
@@ -1015,7 +1017,7 @@ def main(args: Args) -> None:
     def play(num_episodes: int, greedy: bool) -> list[float] | None:
         if run.stopping:
             return None
-        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # no batch's
+        seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # no batch has it
         params = jax.tree.map(lambda x: x.addressable_data(0), state.params)
 
         def policy(observation, key):
@@ -1025,7 +1027,8 @@ def main(args: Args) -> None:
             return evaluate(policy, args.env_id, num_episodes, seed, args.eval_max_frames)
 
     run.show(done, "compiling")
-    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program; a CPU's devices hang if 32 wait
+    # One program for all metrics: a CPU's devices hang where 32 programs wait.
+    add = jax.jit(partial(jax.tree.map, lambda x, y: jnp.float32(x) + y))
     batches = load_batches(load, done, args.loader_threads)
     metrics, played = None, ""
     while True:

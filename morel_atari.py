@@ -193,18 +193,18 @@ class Batch(NamedTuple):
     """Windows of T consecutive steps, and the three frames before each window."""
 
     frames: Any  # uint8 [B, 3 + T, 84, 84]
-    history: Any  # uint8 [B, T], number of earlier frames of the step's own episode, 3 at most
+    history: Any  # uint8 [B, T], how many frames before the step's are of its episode, 3 at most
     action: Any  # int32 [B, T]
     reward: Any  # float32 [B, T], unclipped; follows the action
     is_last: Any  # bool [B, T]; the action and the reward of a last step mean nothing
     is_terminal: Any  # bool [B, T]; a last step that is not terminal was cut off
 
 
-def stack_frames(frames: jax.Array, history: jax.Array, time: int) -> jax.Array:
-    """Observations [B, 84, 84, 4] at `time`, newest frame last, zeros before an episode's start."""
-    own = jnp.arange(3, -1, -1) <= history[:, time, None]  # [B, 4]
-    stack = jnp.where(own[:, :, None, None], frames[:, time : time + 4], 0)
-    return jnp.moveaxis(stack, 1, -1)
+def stack_frames(frames: jax.Array, history: jax.Array) -> jax.Array:
+    """Observations [B, T, 84, 84, 4], newest frame last, zeros before an episode's start."""
+    own = jnp.arange(3, -1, -1) <= history[..., None]  # [B, T, 4]
+    stack = jnp.stack([frames[:, i : i + history.shape[1]] for i in range(4)], axis=-1)
+    return jnp.where(own[:, :, None, None], stack, 0)
 
 
 # --- world model (identical in morel_atari.py and combo_atari.py) ---
@@ -777,7 +777,7 @@ def start_episodes(model: WorldModel, members, windows: Windows, member) -> Imag
     states = jax.lax.map(lambda p: observe(model, p, windows)[0], members)  # [E, B, warm_up, ...]
     newest_first = windows.is_first[:, ::-1]
     history = jnp.where(newest_first.any(axis=1), jnp.argmax(newest_first, axis=1), 3)
-    frames = stack_frames(windows.frame[:, -4:], history[:, None], 0)
+    frames = stack_frames(windows.frame[:, -4:], history[:, None])[:, 0]
     state = jax.tree.map(lambda x: x[:, :, -1].swapaxes(0, 1), states)
     zeros = jnp.zeros(member.shape)
     return Imagined(state, frames, member, zeros.astype(jnp.int32), zeros)
@@ -1036,7 +1036,7 @@ def clone(params, opt_state, batch: Batch, policy: PolicyNetwork, args: Args):
     """One update of behavior cloning on logged steps [B, 1] -> (params, opt_state, loss)."""
 
     def bc_loss(params):
-        logits, _ = policy.apply(params, stack_frames(batch.frames, batch.history, 0))
+        logits, _ = policy.apply(params, stack_frames(batch.frames, batch.history)[:, 0])
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.action, axis=-1)
         return -jnp.mean(log_prob * ~batch.is_last)  # a last step has no action
 
@@ -1055,7 +1055,7 @@ class Store(NamedTuple):
     meta: dict
     blob: memoryview  # zstd chunks of CHUNK frames each, with a CRC-32 at their ends
     offsets: np.ndarray  # of the chunks in the blob
-    steps: np.ndarray  # action, reward, is_last, is_terminal and age of every frame
+    steps: np.ndarray  # action, reward, is_last, is_terminal of every frame, its age in its episode
     episodes: np.ndarray  # id, checkpoint, start, length and return of those selected
     index: np.ndarray  # rows of `steps` that belong to these episodes, in order
     facts: dict  # what a run writes down of them, and compares when it goes on
@@ -1151,7 +1151,7 @@ def read_frames(store: Store, index: np.ndarray) -> np.ndarray:
             game = store.meta["env_id"]
             raise SystemExit(f"A chunk of frames.bin is damaged: make the store of {game} again.")
         data = np.frombuffer(decompressor.decompress(record[:-4]), np.uint8)
-        frames[first:end] = data.reshape(-1, 84, 84)[skip : skip + end - first]
+        frames[first:end] = data.reshape(CHUNK, 84, 84)[skip : skip + end - first]
     return frames
 
 
@@ -1387,8 +1387,8 @@ class Run:
             old = [self.dir / name for name in ("metrics.jsonl", "learning_curve.png")]
             for path in [*old, *self.checkpoints()]:
                 path.unlink(missing_ok=True)
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
-        git += ["--dirty", "--abbrev=40", "--exclude=*"]
+        git = ["git", "-c", "safe.directory=*", "-C", str(Path(__file__).resolve().parent)]
+        git += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
         start = {"commit": (found or "").strip() or None, "time": time.time()}
         start["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -1577,7 +1577,8 @@ def train(run: Run, done: int, state, sums, update, load, evaluate, means, saved
     """
     args = run.args
     run.show(done, "compiling")
-    add = jax.jit(partial(jax.tree.map, jnp.add))  # one program; a CPU's devices hang if 32 wait
+    # One program for all metrics: a CPU's devices hang where 32 programs wait.
+    add = jax.jit(partial(jax.tree.map, lambda x, y: jnp.float32(x) + y))
     batches, metrics, shown = load_batches(load, done, args.loader_threads), None, ""
     while True:
         enough = done == args.total_updates
@@ -1634,7 +1635,7 @@ def play(run: Run, num_episodes: int, greedy: bool, done: int, params, network, 
     """Returns of episodes in the game, or None once a signal came."""
     if run.stopping:
         return None
-    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # no batch's
+    seed = int(np.random.default_rng((args.seed, done, 1)).integers(2**31))  # no batch has it
     params = jax.tree.map(lambda x: x.addressable_data(0), params)
 
     def policy(observation, key):
@@ -1874,7 +1875,7 @@ def prepare_jax() -> None:
         reason = str(error) or "install jax for it, or unset it."
         raise SystemExit(f"{message}: {reason}") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # On GPUs processes tune a program together: one with it in its cache would keep the others.
+    # On GPUs processes tune a program together; one that has it cached keeps the others waiting.
     keeps = jax.process_count() == 1 or jax.default_backend() != "gpu"
     if keeps and not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")

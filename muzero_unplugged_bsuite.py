@@ -111,12 +111,12 @@ class Args:
 
     # model (Table 4)
     dynamics_hidden: int = 256  # width of the middle layer of the dynamics function (Fig. 2b)
-    num_bins: int = 20  # bins of the categorical value and reward
+    num_bins: int = 20  # bins of the categorical value and reward: 20 reach to ±97
     dtype: Literal["float32", "bfloat16"] = "float32"  # arithmetic of the network; the rest float32
 
     # optimisation (Table 4)
     batch_size: int = 128  # windows in a batch
-    learning_rate: float = 7e-4  # AdamW's learning rate after warm-up
+    learning_rate: float = 7e-4  # AdamW's learning rate after 1,000 updates of warm-up
     learning_rate_decay: float = 0.1  # factor on the learning rate every 100,000 updates
     weight_decay: float = 1e-4  # AdamW's weight decay, on weight matrices only
     max_grad_norm: float = 5.0  # largest global norm of the gradient
@@ -225,7 +225,7 @@ def inverse_transform(y):
 
 
 def two_hot(x, num_bins: int):
-    """φ(h(x)): [...] -> probabilities [..., bins] on the two around h(x); bin i is i - limit."""
+    """φ(h(x)): [...] -> probabilities [..., bins] on the two around h(x); bin i: i - limit."""
     limit = (num_bins - 1) // 2
     y = jnp.clip(transform(x), -limit, limit)
     return jnp.maximum(0, 1 - jnp.abs(y[..., None] - (jnp.arange(num_bins) - limit)))
@@ -307,7 +307,7 @@ def search(params, state, prediction, key, fraction: float, network, args):
         return step, state
 
     def select(_, tree, node, depth=0):
-        """Eq. 2, Q scaled to [0, 1] over node and children, without visits 0, as in mctx."""
+        """Eq. 2; Q is scaled to [0, 1] over node and children, 0 without a visit, as in mctx."""
         n, visits = tree.node_visits[node], tree.children_visits[node]  # n: 1 + Eq. 2's Σ_b n(s, b)
         q = mctx.qtransform_by_parent_and_siblings(tree, node)
         c = 1.25 + jnp.log((n + 19_652 + 1) / 19_652)  # MuZero's c1 = 1.25 and c2 = 19,652
@@ -341,9 +341,10 @@ def search(params, state, prediction, key, fraction: float, network, args):
 
 
 def log_gamma(key, alpha: float, shape: tuple[int, ...]):
-    """log x of draws x ~ Gamma(α) [*shape], α < 1, all at once; a CPU runs jax.random's one by one.
+    """log g of draws g ~ Gamma(α) [*shape], α < 1, all at once; a CPU runs jax.random's one by one.
 
-    x = d v U^(1/α), U uniform: d v ~ Gamma(α + 1) where v is accepted (Marsaglia and Tsang, 2000).
+    g = d v U^(1/α), U uniform, v = (1 + x/√(9d))³, x normal: d v ~ Gamma(α + 1) where v is accepted
+    (Marsaglia and Tsang, 2000).
     """
     size, d = math.prod(shape), alpha + 2 / 3
     proposed = (size + size // 10 + 100,)  # of 100 at most 5 are rejected
@@ -375,7 +376,7 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
         states.append(optax.scale_gradient(next_state, 0.5))  # point 5 at the top
     prediction = network.apply(params, jnp.stack(states, axis=1), method="prediction")
 
-    # Targets from the target network: the value z and the policy p.
+    # Targets from the target network: the value z [B, K+1] and the policy p [B, K+1, actions].
     target_state = network.apply(target_params, batch.observation, method="representation")
     target = network.apply(target_params, target_state, method="prediction")
     value = to_scalar(target.value_logits)  # [B, K+1+n]
@@ -390,8 +391,8 @@ def muzero_loss(params, target_params, batch: Steps, key, network: MuZeroNetwork
     p = jnp.where(absorbing[..., None], 1 / num_actions, p[:, : K + 1])
 
     # Eq. 12-14, means over K + 1 steps (reward: K, the root has none); unknown steps count as zero.
-    reward = two_hot(jnp.where(moving[:, :K], batch.reward[:, :K], 0.0), args.num_bins)
-    reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward)
+    reward_target = two_hot(jnp.where(moving[:, :K], batch.reward[:, :K], 0.0), args.num_bins)
+    reward_loss = optax.softmax_cross_entropy(prediction.reward_logits[:, 1:], reward_target)
     value_loss = optax.softmax_cross_entropy(prediction.value_logits, two_hot(z, args.num_bins))
     policy_loss = optax.softmax_cross_entropy(prediction.policy_logits, p)  # Eq. 4
 
@@ -559,7 +560,7 @@ def check_steps(steps: Steps, env_id: str) -> Steps:
     demand(~(last & np.roll(last, 1)), "it has an episode without a transition")
     largest = np.array([np.abs(observation).max(), np.abs(reward).max()], float)
     demand(largest < 1e38, "it has numbers that are not finite in float32")
-    advice = "an episode of T actions has T + 1 rows, the last without action and reward"
+    advice = "an episode of T states has T rows, the last without action and reward"
     demand(~last | ((reward == 0) & (action == 0)), f"last rows are not void: {advice}")
     dtypes = (np.float32, np.int32, np.float32, bool, bool)
     return Steps(*(x.astype(dtype) for x, dtype in zip(steps, dtypes, strict=True)))
@@ -719,8 +720,8 @@ class Run:
             old = [self.dir / name for name in ("metrics.jsonl", "learning_curve.png")]
             for path in [*old, *self.checkpoints()]:
                 path.unlink(missing_ok=True)
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always"]
-        git += ["--dirty", "--abbrev=40", "--exclude=*"]
+        git = ["git", "-c", "safe.directory=*", "-C", str(Path(__file__).resolve().parent)]
+        git += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
         start = {"commit": (found or "").strip() or None, "time": time.time()}
         start["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -931,7 +932,7 @@ def prepare_jax() -> None:
         reason = str(error) or "install jax for it, or unset it."
         raise SystemExit(f"{message}: {reason}") from None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # On GPUs processes tune a program together: one with it in its cache would keep the others.
+    # On GPUs processes tune a program together; one that has it cached keeps the others waiting.
     keeps = jax.process_count() == 1 or jax.default_backend() != "gpu"
     if keeps and not (jax.config.jax_compilation_cache_dir or cache.startswith("~")):
         jax.config.update("jax_compilation_cache_dir", f"{cache}/rosmo-suite")
@@ -955,7 +956,7 @@ def main(args: Args) -> None:
     done, states, sums = run.restore(init(init_keys, network, steps.observation[0], args))
     data = jax.device_put((train_keys, steps, starts, num_starts), replicated)
     _, metrics = jax.eval_shape(lambda x: update_seeds(x, *data, network, args, by_device), states)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), metrics)
     states, sums = jax.device_put((states, sums or zeros), replicated)
 
     @jax.jit(static_argnames="greedy")

@@ -53,6 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from paper import ITEMS, Item
+from prepare_atari import can_reach_rlu
 
 PYTHON = sys.executable
 
@@ -523,15 +524,15 @@ class Command:
     A script that gets SIGTERM writes a checkpoint and ends, and the same command goes on.
     """
 
-    def __init__(self, words, log, gpu=None, cores=None):
-        self.words, self.log, self.gpu, self.cores = words, Path(log).absolute(), gpu, cores
+    def __init__(self, words, log, environment=None, cores=None):
+        self.words, self.log, self.cores = words, Path(log).absolute(), cores
+        self.environment = environment or {}  # beside the one of the moment
         self.folder, self.pid, self.stopped = os.getcwd(), None, False
 
     def __call__(self) -> None:
         signal.signal(signal.SIGTERM, self.stop)
         if parent := multiprocessing.parent_process():  # run.py, but in a job of SLURM
             os.setsid()  # what kills run.py's group leaves this one, which then notices
-        environment = os.environ | ({} if self.gpu is None else {"CUDA_VISIBLE_DEVICES": self.gpu})
         if self.cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.cores)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -543,7 +544,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=os.environ | self.environment,
                 cwd=self.folder,
                 start_new_session=True,  # a Ctrl-C on the terminal is not for it
                 preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
@@ -578,6 +579,11 @@ class Command:
                 os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         self.pid, self.stopped = None, False
         return submitit.helpers.DelayedSubmission(self)
+
+
+def demand_gpu() -> dict[str, str]:
+    """Environment of a run for which there is a GPU. If that fails, JAX would take the CPU."""
+    return {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cuda,cpu"}
 
 
 def visible_gpus() -> list[str]:
@@ -628,7 +634,7 @@ def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
     def ready() -> Job | None:
         """The next job whose needs are there; what lacks them for good has failed."""
         for job in list(waiting):
-            if ended.get(job.after):
+            if ended.get(job.after) and not has_world_model(job):
                 waiting.remove(job)
                 ended[job.name] = f"not started, as {job.after} failed"
                 bar.update()
@@ -646,7 +652,7 @@ def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
                 task = Command(
                     [PYTHON, *job.command],
                     logs / f"{job.name}.log",
-                    gpus[slot] if gpus else None,
+                    demand_gpu() | {"CUDA_VISIBLE_DEVICES": gpus[slot]} if gpus else None,
                     share if workers > 1 and not gpus else None,
                 )
                 kept = {n: signal.signal(n, signal.SIG_IGN) for n in TERMINAL}  # inherited
@@ -687,8 +693,14 @@ def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
     return not failed
 
 
-def missing_stores(jobs: list[Job]) -> list[str]:
-    """The commands that make the stores of RL Unplugged which the jobs lack."""
+def has_world_model(job: Job) -> bool:
+    """Whether the world model of another run that the job takes is there."""
+    folder = dict(itertools.pairwise(job.command)).get("--world-model")
+    return bool(folder) and Path(folder, "members.msgpack").exists()
+
+
+def missing_stores(jobs: list[Job]) -> dict[Path, str]:
+    """What makes the stores of RL Unplugged that jobs lack, by the local data taken otherwise."""
     percents = {}
     for job in jobs:
         script = importlib.import_module(Path(job.command[0]).stem)
@@ -696,11 +708,26 @@ def missing_stores(jobs: list[Job]) -> list[str]:
         if hasattr(args, "rlu_run") and not args.dataset and not script.find_store(args):
             store = args.env_id, args.rlu_run, args.data_dir  # a larger part serves a smaller one
             percents[store] = max(args.data_percent, percents.get(store, 0))
-    return [
-        f"python benchmark/prepare_atari.py --env-id {env_id} --rlu-run {run} "
-        f"--percent {percent:g} --data-dir {shlex.quote(str(data_dir))}"
+    return {
+        data_dir / "atari" / f"{env_id}-dqn-200k": (
+            f"python benchmark/prepare_atari.py --env-id {env_id} --rlu-run {run} "
+            f"--percent {percent:g} --data-dir {shlex.quote(str(data_dir))}"
+        )
         for (env_id, run, data_dir), percent in percents.items()
-    ]
+    }
+
+
+def check_stores(jobs: list[Job]) -> None:
+    """Ends where runs would make local data for want of RL Unplugged; says if they take such."""
+    stores = missing_stores(jobs)
+    if not stores or can_reach_rlu():  # then the runs make the stores
+        return
+    if commands := [command for path, command in stores.items() if not path.exists()]:
+        message = "Data are missing, and RL Unplugged cannot be reached. Make them first, on a host"
+        message += " with a connection; without one these record local data, NOT the paper's:"
+        raise SystemExit("\n  ".join([message, *commands]))
+    paths = ", ".join(map(str, stores))
+    print(f"RL Unplugged cannot be reached: the runs learn from {paths}, NOT the paper's data.")
 
 
 def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str, str]) -> None:
@@ -713,7 +740,7 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str,
         raise SystemExit(f"{message}: start this on a host that submits jobs.")
     executor = submitit.SlurmExecutor(logs / "submitit", max_num_timeout=1000)
     atari = any("_atari.py" in job.command[0] for job in jobs)
-    options = {"job_name": item, "time": 24 * 60, "signal_delay_s": 120, "stderr_to_stdout": True}
+    options = {"job_name": item, "time": 24 * 60, "signal_delay_s": 300, "stderr_to_stdout": True}
     given = {}
     for option in args.slurm:
         name, _, value = option.partition("=")
@@ -729,7 +756,7 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str,
     options["srun_args"] = [f"--cpus-per-task={cpus}"] * bool(cpus) + shlex.split(own)
     if type(options["time"]) is not int:  # submitit reckons with it at the end of a task
         raise SystemExit(f"--slurm time={options['time']}: give a whole number of minutes.")
-    if commands := missing_stores(jobs):  # tasks would hold their GPUs while one makes it
+    if commands := missing_stores(jobs).values():  # tasks would hold GPUs while one makes it
         message = "Data are missing; make them first, on a host with a connection (or give the "
         message += "--dataset and --env-ids of local data):"
         raise SystemExit("\n  ".join([message, *commands]))
@@ -745,8 +772,9 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str,
         try:
             executor.update_parameters(**options, additional_parameters=extra)
             with executor.batch():
+                gpu = demand_gpu() if atari else None
                 tasks = [
-                    executor.submit(Command([PYTHON, *job.command], logs / f"{job.name}.log"))
+                    executor.submit(Command([PYTHON, *job.command], logs / f"{job.name}.log", gpu))
                     for job in wave
                 ]
             array = tasks[0].job_id.partition("_")[0]
@@ -766,6 +794,10 @@ def main(args: Args, further: list[str]) -> None:
         list(cell_args(item, args, further))
         if not (args.dry_run or args.mix):
             refuse_other_data(item, runs, args, further)
+    if args.launcher == "local" and not args.dry_run:
+        check_stores(
+            [x for item in items.values() for x in missing_jobs(item, runs, args, further)[0]]
+        )
     for name, item in items.items():
         missing, total = missing_jobs(item, runs, args, further)
         jobs = [job for job in missing if tuple(job.command) not in planned]
@@ -785,7 +817,8 @@ def main(args: Args, further: list[str]) -> None:
         elif jobs:
             well &= run_here(jobs, total, args, logs)
     if not well:
-        raise SystemExit(1)
+        words = shlex.join(["benchmark/report.py", *sys.argv[1:]])
+        raise SystemExit(f"The same command tries them again; what is finished: python {words}")
 
 
 if __name__ == "__main__":

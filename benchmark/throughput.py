@@ -316,7 +316,8 @@ def main(args: Args) -> None:
             f"| {rate / first:.2f} | {np.median(cores[name]):.1f} | {np.median(waits[name]):.1%} "
             f"| {step.gflop:.4g} | {share:.0%} | {facts} |"
         )
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    git = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "describe", "--always"]
+    git += ["--dirty", "--abbrev=7", "--exclude=*"]
     found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
     commit = (found or "").strip() or "an unknown commit"
     words, options = iter(sys.argv[1:]), []

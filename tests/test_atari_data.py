@@ -93,9 +93,8 @@ def test_batches_equal_brute_force(path, percent, which):
         start = np.random.default_rng((3, step)).integers(len(states), size=64)
         at = (start[:, None] + np.arange(11)) % len(states)
         seen.update(start.tolist())
-        for t in range(11):
-            stacked = script.stack_frames(batch.frames, batch.history, t)
-            np.testing.assert_array_equal(stacked, states[at[:, t]])
+        stacked = script.stack_frames(batch.frames, batch.history)
+        np.testing.assert_array_equal(stacked, states[at])
         for name, column in columns.items():
             np.testing.assert_array_equal(getattr(batch, name), column[at])
     ends = np.flatnonzero(columns["is_last"])
@@ -255,6 +254,13 @@ def test_a_store_of_another_kind(copy, meta, fault):
         open_store(copy, 11)
 
 
+def test_a_store_with_chunks_of_another_length(tmp_path, monkeypatch):
+    monkeypatch.setattr("prepare_atari.CHUNK", 32)
+    path = write(tmp_path / "copy")
+    with pytest.raises(SystemExit, match=REFUSED.replace(".*", "cannot reshape array .*", 1)):
+        open_store(path)
+
+
 def test_a_store_of_another_run_than_the_one_that_is_given(copy):
     """Which is not named where it is the default."""
     meta = json.loads((copy / "meta.json").read_text()) | {"source": "run3"}
@@ -398,7 +404,7 @@ def test_environment_stacks_as_the_loader_does(tmp_path):
     path = write_store(tmp_path / "s", "MsPacman", [episode, episode], 9)
     batch = script.sample_batch(open_store(path, env_id="MsPacman"), 0, 0, 200, 2)
     at = np.random.default_rng((0, 0)).integers(82, size=200) % 41
-    stacked = np.asarray(script.stack_frames(batch.frames, batch.history, 0))
+    stacked = np.asarray(script.stack_frames(batch.frames, batch.history))[:, 0]
     np.testing.assert_array_equal(stacked, np.stack(seen)[at].transpose(0, 2, 3, 1))
     assert {0, 1, 2, 40} <= set(at.tolist())
 

@@ -68,8 +68,8 @@ def test_losses(pair):
     name, ours, theirs, network, args, (params, target_params) = pair
     length = ours.window_length(args)
     batch = helpers.random_batch(32, length)
-    observation = [rosmo_atari.stack_frames(batch.frames, batch.history, t) for t in range(length)]
-    observation, flags = jnp.stack(observation, axis=1), (batch.is_last, batch.is_terminal)
+    observation = rosmo_atari.stack_frames(batch.frames, batch.history)
+    flags = (batch.is_last, batch.is_terminal)
     assert np.abs(batch.reward).max() > 1  # some are clipped
 
     def gradient(script, batch, args):

@@ -235,7 +235,7 @@ def test_the_mix_has_its_share_and_its_model_part_is_what_was_predicted(rollouts
         assert not batch.is_last[i, 0]
     assert np.any(batch.is_terminal[100:, 1])
     assert len(set(drawn)) > 0.9 * len(transitions)
-    now, after = (np.array(combo.stack_frames(batch.frames, batch.history, t)) for t in (0, 1))
+    now, after = np.moveaxis(combo.stack_frames(batch.frames, batch.history), 1, 0)
     for i, (g, n, e, t) in enumerate(drawn, start=100):
         for k in range(4):  # stacks, newest frame last
             np.testing.assert_array_equal(now[i, ..., k], rollouts.frames[g, n, e, t + k])
@@ -270,7 +270,7 @@ def test_the_loss_against_a_loop(push_up, batch, rollouts, q_params):
     at_horizon = [np.any(np.all(last == x[-1], axis=(-2, -1))) for x in batch.frames[12:]]
     assert 0 < np.sum(ends) < 8
     assert np.any(at_horizon & ~ends)
-    observation = [combo.stack_frames(batch.frames, batch.history, t) for t in (0, 1)]
+    observation = jnp.moveaxis(combo.stack_frames(batch.frames, batch.history), 1, 0)
     logits = np.array(APPLY(q_params[0], observation[0]), float)
     next_q = to_value(np.array(APPLY(q_params[1], observation[1]), float)).max(axis=-1)
     q = to_value(logits)

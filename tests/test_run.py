@@ -31,7 +31,7 @@ import run
 STAND_IN = """#!/bin/bash
 trap 'echo saved >> {0}/saved; exit 130' TERM
 echo "$@" >> {0}/commands
-echo "$CUDA_VISIBLE_DEVICES" >> {0}/devices
+echo "$CUDA_VISIBLE_DEVICES $JAX_PLATFORMS" >> {0}/devices
 echo "it says something"
 case "$*" in *mountain_car*) echo "it says why"; exit 1;; esac
 [ -e {0}/wait ] && [ ! -e {0}/saved ] && while true; do sleep 0.05; done
@@ -111,10 +111,11 @@ def test_the_commands_printed_are_those_run(stand_in, tmp_path, capsys):
     assert {path.suffix for path in (tmp_path / "runs/logs/table1").iterdir()} == {".log"}
 
 
-def test_one_that_fails_does_not_stop_the_others(stand_in, tmp_path, capsys):
+def test_one_that_fails_does_not_stop_the_others(stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "table2", "--methods", "BC"])
     with pytest.raises(SystemExit) as end:
         start("table2", "--methods", "BC", "--total-updates", 7)
-    assert end.value.code == 1
+    assert end.value.code.endswith("finished: python benchmark/report.py table2 --methods BC")
     assert len((tmp_path / "commands").read_text().splitlines()) == 3
     out, err = capsys.readouterr()
     assert out.count("finished BC") == 2
@@ -134,17 +135,21 @@ def test_a_killed_one_says_so(stand_in, tmp_path, capsys):
 
 def test_a_failed_run_does_not_stop_the_next_item(stand_in, tmp_path):
     words = ["table2", "table1", "--methods", "ROSMO", "--total-updates", 7]
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match="The same command tries them again"):
         start(*words)
-    assert end.value.code == 1
     commands = (tmp_path / "commands").read_text().splitlines()
     assert len(commands) == 3 + 3  # both have catch without noise
 
 
 def test_every_run_has_a_gpu_of_its_own(stand_in, tmp_path, monkeypatch):
+    """And none takes the CPU instead where JAX cannot use it, unless the user wants it to."""
     monkeypatch.setattr(run, "visible_gpus", lambda: ["3", "7"])
-    start("table2", "--methods", "BC", "CRR", "--env-ids", "catch", "--total-updates", 7)
-    assert sorted((tmp_path / "devices").read_text().split()) == ["3", "7"]
+    words = ["table2", "--methods", "BC", "CRR", "--env-ids", "catch", "--total-updates", 7]
+    for given, seen in (("", "cuda,cpu"), ("cuda", "cuda")):
+        monkeypatch.setenv("JAX_PLATFORMS", given)
+        start(*words)
+        lines = (tmp_path / "devices").read_text().splitlines()
+        assert sorted(lines[-2:]) == [f"3 {seen}", f"7 {seen}"]
     with pytest.raises(SystemExit, match="--workers 3: there are 2 GPUs"):
         start("table2", "--workers", 3)
 
@@ -476,7 +481,28 @@ def test_signals_are_the_program_s_again_after_an_item(stand_in, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_combo_waits_for_morel_and_takes_its_world_model(stand_in, tmp_path, capsys):
+def test_combo_is_run_where_morel_fails_after_its_world_model(stand_in, tmp_path, capsys):
+    (tmp_path / "data/atari/MsPacman-run1-100pct").mkdir(parents=True)
+    words = ["table7", "--methods", "COMBO", "MOReL", "--seeds", 0, "--total-updates", 7]
+    folder = tmp_path / "runs/morel_atari/MsPacman-total-updates-7/seed0-world-model"
+    stand_in.write_text(
+        f"""#!/bin/bash
+        echo $@ >> {tmp_path}/commands
+        case "$1" in *morel*) [ -e {folder} ] && touch {folder}/members.msgpack; exit 1;; esac
+        """
+    )
+    for made in (False, True):
+        if made:
+            folder.mkdir(parents=True)
+        with pytest.raises(SystemExit, match="The same command tries them again"):
+            start(*words)
+        err = capsys.readouterr().err
+        assert ("COMBO-MsPacman-seed0.log: not started, as MOReL" in err) == (not made)
+        assert ("combo_atari.py" in (tmp_path / "commands").read_text()) == made
+
+
+def test_combo_waits_for_morel_and_takes_its_world_model(stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "can_reach_rlu", lambda: True)
     words = ["table7", "--methods", "COMBO", "MOReL", "--seeds", 0, "--total-updates", 7]
     start(*words, "--workers", 2)
     first, second = (tmp_path / "commands").read_text().splitlines()
@@ -535,7 +561,7 @@ def slurm(tmp_path, monkeypatch):
     return task
 
 
-def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, capsys):
+def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, monkeypatch, capsys):
     words = ["table8", "--methods", "BC", "--env-ids", "Pong", "--total-updates", 7]
     words += ["--launcher", "slurm", "--workers", 2, "--slurm", "partition=gpu", "time=600"]
     with pytest.raises(SystemExit, match="Data are missing; make them first") as end:
@@ -546,7 +572,7 @@ def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, cap
     start(*words, "qos=low")
     assert "Submitted job 42 of 3 run(s): squeue -j 42" in capsys.readouterr().out
     script = (tmp_path / "script").read_text()
-    for line in ("array=0-2%2", "requeue", "partition=gpu", "time=600", "signal=USR2@120"):
+    for line in ("array=0-2%2", "requeue", "partition=gpu", "time=600", "signal=USR2@300"):
         assert f"#SBATCH --{line}\n" in script
     for line in ("qos=low", "gpus-per-node=1", "job-name=table8", "cpus-per-task=8"):
         assert f"#SBATCH --{line}\n" in script
@@ -560,7 +586,7 @@ def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, cap
     start(*words, "srun_args=--exclusive --mpi=none")
     script = (tmp_path / "script").read_text()
     assert " --cpus-per-task=8 --exclusive --mpi=none " in script
-    assert "#SBATCH --signal=USR2@120\n" in script
+    assert "#SBATCH --signal=USR2@300\n" in script
     with pytest.raises(SystemExit, match="--slurm srun_args=5: give the options of srun"):
         start(*words, "srun_args=5")
     start(*words, "cpus_per_gpu=4", "gpus_per_task=1", "srun_args=--exclusive")
@@ -574,6 +600,11 @@ def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, cap
     assert "bc_atari.py --env-id Pong --seed 1 --total-updates 7" in line
     log = tmp_path / "runs/logs/table8/BC-Pong-seed1.log"
     assert log.read_text() == "it says something\n"
+    assert (tmp_path / "devices").read_text() == f" {os.environ['JAX_PLATFORMS']}\n"
+    monkeypatch.delenv("JAX_PLATFORMS")  # a GPU that cannot be used is not replaced by the CPU
+    start(*words)
+    assert slurm(1).wait(helpers.PATIENCE) == 0
+    assert (tmp_path / "devices").read_text().splitlines()[1:] == [" cuda,cpu"]
 
 
 waitid = pytest.mark.skipif(not hasattr(os, "waitid"), reason="for SLURM, which is not on macOS")
@@ -768,9 +799,9 @@ def test_runs_side_by_side_share_the_cores(stand_in, monkeypatch):
     monkeypatch.setattr(run, "visible_gpus", lambda: ["3", "7"])
     start(*words)
     cores = [{0, 2, 4}, {1, 3}, None, None, None, None]
-    assert [(x.gpu, x.cores) for x in tasks] == list(
-        zip([None] * 4 + ["3", "7"], cores, strict=True)
-    )
+    gpus = [x.environment.get("CUDA_VISIBLE_DEVICES") for x in tasks]
+    assert gpus == [None] * 4 + ["3", "7"]
+    assert [x.cores for x in tasks] == cores
 
 
 def test_an_argument_that_the_script_does_not_have_makes_another_run(tmp_path):
@@ -825,6 +856,31 @@ def test_one_store_serves_every_share_of_its_data(stand_in, slurm):
         start("figure4a", "--total-updates", 7, "--launcher", "slurm")
     (command,) = end.value.code.splitlines()[1:]
     assert "--percent 10 " in command
+
+
+@pytest.mark.parametrize("reached", [False, True])
+def test_without_rl_unplugged_no_run_makes_local_data(
+    stand_in, tmp_path, monkeypatch, capsys, reached
+):
+    """Where they are already, it says that they are not the paper's."""
+    monkeypatch.setattr(run, "can_reach_rlu", lambda: reached)
+    words = ["table8", "--methods", "BC", "--env-ids", "Pong", "Breakout", "--total-updates", 7]
+    words += ["--data-dir", "d", "--seeds", 0]
+    local = [tmp_path / f"d/atari/{game}-dqn-200k" for game in ("Pong", "Breakout")]
+    local[0].mkdir(parents=True)
+    if not reached:
+        with pytest.raises(SystemExit, match="RL Unplugged cannot be reached") as end:
+            start(*words)
+        (command,) = end.value.code.splitlines()[1:]
+        assert (
+            "prepare_atari.py --env-id Breakout --rlu-run 1 --percent 100 --data-dir d" in command
+        )
+        assert not (tmp_path / "commands").exists()
+        local[1].mkdir()
+    start(*words)
+    out, names = capsys.readouterr().out, "d/atari/Pong-dqn-200k, d/atari/Breakout-dqn-200k"
+    assert (f"the runs learn from {names}, NOT the paper's data" in out) == (not reached)
+    assert len((tmp_path / "commands").read_text().splitlines()) == 2
 
 
 def test_bsuite_asks_slurm_for_two_cores_and_a_day(stand_in, slurm, tmp_path):

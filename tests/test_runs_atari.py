@@ -87,13 +87,15 @@ def waited(monkeypatch):
 
 def test_lines_have_the_means_of_their_updates(in_process, monkeypatch, tmp_path, waited):
     def update(state, *_):
-        return state._replace(step=state.step + 1), {"losses/total": jnp.float32(state.step)}
+        values = {"losses/total": jnp.float32(state.step), "charts/yes": state.step >= 0}
+        return state._replace(step=state.step + 1), values
 
     monkeypatch.setattr(bc_atari, "update", update)
     monkeypatch.setattr(bc_atari, "evaluate", lambda *_: [0.0, 1.0, 5.0])
     assert in_process("bc_atari").returncode == 0
     lines = metrics(tmp_path / "run")
     assert [x["losses/total"] for x in lines if "losses/total" in x] == [0.5, 2.5, 4.5, 6.5]
+    assert [x["charts/yes"] for x in lines if "charts/yes" in x] == [1] * 4  # of booleans, too
     # For the sums twice and at every line, elsewhere for the update before: one batch waits.
     assert waited == [0, 0 + 1, 1, 2 + 3, 3, 4 + 5, 5, 6 + 7]
     for name in ("eval/return_mean", "final/return_mean", "final/return_mean_greedy"):
@@ -106,10 +108,12 @@ def test_the_training_of_both_phases_logs_means_and_lets_one_batch_wait(name, wa
     args = SimpleNamespace(total_updates=8, eval_every=8, log_every=4, checkpoint_every=8)
     args = SimpleNamespace(**vars(args), loader_threads=1, seed=0)
     run = MagicMock(args=args, stopping=False, seconds=Counter(), writes=False)
-    update = lambda state, batch, done: (state, {"losses/total": jnp.float32(done)})  # noqa: E731
+    values = lambda done: {"losses/total": jnp.float32(done), "charts/odd": jnp.bool_(done % 2)}  # noqa: E731
+    update = lambda state, batch, done: (state, values(done))  # noqa: E731
     evaluate = lambda done, state: (state, "", False)  # noqa: E731
     module.train(run, 0, None, None, update, lambda step: step, evaluate, module.mean_metrics)
-    assert [call.args[2]["losses/total"] for call in run.log.call_args_list] == [1.5, 5.5]
+    logged = [call.args[2] for call in run.log.call_args_list]
+    assert [tuple(x.values()) for x in logged] == [(0.5, 1.5), (0.5, 5.5)]
     assert waited == [0, 0 + 1, 1, 0 + 1 + 2 + 3, 3, 4, 5, 4 + 5 + 6 + 7]
 
 

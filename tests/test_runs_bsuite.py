@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import flax.linen as nn
 import helpers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from filelock import FileLock
@@ -185,6 +186,19 @@ def test_a_second_signal_does_not_wait(in_process, monkeypatch):
 
     monkeypatch.setattr(bc_bsuite, "evaluate", interrupted)
     assert in_process("bc_bsuite").returncode == 130
+
+
+def test_a_metric_of_any_type_is_averaged(in_process, monkeypatch, tmp_path):
+    loss = bc_bsuite.bc_loss
+
+    def with_more(*inputs):
+        total, values = loss(*inputs)
+        return total, values | {"charts/yes": jnp.bool_(True), "charts/two": jnp.int8(2)}
+
+    monkeypatch.setattr(bc_bsuite, "bc_loss", with_more)
+    assert in_process("bc_bsuite", "--weight-decay", 0.3).returncode == 0  # compiled anew
+    lines = [x for x in metrics(tmp_path / "run") if "charts/yes" in x]
+    assert {(x["charts/yes"], x["charts/two"]) for x in lines} == {(1.0, 2.0)}
 
 
 INTERVALS = ["--log-every", 7, "--eval-every", 11, "--checkpoint-every", 13, "--total-updates", 45]
@@ -756,6 +770,7 @@ def test_the_project_of_wandb_and_its_refusal(in_process, monkeypatch, tmp_path)
         raise ValueError("no key")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=OSError))
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git itself has it, for its tests
     for project in (None, "mine"):
         monkeypatch.delenv("WANDB_PROJECT", raising=False)
         if project:
