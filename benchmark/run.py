@@ -747,7 +747,8 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str,
         given[name.replace("-", "_")] = int(value) if value.isdigit() else value or True
     if "cpus_per_gpu" not in given:
         options["cpus_per_task"] = 8 if atari else 2
-    if atari and not {"gres", "gpus", "gpus_per_task"} & given.keys():
+    on_gpu = atari and os.environ.get("JAX_PLATFORMS") != "cpu"
+    if on_gpu and not {"gres", "gpus", "gpus_per_task"} & given.keys():
         options["gpus_per_node"] = 1
     options |= given
     if type(own := options.pop("srun_args", "")) is not str:
@@ -772,7 +773,7 @@ def submit(jobs: list[Job], args: Args, logs: Path, item: str, arrays: dict[str,
         try:
             executor.update_parameters(**options, additional_parameters=extra)
             with executor.batch():
-                gpu = demand_gpu() if atari else None
+                gpu = demand_gpu() if on_gpu else None
                 tasks = [
                     executor.submit(Command([PYTHON, *job.command], logs / f"{job.name}.log", gpu))
                     for job in wave

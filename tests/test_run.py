@@ -564,6 +564,7 @@ def slurm(tmp_path, monkeypatch):
 def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, monkeypatch, capsys):
     words = ["table8", "--methods", "BC", "--env-ids", "Pong", "--total-updates", 7]
     words += ["--launcher", "slurm", "--workers", 2, "--slurm", "partition=gpu", "time=600"]
+    monkeypatch.delenv("JAX_PLATFORMS")
     with pytest.raises(SystemExit, match="Data are missing; make them first") as end:
         start(*words)
     assert end.value.code.endswith("--env-id Pong --rlu-run 1 --percent 100 --data-dir data")
@@ -600,11 +601,12 @@ def test_slurm_gets_an_array_that_is_queued_again(stand_in, slurm, tmp_path, mon
     assert "bc_atari.py --env-id Pong --seed 1 --total-updates 7" in line
     log = tmp_path / "runs/logs/table8/BC-Pong-seed1.log"
     assert log.read_text() == "it says something\n"
-    assert (tmp_path / "devices").read_text() == f" {os.environ['JAX_PLATFORMS']}\n"
-    monkeypatch.delenv("JAX_PLATFORMS")  # a GPU that cannot be used is not replaced by the CPU
+    assert (tmp_path / "devices").read_text() == " cuda,cpu\n"  # no CPU in the place of a GPU
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # unless that is wanted
     start(*words)
+    assert "gpus" not in (tmp_path / "script").read_text()
     assert slurm(1).wait(helpers.PATIENCE) == 0
-    assert (tmp_path / "devices").read_text().splitlines()[1:] == [" cuda,cpu"]
+    assert (tmp_path / "devices").read_text().splitlines()[1:] == [" cpu"]
 
 
 waitid = pytest.mark.skipif(not hasattr(os, "waitid"), reason="for SLURM, which is not on macOS")
