@@ -16,7 +16,7 @@
 #     "zstandard==0.25.0",
 # ]
 # ///
-"""Records an Atari dataset: every episode of an online DQN that learns.
+"""Records an Atari dataset: the episodes of an online DQN that learns.
 
     python benchmark/collect_atari.py --env-id Pong --num-steps 200000
 
@@ -32,7 +32,7 @@ seed.
 
 Where it differs from Dopamine's DQN:
 1. Several environments are played side by side, and an episode enters the
-   replay memory when it has ended.
+   replay memory when it has ended. Those that run at the end are not recorded.
 2. By default the network is narrower, targets are `n_step` returns, the
    exploration schedule, the target period and the learning rate are fit for
    200 thousand steps instead of 50 million.
@@ -170,12 +170,12 @@ def greedy(network: QNetwork, params: Any, stacks: jax.Array) -> jax.Array:
 def update(network: QNetwork, tx: Any, learner: Learner, batch: dict) -> Learner:
     """One step on the Huber loss of n-step Q-learning."""
     bootstrap = network.apply(learner.target, batch["next"]).max(-1)
-    goal = batch["return"] + batch["discount"] * bootstrap
+    td_target = batch["return"] + batch["discount"] * bootstrap
 
     def loss(params):
         q = network.apply(params, batch["stack"])
         q = jnp.take_along_axis(q, batch["action"][:, None], 1)[:, 0]
-        return optax.huber_loss(q, goal).mean()
+        return optax.huber_loss(q, td_target).mean()
 
     gradient = jax.grad(loss)(learner.params)
     updates, opt_state = tx.update(gradient, learner.opt_state, learner.params)
@@ -340,7 +340,7 @@ def collect(args: Args, recorder: Recorder, noted: Sequence = ()) -> None:
         actions = rng.integers(network.num_actions, size=args.num_envs, dtype=np.int32)
         chosen = greedy(network, learner.params, observations.transpose(0, 2, 3, 1))
         actions = np.where(rng.random(args.num_envs) < epsilon, actions, chosen).astype(np.int32)
-        frames = observations[:, -1].copy()
+        frames = [frame.copy() for frame in observations[:, -1]]  # each is kept for itself
         observations, rewards, terminated, truncated, _ = env.step(actions)
         for i in np.flatnonzero(~over):
             playing[i].append((frames[i], actions[i], rewards[i]))
@@ -370,8 +370,7 @@ def collect(args: Args, recorder: Recorder, noted: Sequence = ()) -> None:
             if bar.disable:
                 line = f"{args.env_id}: {step:,} of {args.num_steps:,} steps, {result}"
                 print(line, file=sys.stderr, flush=True)
-    if noted:
-        recorder.save(learner)
+    recorder.save(learner)
 
 
 def write_rlu(folder: Path, recorder: Recorder, labels: list[tuple[int, int]], facts: dict) -> None:

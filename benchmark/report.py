@@ -56,14 +56,13 @@ os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from rliable import library, metrics
-from scipy.stats import trim_mean
+from scipy.stats import rankdata, trim_mean
 
 import run
 from paper import ALGORITHMS, ITEMS, REFERENCE_RETURNS, TABLE5, Item
 from run import Args
 
 BOOTSTRAPS = 2000
-PERMUTATIONS = 10_000
 CURVE_BOOTSTRAPS = 200
 RESULTS, OWN_RESULTS = Path("benchmark/results"), Path("runs/report")  # where pages go
 # Arguments that say how a run is evaluated; these, and those that say on what it learns.
@@ -128,7 +127,7 @@ def put_together(runs: list[run.Run], seeds: tuple[int, ...] | None = None) -> R
 
 def describe(data: dict | str) -> str:
     """What a run learned from, in words; old runs on BSuite kept the words themselves."""
-    if isinstance(data, str):
+    if isinstance(data, str) and not run.data_facts(data):
         return data
     facts = {"source": "", "mean return": None} | run.data_facts(data)
     unit = "transitions" if "transitions" in data else "steps"
@@ -154,13 +153,14 @@ def conflicts(item: Item, cells: dict[tuple, Result | None]) -> list[str]:
             protocol = {k: args[k] for k in sorted(EVALUATION & args.keys())}
             for k, v in protocol.items():
                 protocols.setdefault(k, {}).setdefault(str(v), []).append(f"{name} on {task}")
-    for (task, *_), members in groups.items():
+    for (task, _, _, share), members in groups.items():
         pairs = itertools.combinations(members, 2)  # old runs do not tell everything
         for (name, facts, text), (other, other_facts, other_text) in pairs:
             if names := run.differing(facts, other_facts):
+                data = "the data" if share else "the whole data"
                 found.append(
-                    f"the data of {task} differ in {', '.join(names)}: behind {name} are {text}; "
-                    f"behind {other} are {other_text}"
+                    f"{data} of {task} differ in {', '.join(names)}: {text} with {name}; "
+                    f"{other_text} with {other}"
                 )
                 break
     sources.pop("?", None)
@@ -237,12 +237,21 @@ def improvement_probability(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def permutation_p(x: np.ndarray, y: np.ndarray) -> float:
-    """Two-sided p-value of improvement_probability: seeds change methods within their task."""
-    distance = lambda x, y: abs(improvement_probability(x, y)[0] - 0.5)  # noqa: E731
-    seeds = np.broadcast_to(both := np.concatenate([x, y]), (PERMUTATIONS, *both.shape))
-    shuffled = np.random.default_rng(0).permuted(seeds, axis=1)
-    distances = np.array([distance(z[: len(x)], z[len(x) :]) for z in shuffled])
-    return (1 + np.sum(distances >= distance(x, y) - 1e-9)) / (1 + PERMUTATIONS)
+    """Two-sided p-value of improvement_probability: all exchanges of seeds within the tasks.
+
+    The probability is linear in the sum of x's ranks among both, over all tasks (Mann-Whitney).
+    """
+    n, total = len(x), len(x) + len(y)
+    twice = (2 * rankdata(np.concatenate([x, y]), axis=0)).astype(int)  # ties share half ranks
+    chances = np.ones(1)  # of each sum of n ranks a task
+    for ranks in twice.T:
+        ways = np.zeros((n + 1, ranks.sum() + 1))  # to choose k of the ranks with a sum
+        ways[0, 0] = 1
+        for rank in ranks:
+            ways[1:, rank:] += ways[:-1, : ways.shape[1] - rank]
+        chances = np.convolve(chances, ways[n] / ways[n].sum())
+    distance = np.abs(np.arange(len(chances)) - n * (total + 1) * x.shape[1])
+    return chances[distance >= distance[twice[:n].sum()]].sum()
 
 
 def pooled_iqm(episodes: np.ndarray) -> np.ndarray:
@@ -500,11 +509,10 @@ def draw_pooled(item: Item, curves: dict, path: Path, with_time: bool, note: str
 
 def draw_aggregate(item: Item, cells: dict, estimates: dict, path: Path, note: str) -> None:
     """One panel for all tasks, where they have been run, and one for each; values with a run."""
-    iqm = lambda x: np.array([metrics.aggregate_iqm(x)])  # noqa: E731
     tasks = list(dict.fromkeys(task for *_, task in cells))
     scores = {task: score_matrices(item, cells, (task,)) for task in tasks}
     shown = {"all tasks": estimates} if len(tasks) > 1 and estimates else {}
-    shown |= {task: intervals(values, iqm) for task, values in scores.items() if values}
+    shown |= {task: aggregates(values) for task, values in scores.items() if values}
     finished = {value for estimates in shown.values() for _, value in estimates}
     ticks = [value for value in item.values if value in finished]
     figure, grid = panels(len(shown))
@@ -691,8 +699,8 @@ def statistics(item: Item, scores: dict, tasks: tuple, estimates: dict) -> list[
     names = "all tasks together" if len(tasks) > 1 else tasks[0]
     several = any(len(x) > 1 for x in scores.values())
     bounds = ", with 95% intervals of a stratified bootstrap" if several else ""
-    test = "; p: two-sided permutation test" if any(", p" in line for line in lines) else ""
-    lines += [f"Over seeds and {names}{bounds}{test}.", ""]
+    test = "; p: exact two-sided permutation test" if any(", p" in line for line in lines) else ""
+    lines += [f"Over seeds and {names}{bounds}{test}. The words: docs/metrics.md, Scores.", ""]
     return lines
 
 
@@ -712,7 +720,9 @@ def time_table(item: Item, cells: dict) -> list[str]:
                 rows.append([method, *label, *(f"{x:.3f}" for x in mean), ", ".join(devices)])
     head = ["hours of a run", *swept(item, item.axis), *["mean over"] * several, "seeds at once"]
     head += ["compilation", "data wait", "update", "evaluation", "device"]
-    return ["## Time", "", *table(head, rows)] if rows else []
+    note = "Means over runs. A run trains the seeds at once side by side: rows with other numbers "
+    note += "of them, or other tasks, do not compare."
+    return ["## Time", "", *table(head, rows), note, ""] if rows else []
 
 
 def halting_table(cells: dict) -> list[str]:
@@ -725,7 +735,7 @@ def halting_table(cells: dict) -> list[str]:
     for (method, _, task), result in cells.items():
         for one in result.runs if result else []:
             lines = run.read_lines(one.folder)
-            for first in [x for x in lines if "charts/threshold" in x]:
+            for first in [x for x in lines if "charts/halt_rate_logged" in x]:
                 row = [method, task, str(first["seed"]), f"{first['charts/threshold']:.4f}"]
                 row += [f"{first[f'charts/halt_rate_{x}']:.1%}" for x in ("logged", "random")]
                 training = [x for x in lines if "charts/episodes" in x]
@@ -735,7 +745,7 @@ def halting_table(cells: dict) -> list[str]:
                 updates, each, rate, paid = np.array(ended, float).reshape(-1, 4).T
                 halted = np.nansum(updates * each * rate)
                 row.append(f"{halted:,.0f} of {(updates * each).sum():,.0f}")
-                pays = (paid - rate * one.config["args"]["halt_penalty"])[each > 0]
+                pays = (paid - rate * one.config["args"].get("halt_penalty", np.nan))[each > 0]
                 row.append(f"{pays.min():.2f} to {pays.max():.2f}" if pays.size else "-")
                 for name in ("eval/returns", "final/returns", "final/returns_greedy"):
                     returns = [x for line in lines for x in line.get(name, [])]
@@ -762,13 +772,20 @@ def caption(item: Item, found: list[Result], estimates: dict) -> str:
         text = f"{what}, {episodes}. One seed in each cell: there is no interval, and "
         text += "a difference may be chance."
     elif item.average == "IQM":
-        text = f"IQM of the returns of all seeds' final {episodes}, 95% bootstrap over seeds."
+        text = f"IQM of the returns of all seeds' final {episodes}, with its 95% bootstrap "
+        text += "interval over seeds."
     else:
-        text = f"Mean and standard deviation over seeds of the final mean return, {episodes}."
+        text = "Mean and standard deviation (over n, not n - 1) of the seeds' final mean returns, "
+        text += f"{episodes} each."
     if estimates and not item.form.startswith("table"):
         text += " The first table has the interquartile mean (IQM) of the normalised score over "
         text += "seeds and tasks, and its 95% stratified bootstrap interval if there are several."
     return text
+
+
+def with_few_seeds(item: Item, found: list[Result]) -> str:
+    few = sum(len(r.seeds) < len(item.seeds) for r in found)
+    return f", {few} of them with fewer than {len(item.seeds)} seeds" if few else ""
 
 
 def figure_note(item: Item, cells: dict) -> str:
@@ -786,14 +803,13 @@ def figure_note(item: Item, cells: dict) -> str:
     elif item.form == "pooled curves":
         text = f"{average}. Shaded: 95% stratified bootstrap intervals."
     elif item.average == "IQM":
-        text = f"{average}, IQM over seeds and episodes. Shaded: 95% bootstrap over seeds."
+        text = f"{average}, IQM over seeds and episodes. Shaded: 95% intervals over seeds."
     else:
         text = f"{average}, mean over seeds. Shaded: the standard deviation over seeds, but not "
         text += "beyond the lowest and the highest seed."
-    few = sum(len(r.seeds) < len(item.seeds) for r in found)
+    few = with_few_seeds(item, found)
     if len(found) < len(cells) or few:
-        text += f" {len(found)} of {len(cells)} cells"
-        text += f", {few} of them with fewer than {len(item.seeds)} seeds." if few else "."
+        text += f" {len(found)} of {len(cells)} cells{few}."
     return text
 
 
@@ -873,6 +889,7 @@ def write_page(
         if with_time:
             draw_curves(item, cells, out / f"{name}-time.png", "hours", note)
             images["-time"] = f"{item.title}, against wall-clock"
+    has_curves = has_curves and (item.form != "pooled curves" or bool(curves))
     several = any(len(x) > 1 for x in scores.values())
     summary = item.of is None or item.form == "pooled curves"
     if len(tasks) > 1 and scores and several and summary:
@@ -897,7 +914,7 @@ def write_page(
     short = [key for key, x in scores.items() for t in tasks if len(cells[*key, t].seeds) > len(x)]
     if short:
         names = dict.fromkeys(f"{m} {item.label(v)}".strip() for m, v in short)
-        text = "Scores over tasks take no more seeds of a task than each of them has"
+        text = "Over all tasks, each counts with as many seeds as the task with the fewest has"
         lines += [f"{text}: {', '.join(names)}.", ""]
     for suffix, text in images.items():
         if (out / f"{name}{suffix}.png").exists():
@@ -918,10 +935,8 @@ def write_page(
         why = "runs train other numbers of seeds side by side" if len(sizes) > 1 else why
         why = f"the devices differ ({', '.join(sorted(devices))})" if len(devices) > 1 else why
         lines += [f"No curves against wall-clock: {why}.", ""]
-    done, few = len(found), sum(len(r.seeds) < len(item.seeds) for r in found)
-    with_few = f", {few} of them with fewer than {len(item.seeds)} seeds" if few else ""
-    lines += [f"{done} of {len(cells)} cells are finished{with_few}.", ""]
-    if done < len(cells):
+    lines += [f"{len(found)} of {len(cells)} cells are finished{with_few_seeds(item, found)}.", ""]
+    if len(found) < len(cells):
         lines[-2] += f" Not finished: {not_run(item, cells)}."
     for text in notes:
         lines += [text, ""]
@@ -959,7 +974,7 @@ def write_html(out: Path) -> None:
         (path for path in out.glob("*.md") if path.stem in order),
         key=lambda path: order.index(path.stem),
     )
-    markdown, parts, links = MarkdownIt("commonmark").enable("table"), [], []
+    markdown, parts, links = MarkdownIt("commonmark", {"html": False}).enable("table"), [], []
 
     def embed(match) -> str:
         path = out / match[1]
@@ -1018,6 +1033,7 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
     if not any(cells.values()):
         where = ", ".join(map(str, args.runs))
         message = f"No run of {name} with {updates[-1]:,} updates in {where}."
+        message += f" {untold} lack greedy returns." if args.greedy and untold else ""
         message += f" These do not count: {'; '.join(nearly)}." if nearly else ""
         print(message, file=sys.stderr)
         return False
@@ -1026,7 +1042,9 @@ def draw_item(name: str, item: Item, runs: list, args: Args, further: list[str])
         more = f"; and {len(nearly) - 10} more" if len(nearly) > 10 else ""
         notes.append(f"Left out, as they differ: {'; '.join(nearly[:10])}{more}.")
     if args.greedy:
-        notes.append("Final returns and scores are of greedy actions, curves of sampled ones.")
+        notes.append(
+            "Final returns and scores are of greedy actions, curves of the evaluations in training."
+        )
         notes[-1] += f" Runs that have none count as not finished: {untold}." if untold else ""
     other, asked = [], args.total_updates or item.total_updates
     if asked != item.total_updates:
@@ -1071,14 +1089,15 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
     several = "several runs of the same seed; name a folder of one setting"
     for pair in pairs:
         label, _, folder = pair.partition("=")
-        if not label.isprintable() or "$" in label:
-            raise SystemExit(f"{pair!a}: a label has printable characters, without $.")
+        if not label.isprintable() or {*"$<*[]`"} & {*label}:
+            raise SystemExit(f"{pair!a}: a label has printable characters, without $ < * [ ] `.")
         if label in LINES:
             raise SystemExit(f"{pair}: the line of {label} is called so; choose another label.")
         named = label and folder
         runs = run.read_runs((Path(os.path.expanduser(folder)),), unfinished) if named else []
         if not runs:
-            raise SystemExit(f"{pair} is not LABEL=FOLDER with a finished run in the folder.")
+            message = f"{pair} is not LABEL=FOLDER with a finished run in {folder or 'the folder'}"
+            raise SystemExit(f"{message}; a label ends at the first '='.")
         for one in runs:
             tasks.setdefault(one.config["args"]["env_id"], {}).setdefault(label, []).append(one)
     labels = list(dict.fromkeys(pair.partition("=")[0] for pair in pairs))
@@ -1102,10 +1121,7 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
     notes = refuse_conflicts(item, cells, args.mix, "compare")
     lines = []
     for name, by_label in sorted(varies.items()):
-        one_each = all(len(values) == 1 for values in by_label.values())
-        if not one_each or (
-            len(by_label) == len(labels) and len({*map(min, by_label.values())}) > 1
-        ):
+        if len(set().union(*by_label.values())) > 1:
             words = ", ".join(f"{label} {' or '.join(sorted(x))}" for label, x in by_label.items())
             lines.append(f"{name}: {words}")
     notes += [f"Arguments that differ: {'; '.join(lines)}."] if lines else []
@@ -1123,12 +1139,13 @@ def main(args: Args, further: list[str]) -> None:
     is_compare, is_curves = args.items[:1] == ("compare",), args.items[:1] == ("curves",)
     chosen = args.methods or args.env_ids or args.seeds or args.total_updates
     chosen = chosen or args.runs != Args.runs or (is_curves and args.out)
-    if (is_compare or is_curves) and args.greedy:
-        raise SystemExit(f"--greedy is not for {args.items[0]}.")
-    if (is_compare or is_curves) and further:
-        raise SystemExit(f"{args.items[0]} has no option {further[0]}.")
-    if (is_compare or is_curves) and chosen:
-        raise SystemExit(f"{args.items[0]} draws the folders that are named, whole.")
+    if is_compare or is_curves:
+        if args.greedy:
+            raise SystemExit(f"--greedy is not for {args.items[0]}.")
+        if further:
+            raise SystemExit(f"{args.items[0]} has no option {further[0]}.")
+        if chosen:
+            raise SystemExit(f"{args.items[0]} draws the folders that are named, whole.")
     if is_curves:
         folders = tuple(Path(os.path.expanduser(x)) for x in args.items[1:])
         if absent := [str(x) for x in folders if not x.is_dir()]:

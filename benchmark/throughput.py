@@ -10,8 +10,9 @@ made-up episodes of the size of cartpole's, on Atari on the batches of a store
 or, without one, on one made-up batch. The scripts take turns, window by
 window, so that a slow moment of the machine meets them all; figures are
 medians over the windows. A device's peak is that of a large matrix product in
-the same arithmetic, measured in the same run. `--out` puts the table into a
-page of results.
+the same arithmetic, measured in the same run. On a CPU an Atari script makes
+every core a device; here JAX_NUM_CPU_DEVICES is their number, or there is one.
+`--out` puts the table into a page of results.
 """
 
 import dataclasses
@@ -294,6 +295,8 @@ def main(args: Args) -> None:
     rates, cores, waits = ({name: [] for name in names} for _ in range(3))
     for window in range(args.windows + 1):  # the first is not counted
         for name, step in steps.items():
+            if args.store:  # batches that were made ahead while the others were timed
+                step.run(max(4, args.loader_threads))
             start, cpu_start = time.perf_counter(), time.process_time()
             waited = step.run(args.updates)
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start

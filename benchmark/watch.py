@@ -116,18 +116,21 @@ def record(
     video = cv2.VideoWriter(str(part), cv2.VideoWriter_fourcc(*"vp09"), 15, (320, 420))
     if not video.isOpened():
         raise SystemExit(f"{path} cannot be written; give another --out.")
-    total, num_frames, running = 0.0, 0, True
+    total, num_frames, over = 0.0, 0, False
     try:
-        while running:
+        while True:
             picture = cv2.resize(screen[0, -1], (320, 420), interpolation=cv2.INTER_NEAREST)
             video.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            num_frames += 1
+            if over:
+                break
             act_key, key = jax.random.split(key)
             stack = np.ascontiguousarray(observations.transpose(0, 2, 3, 1))
             actions = np.asarray(act(stack, act_key, greedy=greedy), np.int32)
             observations, rewards, terminated, truncated, _ = env.step(actions)
             screen, *_ = twin.step(actions)
-            total, num_frames = total + float(rewards[0]), num_frames + 1
-            running = not (terminated[0] or truncated[0])
+            total += float(rewards[0])
+            over = terminated[0] or truncated[0]
         video.release()
         if cv2.VideoCapture(str(part)).get(cv2.CAP_PROP_FRAME_COUNT) != num_frames:
             raise SystemExit(f"{path} was not written whole: is the disk full?")

@@ -96,7 +96,7 @@ def test_saved_episodes_survive_the_kill(killed_and_resumed):
             np.testing.assert_array_equal(recorded[name], episode[name])
 
 
-def test_a_goal_is_the_return_and_the_best_value_of_the_target():
+def test_a_td_target_is_the_return_and_the_best_value_of_the_target():
     network, tx, rng = collect_atari.QNetwork(3, 0.1), optax.sgd(1.0), np.random.default_rng(0)
     stack, following = rng.integers(0, 256, (2, 1, 84, 84, 4), dtype=np.uint8)
     params, target = (network.init(jax.random.key(i), stack) for i in range(2))
@@ -241,6 +241,8 @@ def test_any_seed_works(tmp_path, seed):
     recorder = collect_atari.Recorder(tmp_path / "r", args)
     collect_atari.collect(args, recorder)
     assert sum(recorder.lengths) >= 20
+    saved = collect_atari.flax.serialization.msgpack_restore((tmp_path / "r/learner").read_bytes())
+    assert saved["num_episodes"] == len(recorder.lengths)  # a kill while the store is written
 
 
 def test_signal_ends_a_collection(tmp_path):

@@ -259,7 +259,8 @@ def test_a_video_has_the_screen_at_every_step_and_the_return_is_the_sum(tmp_path
 
     monkeypatch.setattr(watch.cv2, "VideoWriter", noting)
     assert watch.record(act, make_env, "Pong", 0, False, tmp_path / "video.mp4") == 1 + 2 + 3
-    assert pictures == [[0, 0, 50], [0, 0, 100], [0, 0, 150]]  # blue, green, red
+    # Blue, green, red; the last one is what the last action led to.
+    assert pictures == [[0, 0, 50], [0, 0, 100], [0, 0, 150], [0, 0, 200]]
     assert len(set(keys)) == 3
 
 
