@@ -433,8 +433,7 @@ def search(params, state, prediction, key, fraction: float, network, args):
 def log_gamma(key, alpha: float, shape: tuple[int, ...]):
     """log g of draws g ~ Gamma(α) [*shape], α < 1, all at once; a CPU runs jax.random's one by one.
 
-    g = d v U^(1/α), U uniform, v = (1 + x/√(9d))³, x normal: d v ~ Gamma(α + 1) where v is accepted
-    (Marsaglia and Tsang, 2000).
+    g = d v U^(1/α), U uniform: d v ~ Gamma(α + 1) where v is accepted (Marsaglia and Tsang, 2000).
     """
     size, d = math.prod(shape), alpha + 2 / 3
     proposed = (size + size // 10 + 100,)  # of 100 at most 5 are rejected

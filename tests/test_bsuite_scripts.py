@@ -113,7 +113,7 @@ def test_final_evaluations_sample_then_take_the_best_and_need_no_noise(
     assert [x["eval/return_mean"] for x in lines if "eval/returns" in x] == [0, 0]  # sampled
 
 
-# Data. An episode of T actions has T + 1 rows.
+# Data. An episode of T states has T rows.
 
 ROWS = {"observation": np.zeros((8, 10, 5)), "action": np.array([0, 1, 2, 0, 1, 2, 0, 0])}
 ROWS |= {"reward": np.array([0, 0.5, -1, 0, 1, 1, 1, 0]), "is_last": np.arange(8) % 4 == 3}
@@ -165,7 +165,7 @@ def test_a_missing_dataset_is_made_by_the_tool(catch_dataset, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        (at("reward", 3, 1.0), "last rows are not void: an episode of T actions has T \\+ 1 rows"),
+        (at("reward", 3, 1.0), "last rows are not void: an episode of T states has T rows"),
         (at("action", 3, 1), r"last rows are not void.*\(first in row 3\)"),
         ({"action": ROWS["action"][:, None]}, r"all but observation are \[N\] with one N"),
         ({"reward": ROWS["reward"][:, None]}, r"all but observation are \[N\] with one N"),

@@ -85,7 +85,7 @@ def test_header_describes_the_arrays(dataset):
         "env_id": "catch", "seed": 3, "noise": 0.1, "num_episodes": 80,
         "data_dir": str(dataset.parent.parent), "overwrite": False, "from_rlds": None, "out": None,
     }  # fmt: skip
-    assert header.pop("versions").keys() == {"jax", "bsuite", "numpy"}
+    assert header.pop("versions").keys() == {"jax", "jaxlib", "optax", "bsuite", "numpy"}
     assert -1 <= header.pop("random_return") < 0
     assert -1 <= header.pop("online_return") <= 1
     assert header == {
