@@ -39,15 +39,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
+if __name__ == "__main__":  # a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
-
-    def leave(*_):
-        print("Stopped.", file=sys.stderr)
-        os._exit(130)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback until the run handles it
     # A user's settings of these may ask for what is not installed, or change a seed's numbers.
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     os.environ |= {"JAX_ENABLE_X64": "0", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32"}
@@ -770,9 +764,8 @@ def main(args: Args) -> None:
 # --- entry (identical in *_bsuite.py) ---
 if __name__ == "__main__":
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
         head = (__doc__ or "").split("\n\nWhere")[0].replace("\n", "\n ")  # or tyro joins lines
         main(tyro.cli(Args, description=head))

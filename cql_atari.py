@@ -30,7 +30,6 @@ Where ROSMO's paper refers to the official code, this file does the following.
 
 import dataclasses
 import difflib
-import hashlib
 import itertools
 import json
 import math
@@ -54,15 +53,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # --- signals (identical in *_atari.py and *_bsuite.py) ---
-if __name__ == "__main__":  # until the run handles signals; a closed stream becomes os.devnull
+if __name__ == "__main__":  # a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
-
-    def leave(*_):
-        print("Stopped.", file=sys.stderr)
-        os._exit(130)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback until the run handles it
     # A user's settings of these may ask for what is not installed, or change a seed's numbers.
     os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     os.environ |= {"JAX_ENABLE_X64": "0", "JAX_DEFAULT_PRNG_IMPL": "threefry2x32"}
@@ -462,7 +455,6 @@ def open_store(args) -> Store:
         facts = {"episodes": len(episodes), "steps": len(index), "source": source}
         facts["mean_return"] = float(episodes["return"].mean())
         facts["crc32"] = zlib.crc32(steps[index])
-        facts["rom"] = rom_digest(game) if plays else None
         store = Store(meta, blob, offsets, steps, episodes, index, facts)
         some = index[:: len(index) // 100 + 1]  # to read all of the frames takes minutes
         facts["frames_crc32"] = zlib.crc32(read_frames(store, some))
@@ -531,11 +523,6 @@ def game_name(env_id: str) -> str:
         near = difflib.get_close_matches(env_id, names, cutoff=0)
         raise SystemExit(f"There is no game {env_id!r}; the nearest names: {', '.join(near)}.")
     return names[env_id]
-
-
-def rom_digest(env_id: str) -> str:
-    """SHA-256 of the ROM that is played here; part of every result, since ROMs differ."""
-    return hashlib.sha256(Path(roms.get_rom_path(game_name(env_id))).read_bytes()).hexdigest()
 
 
 def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
@@ -910,8 +897,6 @@ def join_processes(args, *shared: int) -> None:
         jax.config.update("jax_num_cpu_devices", max(numbers))
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM for itself
     if address or tasks > 1:
-        for one in (signal.SIGINT, signal.SIGTERM):  # no handler is heard while it waits
-            signal.signal(one, signal.SIG_DFL)
         jax.distributed.initialize(*((address, int(number), int(index)) if address else ()))
     prepare_jax()
     if len({*all_processes(zlib.crc32(repr(args).encode()))}) > 1:
@@ -1020,9 +1005,8 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     status: Any = 130
     but = " without --overwrite" if "--overwrite" in sys.argv else ""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
     try:
         head = (__doc__ or "").split("\n\nWhere")[0].replace("\n", "\n ")  # or tyro joins lines
         main(tyro.cli(Args, description=head))

@@ -45,17 +45,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
-if __name__ == "__main__":  # until the packages are imported
+if __name__ == "__main__":  # a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
-
-    def leave(*_):
-        print("Stopped.", file=sys.stderr)
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, leave)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
     cpu = Path("/proc/cpuinfo")
     if cpu.exists() and " avx2 " in cpu.read_text():  # add numbers in one order on all of these
         flags = "--xla_cpu_max_isa=AVX2 --xla_cpu_multi_thread_eigen=false"
@@ -511,8 +505,7 @@ def open_path(args: Args) -> Path | None:
 
 def main(args: Args) -> None:
     started = time.time()
-    paths = {name: getattr(args, name) for name in ("from_rlds", "data_dir", "out")}
-    paths = {name: Path(os.path.expanduser(path)) for name, path in paths.items() if path}
+    paths = {k: Path(os.path.expanduser(v)) for k, v in vars(args).items() if isinstance(v, Path)}
     paths |= {"from_rlds": paths["from_rlds"].resolve()} if args.from_rlds else {}
     args = dataclasses.replace(args, **paths)
     check_args(args)

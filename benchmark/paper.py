@@ -168,6 +168,9 @@ BSUITE = {"seeds": (0, 1, 2, 3, 4)}
 ATARI = {"seeds": (0, 1, 2)}
 SHARES = {"argument": "data_percent", "axis": "share of the data, %", "column": "{}% of the data"}
 FOUR = {"num_simulations": 4}
+FIGURE4 = ATARI | {"form": "curves", "tasks": ("MsPacman",), "average": "IQM"}
+FIGURE4 |= {"unit": "normalised score"}
+ONE_STEP = on("atari", ROSMO=("rosmo", {}), OneStep=("rosmo", {"behavior_coef": 0.0}))
 # Breakout on local data: 176 transitions an update, five minutes of play at most.
 SMALL = {"dataset": Path("data/atari/Breakout-dqn-60k"), "channels": 16, "batch_size": 176}
 SMALL |= {"eval_episodes": 5, "final_eval_episodes": 20, "eval_max_frames": 18_000}
@@ -187,7 +190,13 @@ MOREL_SWEEP = {f"quantile {x}": {"halt_quantile": x} for x in (0.99, 0.9999)}
 MOREL_SWEEP |= {f"penalty {x:g}": {"halt_penalty": x} for x in (-1.0, -50.0)}
 MOREL_SWEEP = {f"MOReL, {k}": ("morel", SMALL_MOREL | x) for k, x in MOREL_SWEEP.items()}
 SMALL_COMBO = SMALL_MODEL | {"rollout_starts": 64, "rollout_epsilon": 1.0}
-SWEEP = {"tasks": ("Breakout",), "seeds": (0,), "common": SMALL, "total_updates": 5_000}
+SWEEP = {"form": "table", "tasks": ("catch",), "seeds": (0, 1, 2), "total_updates": 20_000}
+SWEEP_ATARI = {"form": "curves", "tasks": ("Breakout",), "seeds": (0,), "common": SMALL}
+SWEEP_ATARI |= {"total_updates": 5_000}
+BETA = {"argument": "beta", "axis": "temperature β", "column": "β = {}"}
+WEIGHT = {"argument": "weight", "values": ("exp", "binary")}
+WEIGHT |= {"axis": "weight of a logged action", "column": "{} weight"}
+ALPHA = {"argument": "cql_alpha", "axis": "weight α of the penalty", "column": "α = {}"}
 
 ITEMS = {
     "table1": Item(
@@ -287,20 +296,15 @@ ITEMS = {
     ),
     "figure4a": Item(
         "Figure 4(a): MsPacman, small shares of the data",
-        "curves",
-        on("atari", **BOTH),
-        ("MsPacman",),
-        **ATARI,
+        methods=on("atari", **BOTH),
+        **FIGURE4,
         **SHARES,
         values=(10.0, 1.0),
-        average="IQM",
-        unit="normalised score",
         claim="ROSMO outperforms MuZero Unplugged with 10% and with 1% of the data.",
     ),
     "figure4b": Item(
         "Figure 4(b): MsPacman, four simulations or samples",
-        "curves",
-        on(
+        methods=on(
             "atari",
             **{
                 "ROSMO, N = 4": ("rosmo", {"num_samples": 4}),
@@ -308,46 +312,35 @@ ITEMS = {
                 "MZU-Q, N = 4": ("muzero_unplugged", FOUR | {"policy_target": "mpo"}),
             },
         ),
-        ("MsPacman",),
-        **ATARI,
-        average="IQM",
-        unit="normalised score",
+        **FIGURE4,
         claim="MuZero Unplugged fails to learn with four simulations, MZU-Q alleviates this "
         "somewhat, sampled ROSMO performs well.",
     ),
     "figure4c": Item(
         "Figure 4(c): MsPacman, unrolled steps of the model",
-        "curves",
-        on("atari", **BOTH),
-        ("MsPacman",),
-        **ATARI,
+        methods=on("atari", **BOTH),
+        **FIGURE4,
         argument="unroll_steps",
         values=(5, 1),
         axis="unrolled steps K",
         column="K = {}",
-        average="IQM",
-        unit="normalised score",
         claim="ROSMO is not sensitive to the number of steps; MuZero Unplugged drops with one.",
     ),
     "figure4d": Item(
         "Figure 4(d): MsPacman, the two parts of ROSMO",
-        "curves",
-        on(
+        methods=on(
             "atari",
             ROSMO=("rosmo", {}),
             OneStep=("rosmo", {"behavior_coef": 0.0}),
             Behavior=("rosmo", {"policy_coef": 0.0}),
         ),
-        ("MsPacman",),
-        **ATARI,
-        average="IQM",
-        unit="normalised score",
+        **FIGURE4,
         claim="Behavior learns faster at first and is then surpassed by OneStep; ROSMO is best.",
     ),
     "figure7": Item(
         "Figure 7: ROSMO and OneStep",
         "curves",
-        on("atari", ROSMO=("rosmo", {}), OneStep=("rosmo", {"behavior_coef": 0.0})),
+        ONE_STEP,
         GAMES,
         **ATARI,
         average="IQM",
@@ -358,7 +351,7 @@ ITEMS = {
     "figure8": Item(
         "Figure 8: ROSMO and OneStep, 1% of the data",
         "curves",
-        on("atari", ROSMO=("rosmo", {}), OneStep=("rosmo", {"behavior_coef": 0.0})),
+        ONE_STEP,
         GAMES,
         **ATARI,
         common={"data_percent": 1.0},
@@ -412,76 +405,50 @@ ITEMS = {
     ),
     "sweep_crr": Item(
         "CRR's β on catch",
-        "table",
-        on("bsuite", CRR=("crr", {})),
-        ("catch",),
-        seeds=(0, 1, 2),
-        argument="beta",
+        methods=on("bsuite", CRR=("crr", {})),
+        **SWEEP,
+        **BETA,
         values=(0.1, 0.3, 1.0, 3.0),
-        axis="temperature β",
-        column="β = {}",
-        total_updates=20_000,
     ),
     "sweep_crr_weight": Item(
         "CRR's weight on catch, β = 1",
-        "table",
-        on("bsuite", CRR=("crr", {})),
-        ("catch",),
-        seeds=(0, 1, 2),
+        methods=on("bsuite", CRR=("crr", {})),
+        **SWEEP,
         common={"beta": 1.0},
-        argument="weight",
-        values=("exp", "binary"),
-        axis="weight of a logged action",
-        column="{} weight",
-        total_updates=20_000,
+        **WEIGHT,
     ),
     "sweep_cql": Item(
         "CQL's α and learning rate on catch",
-        "table",
-        on(
+        methods=on(
             "bsuite",
             **{
                 "CQL, learning rate 7e-4": ("cql", {"learning_rate": 7e-4}),
                 "CQL, learning rate 5e-5": ("cql", {"learning_rate": 5e-5}),
             },
         ),
-        ("catch",),
-        seeds=(0, 1, 2),
-        argument="cql_alpha",
+        **SWEEP,
+        **ALPHA,
         values=(0.01, 0.05, 0.1, 0.5, 1.0, 4.0),
-        axis="weight α of the penalty",
-        column="α = {}",
-        total_updates=20_000,
     ),
     "sweep_crr_atari": Item(
         "CRR's β on Breakout, small",
-        "curves",
-        on("atari", CRR=("crr", {})),
-        **SWEEP,
-        argument="beta",
+        methods=on("atari", CRR=("crr", {})),
+        **SWEEP_ATARI,
+        **BETA,
         values=(0.1, 0.3, 1.0),
-        axis="temperature β",
-        column="β = {}",
     ),
     "sweep_crr_weight_atari": Item(
         "CRR's weight on Breakout, small, β = 1",
-        "curves",
-        on("atari", CRR=("crr", {})),
-        **SWEEP | {"common": SMALL | {"beta": 1.0}},
-        argument="weight",
-        values=("exp", "binary"),
-        axis="weight of a logged action",
-        column="{} weight",
+        methods=on("atari", CRR=("crr", {})),
+        **SWEEP_ATARI | {"common": SMALL | {"beta": 1.0}},
+        **WEIGHT,
     ),
     "sweep_cql_atari": Item(
         "CQL's α on Breakout, small",
-        "curves",
-        on("atari", CQL=("cql", {})),
-        **SWEEP,
-        argument="cql_alpha",
+        methods=on("atari", CQL=("cql", {})),
+        **SWEEP_ATARI,
+        **ALPHA,
         values=(0.1, 1.0, 4.0),
-        axis="weight α of the penalty",
-        column="α = {}",
     ),
 }
 ITEMS["figure3"] = ITEMS["table8"]._replace(

@@ -50,17 +50,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # until the packages are imported
+if __name__ == "__main__":  # a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
-
-    def leave(*_):
-        print("Stopped.", file=sys.stderr)
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, leave)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
 
 try:
     import cv2
@@ -99,11 +93,6 @@ def game_name(env_id: str) -> str:
     return names[env_id]
 
 
-def rom_digest(env_id: str) -> str:
-    """SHA-256 of the ROM that is played here; part of every result, since ROMs differ."""
-    return hashlib.sha256(Path(roms.get_rom_path(game_name(env_id))).read_bytes()).hexdigest()
-
-
 def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
     """Dopamine's environment: sticky actions, minimal action set, no tricks at the reset."""
     settings = dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False)
@@ -111,6 +100,11 @@ def make_env(env_id: str, num_envs: int, **kwargs: Any) -> AtariVectorEnv:
 
 
 # --- end environment ---
+
+
+def rom_digest(env_id: str) -> str:
+    """SHA-256 of the ROM that is played here."""
+    return hashlib.sha256(Path(roms.get_rom_path(game_name(env_id))).read_bytes()).hexdigest()
 
 
 STORE_VERSION = 2
@@ -712,7 +706,7 @@ def can_reach_rlu() -> bool:
         urllib.request.urlopen(url, timeout=10)
     except urllib.error.HTTPError:  # an answer all the same
         return True
-    except OSError as error:
+    except Exception as error:  # also of a proxy's address that is none
         print(f"{url}: {getattr(error, 'reason', error)}", file=sys.stderr)
         return False
     return True
@@ -761,7 +755,7 @@ def main(args: Args) -> None:
         raise SystemExit(f"{flags} name several sources: give one.")
     collected = shard_folder(args) / "collector.json"  # what collect_atari.py says of its shards
     try:
-        facts = {**json.loads(collected.read_text() or "{}")} if collected.exists() else {}
+        facts = {**json.loads(collected.read_text())} if collected.exists() else {}
     except (ValueError, TypeError):
         raise SystemExit(f"{collected} is damaged: put it back, or collect again.") from None
     source = facts.get("source", f"{'replay' if args.dqn_replay else 'run'}{args.rlu_run}")

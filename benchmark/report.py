@@ -35,17 +35,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-if __name__ == "__main__":  # until the packages are imported
+if __name__ == "__main__":  # a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
-
-    def leave(*_):
-        print("Stopped.", file=sys.stderr)
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, leave)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
 
 import numpy as np
 import tyro
@@ -109,9 +103,9 @@ def put_together(runs: list[run.Run], seeds: tuple[int, ...] | None = None) -> R
     all_seeds = np.concatenate([x.seeds for x in runs])
     first = np.unique(all_seeds, return_index=True)[1]  # of a seed that two runs have
     order = [i for i in first if seeds is None or all_seeds[i] in seeds]
-    if len({(x.returns.shape[1:], x.final_returns.shape[1:]) for x in runs}) > 1:
+    if len({(*x.updates, x.returns.shape[2], x.final_returns.shape[1]) for x in runs}) > 1:
         folders = " and ".join(str(x.folder) for x in runs)
-        raise SystemExit(f"{folders} have other numbers of evaluations or episodes: move one away.")
+        raise SystemExit(f"{folders} were evaluated at other updates or episodes: move one away.")
     names = ("final", "final_returns", "returns", "hours")
     final, final_returns, returns, hours = (
         np.concatenate([getattr(x, name) for x in runs])[order] for name in names
@@ -736,7 +730,8 @@ def halting_table(cells: dict) -> list[str]:
         for one in result.runs if result else []:
             lines = run.read_lines(one.folder)
             for first in [x for x in lines if "charts/halt_rate_logged" in x]:
-                row = [method, task, str(first["seed"]), f"{first['charts/threshold']:.4f}"]
+                threshold = first.get("charts/threshold", np.nan)
+                row = [method, task, str(first["seed"]), f"{threshold:.4f}"]
                 row += [f"{first[f'charts/halt_rate_{x}']:.1%}" for x in ("logged", "random")]
                 training = [x for x in lines if "charts/episodes" in x]
                 steps = np.diff([0, *(x["update"] for x in training)])
@@ -900,14 +895,9 @@ def write_page(
     if item.claim:
         lines += [f"The paper's claim: {item.claim}", ""]
     if estimates and not item.form.startswith("table"):
-        rows = [
-            [m, *(
-                with_interval(estimates[m, v][:, 0], len(scores[m, v]) > 1)
-                + few_seeds(len(scores[m, v]), len(item.seeds))
-                if (m, v) in estimates else "" for v in item.values
-            )]
-            for m in item.methods
-        ]  # fmt: skip
+        text = {k: with_interval(estimates[k][:, 0], len(x) > 1) for k, x in scores.items()}
+        text = {k: text[k] + few_seeds(len(x), len(item.seeds)) for k, x in scores.items()}
+        rows = [[m, *(text.get((m, v), "") for v in item.values)] for m in item.methods]
         lines += table(["IQM", *(item.label(v) or "all tasks" for v in item.values)], rows)
     lines += extra + result_tables(item, cells, tasks)
     lines += [caption(item, found, estimates), ""]
@@ -1086,7 +1076,6 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
     if not pairs:
         raise SystemExit("Give LABEL=FOLDER for each setting to compare.")
     cells, tasks, unfinished = {}, {}, []
-    several = "several runs of the same seed; name a folder of one setting"
     for pair in pairs:
         label, _, folder = pair.partition("=")
         if not label.isprintable() or {*"$<*[]`"} & {*label}:
@@ -1107,10 +1096,8 @@ def compare(pairs: tuple[str, ...], args: Args) -> None:
             runs = by_label.get(label, [])
             seeds = [int(seed) for one in runs for seed in one.seeds]
             if len(seeds) != len(set(seeds)):
-                raise SystemExit(f"{label} holds {several}.")
-            sizes = {(*x.updates, x.returns.shape[2], x.final_returns.shape[1]) for x in runs}
-            if len(sizes) > 1:
-                raise SystemExit(f"{label} holds runs with other numbers of updates or episodes.")
+                message = f"{label} holds several runs of the same seed"
+                raise SystemExit(f"{message}; name a folder of one setting.")
             cells[label, None, task] = put_together(runs)
             for one in runs:
                 known = settings(one) | {"script": one.config["script"]}

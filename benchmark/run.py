@@ -29,17 +29,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-if __name__ == "__main__":  # until the packages are imported
+if __name__ == "__main__":  # a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
-
-    def leave(*_):
-        print("Stopped.", file=sys.stderr)
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, leave)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
 
 import cloudpickle
 import jax
@@ -514,9 +508,6 @@ def missing_jobs(
 # Running them
 # ------------
 
-SIGNALS = ("SIGINT", "SIGQUIT", "SIGHUP")  # from a terminal to all that was started in it
-TERMINAL = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-
 
 class Command:
     """What a job does: a script with its output in a log. Whoever ends the job ends the script.
@@ -619,6 +610,7 @@ def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
     cores = sorted(get_cores(0))
     logs.mkdir(parents=True, exist_ok=True)
     context, stopping = multiprocessing.get_context("spawn"), False
+    terminal = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # to all that was started in it
     signals, numbers = [], (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.signal(n, lambda number, _: signals.append(number)) for n in numbers]
     waiting, running, ended = list(jobs), {}, {}  # by slot: (job, process), by name: error
@@ -655,7 +647,7 @@ def run_here(jobs: list[Job], total: int, args: Args, logs: Path) -> bool:
                     demand_gpu() | {"CUDA_VISIBLE_DEVICES": gpus[slot]} if gpus else None,
                     share if workers > 1 and not gpus else None,
                 )
-                kept = {n: signal.signal(n, signal.SIG_IGN) for n in TERMINAL}  # inherited
+                kept = {n: signal.signal(n, signal.SIG_IGN) for n in terminal}  # inherited
                 process = context.Process(target=task)
                 process.start()
                 running[slot] = job, process

@@ -33,17 +33,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-if __name__ == "__main__":  # until the packages are imported
+if __name__ == "__main__":  # a closed stream becomes os.devnull
     sys.stdout, sys.stderr = (x or open(os.devnull, "w") for x in (sys.stdout, sys.stderr))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
-
-    def leave(*_):
-        print("Stopped.", file=sys.stderr)
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, leave)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # where a terminal knows ASCII alone
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
 
 import jax
 import jax.numpy as jnp

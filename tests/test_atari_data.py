@@ -276,8 +276,7 @@ def test_without_evaluations_the_game_need_not_be_one_of_ale(copy):
     meta = json.loads((copy / "meta.json").read_text()) | {"env_id": "Mine"}
     args = script.Args(env_id="Mine", dataset=copy, eval_episodes=0, final_eval_episodes=0)
     (copy / "meta.json").write_text(json.dumps(meta | {"num_actions": 7}))
-    store = script.open_store(args)
-    assert store.facts["rom"] is None
+    script.open_store(args)
     with pytest.raises(SystemExit, match="There is no game 'Mine'"):
         script.open_store(dataclasses.replace(args, final_eval_episodes=1))
     (copy / "meta.json").write_text(json.dumps(meta | {"num_actions": 4}))

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import http.client
 import json
 import os
 import pickle
@@ -666,7 +667,7 @@ def test_shards_of_local_play_are_not_taken_for_the_papers(
     """Which has another number of them, and no file of the collector's beside them."""
     shutil.copytree(rlu.folder / "atari_episodes_ordered", tmp_path / "s/atari_episodes_ordered")
     if marked:
-        (tmp_path / "s/atari_episodes_ordered/Pong/collector.json").touch()
+        (tmp_path / "s/atari_episodes_ordered/Pong/collector.json").write_text("{}")
     else:
         monkeypatch.setattr(prepare_atari, "SHARDS", (49, 50))
     with ends_with("is not RL Unplugged's, of 50 shards, but other data; give its store a path"):
@@ -675,7 +676,7 @@ def test_shards_of_local_play_are_not_taken_for_the_papers(
     assert contents(tmp_path / "out") == contents(path)
     with ends_with("is not RL Unplugged's: import all of it, without --percent"):
         make(rlu_prefix=str(tmp_path / "s"), out=tmp_path / "half", percent=50)
-    for text in ('{"source": "dq', "[1]") if marked else ():
+    for text in ('{"source": "dq', "[1]", "") if marked else ():
         (tmp_path / "s/atari_episodes_ordered/Pong/collector.json").write_text(text)
         with ends_with("collector.json is damaged: put it back, or collect again"):
             make(rlu_prefix=str(tmp_path / "s"), out=tmp_path / "more")
@@ -911,8 +912,10 @@ def test_unreachable_bucket_is_told_from_an_answer(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     assert not answer(prepare_atari.urllib.error.URLError("no route"))
     assert not answer(TimeoutError("timed out"))
+    assert not answer(http.client.InvalidURL("nonnumeric port"))  # of a proxy
+    said = ["no route", "timed out", "nonnumeric port"]
     url = "https://storage.googleapis.com/rl_unplugged"
-    assert capsys.readouterr().err == f"{url}: no route\n{url}: timed out\n"
+    assert capsys.readouterr().err == "".join(f"{url}: {reason}\n" for reason in said)
 
 
 def test_a_lock_that_cannot_be_removed_while_it_is_held(tmp_path, monkeypatch):

@@ -449,6 +449,9 @@ def test_what_morel_imagines_is_on_the_page(tmp_path):
     assert found[5:7] == ["15 of 40", "1.00 to 4.00"]
     # the deviation of 20, 22, 40, 42 is 11.60
     assert found[7] == "31.00 ± 5.80"
+    path.write_text(path.read_text().replace('"charts/threshold": 0.03, ', ""))  # it was not finite
+    page = (make(tmp_path, "table7") / "table7.md").read_text()
+    assert rows(page.partition("## Imagined episodes")[2], "")["MOReL"][2] == "nan"
 
 
 def test_intervals_are_those_of_a_bootstrap_by_hand(tmp_path, monkeypatch):
@@ -810,7 +813,7 @@ def test_own_runs_are_compared(tmp_path, monkeypatch):
     write_run(tmp_path / "d" / "y", "rosmo_bsuite", [0.5], seed=1)
     lines = (tmp_path / "d" / "y" / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "d" / "y" / "metrics.jsonl").write_text("\n".join(lines[1:]) + "\n")
-    with pytest.raises(SystemExit, match="d holds runs with other numbers of updates"):
+    with pytest.raises(SystemExit, match=r"d/x and .*d/y were evaluated at other updates"):
         report.main(report.Args(("compare", "d=d")), [])
     (tmp_path / "d" / "y" / "metrics.jsonl").write_text(lines[-1] + "\n")  # no evaluations
     report.main(report.Args(("compare", "d=d/y", "default=b")), [])
@@ -1039,7 +1042,7 @@ def test_runs_of_other_numbers_of_episodes_are_not_put_together(tmp_path):
         write_run(tmp_path / "runs" / str(seed), "bc_bsuite", returns, seed=seed)
     path = tmp_path / "runs/1/metrics.jsonl"
     path.write_text(path.read_text().replace('final/returns": [2.0]', 'final/returns": [2, 2]'))
-    with pytest.raises(SystemExit, match="have other numbers of evaluations or episodes"):
+    with pytest.raises(SystemExit, match="were evaluated at other updates or episodes"):
         report.put_together(run.read_runs((tmp_path,)))
 
 

@@ -59,7 +59,6 @@ def test_a_run_leaves_all_its_artefacts(whole, name):
     config = json.loads((folder / "config.json").read_text())
     assert config["script"] == f"{name}.py"
     assert config["data"]["source"] == "dqn"
-    assert config["data"]["rom"] == rosmo_atari.rom_digest("Asterix")
     assert config["data"]["episodes"] == 5
     assert config["data"]["steps"] == 160
     assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"

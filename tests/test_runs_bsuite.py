@@ -648,7 +648,7 @@ def test_ctrl_c_stops_the_collection_of_a_missing_dataset(script, tmp_path):
     line = process.stdout.readline()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=helpers.PATIENCE)
-    assert process.returncode == 130
+    assert process.returncode == -signal.SIGINT
     assert "catch-noise0.25-seed0.npz" in line
     assert not (tmp_path / "data" / "bsuite" / "catch-noise0.25-seed0.npz").exists()
 
