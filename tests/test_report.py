@@ -1037,11 +1037,17 @@ def test_an_item_that_is_refused_does_not_stop_the_others(tmp_path, capsys):
     assert "--data-dir" not in page.partition("## Runs")[0]
 
 
-def test_runs_of_other_numbers_of_episodes_are_not_put_together(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('final/returns": [2.0]', 'final/returns": [2, 2]'), ('"update": 1000,', '"update": 1500,')],
+)
+def test_runs_with_other_evaluations_are_not_put_together(tmp_path, old, new):
+    """Of other numbers of episodes, or at other updates."""
     for seed, returns in ((0, [1.0]), (1, [2.0])):
         write_run(tmp_path / "runs" / str(seed), "bc_bsuite", returns, seed=seed)
     path = tmp_path / "runs/1/metrics.jsonl"
-    path.write_text(path.read_text().replace('final/returns": [2.0]', 'final/returns": [2, 2]'))
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
     with pytest.raises(SystemExit, match="were evaluated at other updates or episodes"):
         report.put_together(run.read_runs((tmp_path,)))
 
